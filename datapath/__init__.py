@@ -1,0 +1,1 @@
+"""The data path: vhost-user back-end, vDPA drivers, buses, relays, emulated NICs. Knows no libvirt."""

@@ -1,0 +1,1 @@
+"""Buses: how a driver reaches its VF. `function.py` owns the interface that all of them fulfil."""

@@ -1,0 +1,208 @@
+"""The vDPA device interface: the only thing that the vhost-user back-end and the drivers share.
+
+A driver turns a VF into a `VdpaDevice`; the back-end drives it. The order of calls is the contract:
+
+    open_device(spec)
+      map_memory / unmap_memory          any time; a range stays mapped until it is unmapped
+      start(features, rings)             idle -> running, with one or more rings
+        start_ring(index, ring)          one more ring while running
+        set_call(index, fd)              another interrupt eventfd for a running ring
+        stop_ring(index) -> RingState    one ring less
+        take_event()                     when event_fd is readable
+      suspend() -> {index: RingState}    running -> idle; state of every ring that ran
+    close()                              from any state; releases the VF
+
+Ring numbers are vhost-user's: 2p receives and 2p+1 transmits for queue pair p. Addresses are guest
+physical and equal the device's DMA addresses (IOVA = GPA). Every call returns or raises within the
+driver's own deadline (seconds at most): a front-end waits for the answer with its guest stopped.
+
+Owns the interface, its value types, the device string of the command line and the table of drivers;
+cf. `struct rte_vdpa_dev_ops` in DPDK's lib/vhost/vdpa_driver.h.
+"""
+
+import abc
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class DeviceError(Exception):
+    """The VF cannot do what was asked, or does not answer; the text names the device and the reason."""
+
+
+class DeviceLostError(DeviceError):
+    """The VF is gone (removed, or its process ended): only `close` is of use."""
+
+
+class DeviceSpecError(ValueError):
+    """A device string that names no driver of ours, or options that the driver does not take."""
+
+
+@dataclass(frozen=True)
+class MemoryRegion:
+    """A range of guest memory that the VF may access.
+
+    A kernel VFIO bus maps by `address`, a vfio-user bus by `fd` and `fd_offset`, hence both.
+    """
+
+    #: Guest physical address of the first byte, and the IOVA to map it at.
+    guest_address: int
+    #: Length in bytes.
+    size: int
+    #: File that backs the range; owned by whoever made the region, valid until it is unmapped.
+    fd: int
+    #: Offset of the range's first byte in that file.
+    fd_offset: int
+    #: Address of the range's first byte in this process.
+    address: int
+
+
+@dataclass(frozen=True)
+class RingState:
+    """Where a split ring stands: free-running 16-bit indices of the next avail and used entry."""
+
+    avail: int
+    used: int
+
+
+@dataclass(frozen=True)
+class Ring:
+    """All that a VF needs to run one split virtqueue (virtio 1.3 section 2.7)."""
+
+    #: Number of descriptors, a power of two.
+    size: int
+    #: Guest physical addresses of the descriptor table, the available ring and the used ring.
+    descriptors: int
+    avail: int
+    used: int
+    #: Where to begin.
+    state: RingState
+    #: Eventfd that the guest's notifications arrive on; None when the front-end asks for polling.
+    kick: int | None
+    #: Eventfd that interrupts the guest; None when the front-end wants none.
+    call: int | None
+
+
+class DeviceEvent(Enum):
+    """What a VF reports by its configuration interrupt, or by vanishing."""
+
+    #: Device configuration changed (link state).
+    CONFIG_CHANGED = "config-changed"
+    #: The device met an error that only a reset ends (virtio 1.3 section 2.1.2).
+    NEEDS_RESET = "needs-reset"
+    #: The device is gone.
+    LOST = "lost"
+
+
+class VdpaDevice(abc.ABC):
+    """One VF as a vDPA device. All methods but `close` raise `DeviceError` (or `DeviceLostError`)."""
+
+    #: What messages call this device: driver and address, such as "ifcvf,vfio-user=/run/vf0.sock".
+    name: str
+    #: Virtio feature word the device can offer to a front-end: what the VF has, less what the driver
+    #: cannot carry, plus what it promises on the front-end's behalf (VHOST_F_LOG_ALL and such).
+    features: int
+    #: Number of receive/transmit queue pairs.
+    queue_pairs: int
+    #: Largest ring size in descriptors.
+    max_queue_size: int
+    #: Largest MTU in bytes that the VF forwards; None when it does not say.
+    max_mtu: int | None
+
+    @abc.abstractmethod
+    def map_memory(self, region: MemoryRegion) -> None:
+        """Let the VF read and write a range of guest memory."""
+
+    @abc.abstractmethod
+    def unmap_memory(self, region: MemoryRegion) -> None:
+        """Take a range back; on return the VF does not touch it any more."""
+
+    @abc.abstractmethod
+    def start(self, features: int, rings: Mapping[int, Ring]) -> None:
+        """Reset the VF, negotiate `features`, program `rings`, run; every ring is notified once."""
+
+    @abc.abstractmethod
+    def start_ring(self, index: int, ring: Ring) -> None:
+        """Run one more ring; it is notified once."""
+
+    @abc.abstractmethod
+    def set_call(self, index: int, fd: int | None) -> None:
+        """Send a running ring's interrupts to another eventfd; the caller keeps owning it."""
+
+    @abc.abstractmethod
+    def stop_ring(self, index: int) -> RingState:
+        """Stop one ring, the others go on; nothing of it is in flight on return."""
+
+    @abc.abstractmethod
+    def suspend(self) -> dict[int, RingState]:
+        """Stop all rings and return where each stands; the VF is idle and memory stays mapped.
+
+        After `DeviceError` too the VF no longer runs the rings, or is lost.
+        """
+
+    @property
+    @abc.abstractmethod
+    def event_fd(self) -> int:
+        """A descriptor that is readable when `take_event` has something to tell; the same for life."""
+
+    @abc.abstractmethod
+    def take_event(self) -> DeviceEvent | None:
+        """The next event, or None. Never blocks; does not raise."""
+
+    @abc.abstractmethod
+    def statistics(self) -> dict[str, int]:
+        """Counters by name; `kicks.N` counts the notifications forwarded for ring N."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Stop whatever runs and give the VF back. Idempotent, raises nothing."""
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """A parsed device string, `DRIVER,key=value…`: the devargs form that DPDK uses."""
+
+    driver: str
+    options: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> "DeviceSpec":
+        """Take a device string apart.
+
+        :raise DeviceSpecError: for an unknown driver, or a part that is not `key=value`.
+        """
+        driver, *parts = text.split(",")
+        if driver not in DRIVERS:
+            raise DeviceSpecError(f"device '{text}': no driver '{driver}'; use one of: {', '.join(DRIVERS)}")
+        options: dict[str, str] = {}
+        for part in parts:
+            key, separator, value = part.partition("=")
+            if not key or not separator or not value:
+                raise DeviceSpecError(f"device '{text}': '{part}' is not key=value")
+            if key in options:
+                raise DeviceSpecError(f"device '{text}': '{key}' is given twice")
+            options[key] = value
+        return cls(driver, options)
+
+    def __str__(self) -> str:
+        return ",".join([self.driver, *(f"{key}={value}" for key, value in self.options.items())])
+
+
+#: Driver name -> module, imported only when it is asked for, that has
+#: `open_device(spec: DeviceSpec) -> VdpaDevice`.
+DRIVERS: Mapping[str, str] = {
+    "ifcvf": "datapath.drivers.ifcvf",
+}
+
+
+def open_device(spec: DeviceSpec) -> VdpaDevice:
+    """Take hold of a VF.
+
+    :raise DeviceSpecError: for options that the driver does not take.
+    :raise DeviceError: when the VF cannot be reached or is not one that the driver serves.
+    """
+    module = importlib.import_module(DRIVERS[spec.driver])
+    device = module.open_device(spec)
+    assert isinstance(device, VdpaDevice)
+    return device
