@@ -1,0 +1,521 @@
+"""The vfio-user wire format, for the client (a bus) and the device (an emulated NIC) alike.
+
+A sans-I/O codec: bytes and descriptors in, typed messages out, and back. `Decoder` cuts a stream into
+`Message`s; each payload is a frozen dataclass with `pack` and `unpack`. Whatever is malformed raises
+`ProtocolError` and nothing else. Layouts and numbers are those of QEMU's docs/interop/vfio-user.rst;
+indices and flags that are the kernel's stand in `datapath.vfio`.
+
+Owns no socket and closes no descriptor: see `Message.fds` and `Decoder.abandon`.
+"""
+
+import json
+import struct
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag
+from typing import Self
+
+from datapath.vfio import RegionFlag, SetIrqsFlag
+
+
+class ProtocolError(ValueError):
+    """Bytes or descriptors that are not vfio-user."""
+
+
+class Command(IntEnum):
+    """Message types that a PCI client and device exchange; any other number is answered ENOSYS."""
+
+    VERSION = 1
+    DMA_MAP = 2
+    DMA_UNMAP = 3
+    GET_INFO = 4
+    GET_REGION_INFO = 5
+    GET_REGION_IO_FDS = 6
+    GET_IRQ_INFO = 7
+    SET_IRQS = 8
+    REGION_READ = 9
+    REGION_WRITE = 10
+    DEVICE_RESET = 13
+
+
+class HeaderFlag(IntFlag):
+    """Flags of the message header; the low four bits are the type: 0 a command, 1 a reply."""
+
+    REPLY = 0x01
+    NO_REPLY = 0x10
+    ERROR = 0x20
+
+
+class UnmapFlag(IntFlag):
+    """Flags of DMA_UNMAP."""
+
+    GET_DIRTY_BITMAP = 1
+    ALL = 2
+
+
+#: Protocol version spoken here. QEMU refuses a reply above the 0.0 that it proposes.
+MAJOR, MINOR = 0, 0
+HEADER = struct.Struct("=HHIII")
+#: Descriptors that one message may carry, as announced in VERSION.
+MAX_FDS = 16
+#: Bytes that one REGION_READ or REGION_WRITE may move, as announced in VERSION.
+MAX_DATA = 1 << 20
+#: Largest message: the data of a REGION_WRITE behind its header and fixed part.
+MAX_MESSAGE = HEADER.size + 16 + MAX_DATA
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message as it travels."""
+
+    id: int
+    command: int
+    flags: int = 0
+    #: Positive errno of an error reply.
+    errno: int = 0
+    payload: bytes = b""
+    #: Descriptors that came along; they belong to whoever takes the message.
+    fds: tuple[int, ...] = ()
+
+    @property
+    def is_reply(self) -> bool:
+        return bool(self.flags & HeaderFlag.REPLY)
+
+    @property
+    def is_error(self) -> bool:
+        return bool(self.flags & HeaderFlag.ERROR)
+
+    @property
+    def wants_reply(self) -> bool:
+        return not self.flags & (HeaderFlag.REPLY | HeaderFlag.NO_REPLY)
+
+    def pack(self) -> bytes:
+        """The bytes to send; `fds` go along with the first of them."""
+        size = HEADER.size + len(self.payload)
+        return HEADER.pack(self.id, self.command, size, self.flags, self.errno) + self.payload
+
+    def reply(self, payload: bytes = b"", fds: tuple[int, ...] = ()) -> "Message":
+        """The answer to this command."""
+        return Message(self.id, self.command, HeaderFlag.REPLY, 0, payload, fds)
+
+    def error(self, errno: int) -> "Message":
+        """The refusal of this command."""
+        return Message(self.id, self.command, HeaderFlag.REPLY | HeaderFlag.ERROR, errno)
+
+
+class Decoder:
+    """Cuts a byte stream into messages.
+
+    Descriptors arrive with the first byte of their message. To keep them apart, a reader takes no more
+    than `wanted` bytes from the socket at a time.
+    """
+
+    def __init__(self, max_message: int = MAX_MESSAGE, max_fds: int = MAX_FDS) -> None:
+        self._max_message = max_message
+        self._max_fds = max_fds
+        self._buffer = bytearray()
+        self._fds: list[int] = []
+
+    @property
+    def wanted(self) -> int:
+        """Bytes that are missing of the header, or of the message once its header is there; never 0.
+
+        :raise ProtocolError: as `feed`.
+        """
+        return self._message_size() - len(self._buffer)
+
+    def feed(self, data: bytes, fds: tuple[int, ...] = ()) -> list[Message]:
+        """Take what was read and return the messages that it completes.
+
+        The descriptors belong to the message that the first byte of `data` is part of.
+
+        :raise ProtocolError: for a header that is none, or too many bytes or descriptors for one
+            message; the stream is then of no more use, see `abandon`. Complete messages before the
+            bad one are returned first.
+        """
+        self._fds += fds
+        if len(self._fds) > self._max_fds:
+            raise ProtocolError(f"{len(self._fds)} descriptors with one message, at most {self._max_fds}")
+        self._buffer += data
+        messages = []
+        try:
+            while len(self._buffer) >= max(HEADER.size, self._message_size()):
+                messages.append(self._take())
+        except ProtocolError:
+            if not messages:
+                raise
+        return messages
+
+    def abandon(self) -> tuple[int, ...]:
+        """Forget an incomplete message; returns its descriptors, for the caller to close."""
+        fds, self._fds = tuple(self._fds), []
+        self._buffer.clear()
+        return fds
+
+    def _message_size(self) -> int:
+        if len(self._buffer) < HEADER.size:
+            return HEADER.size
+        _, _, size, flags, _ = HEADER.unpack_from(self._buffer)
+        if not HEADER.size <= size <= self._max_message:
+            raise ProtocolError(f"message of {size} bytes, allowed are {HEADER.size} to {self._max_message}")
+        if flags & 0xF > HeaderFlag.REPLY or flags & ~0x3F:
+            raise ProtocolError(f"message flags {flags:#x}")
+        return int(size)
+
+    def _take(self) -> Message:
+        size = self._message_size()
+        number, command, _, flags, errno = HEADER.unpack_from(self._buffer)
+        payload = bytes(self._buffer[HEADER.size : size])
+        fds, self._fds = tuple(self._fds), []
+        del self._buffer[:size]
+        return Message(number, command, flags, errno, payload, fds)
+
+
+def _exactly(layout: struct.Struct, payload: bytes, what: str) -> tuple[int, ...]:
+    """Unpack a payload that is one fixed structure."""
+    if len(payload) != layout.size:
+        raise ProtocolError(f"{what}: {len(payload)} bytes instead of {layout.size}")
+    return layout.unpack(payload)
+
+
+def _prefix(layout: struct.Struct, payload: bytes, what: str) -> tuple[int, ...]:
+    """Unpack the fixed structure that a payload starts with."""
+    if len(payload) < layout.size:
+        raise ProtocolError(f"{what}: {len(payload)} bytes, at least {layout.size} needed")
+    return layout.unpack_from(payload)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a peer says of itself in VERSION; the defaults hold for what it leaves out."""
+
+    max_msg_fds: int = 1
+    max_data_xfer_size: int = MAX_DATA
+    max_dma_maps: int = 65535
+    pgsizes: int = 4096
+
+
+@dataclass(frozen=True)
+class Version:
+    """VERSION, command and reply: numbers and a JSON text that ends in NUL."""
+
+    major: int = MAJOR
+    minor: int = MINOR
+    capabilities: Capabilities = field(default=Capabilities(max_msg_fds=MAX_FDS))
+
+    LAYOUT = struct.Struct("=HH")
+
+    def pack(self) -> bytes:
+        # Compact: QEMU receives the reply into a buffer of its own request's size (about 200 bytes).
+        text = json.dumps({"capabilities": vars(self.capabilities)}, separators=(",", ":"))
+        return self.LAYOUT.pack(self.major, self.minor) + text.encode() + b"\0"
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        major, minor = _prefix(cls.LAYOUT, payload, "VERSION")
+        return cls(major, minor, cls._capabilities(payload[cls.LAYOUT.size :]))
+
+    @staticmethod
+    def _capabilities(text: bytes) -> Capabilities:
+        if not text:
+            return Capabilities()
+        if not text.endswith(b"\0"):
+            raise ProtocolError("VERSION: the JSON text does not end in NUL")
+        try:
+            document = json.loads(text.rstrip(b"\0").decode())
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"VERSION: not JSON: {error}") from error
+        values = document.get("capabilities", {}) if isinstance(document, dict) else None
+        if not isinstance(values, dict):
+            raise ProtocolError("VERSION: JSON without an object of capabilities")
+        known = {name: values[name] for name in vars(Capabilities()) if name in values}
+        for name, value in known.items():
+            if type(value) is not int or not 0 <= value < 1 << 64:
+                raise ProtocolError(f"VERSION: capability {name} is {value!r}")
+        return Capabilities(**known)
+
+
+@dataclass(frozen=True)
+class DmaMap:
+    """DMA_MAP: memory at `address` is that of the message's descriptor from `offset` on.
+
+    Without a descriptor the device may reach the range by messages only.
+    """
+
+    flags: int
+    offset: int
+    address: int
+    size: int
+
+    LAYOUT = struct.Struct("=IIQQQ")
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.LAYOUT.size, self.flags, self.offset, self.address, self.size)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        _, flags, offset, address, size = _exactly(cls.LAYOUT, payload, "DMA_MAP")
+        return cls(flags, offset, address, size)
+
+
+@dataclass(frozen=True)
+class DmaUnmap:
+    """DMA_UNMAP, command and reply."""
+
+    flags: int
+    address: int
+    size: int
+
+    LAYOUT = struct.Struct("=IIQQ")
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.LAYOUT.size, self.flags, self.address, self.size)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        # More may follow: room for a dirty bitmap, which a client asks for by flag.
+        _, flags, address, size = _prefix(cls.LAYOUT, payload, "DMA_UNMAP")
+        return cls(flags, address, size)
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """GET_INFO, command (all zero but `argsz`) and reply."""
+
+    flags: int = 0
+    regions: int = 0
+    irqs: int = 0
+
+    LAYOUT = struct.Struct("=IIII")
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.LAYOUT.size, self.flags, self.regions, self.irqs)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        _, flags, regions, irqs = _exactly(cls.LAYOUT, payload, "GET_INFO")
+        return cls(flags, regions, irqs)
+
+
+@dataclass(frozen=True)
+class Area:
+    """A range of a region, in bytes."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class RegionInfo:
+    """GET_REGION_INFO, command (`index` and `argsz`) and reply.
+
+    `areas` is the sparse-mmap capability: the only ranges that may be mapped, at `offset` plus their
+    own in the reply's descriptor. None: no such capability.
+    """
+
+    index: int
+    flags: int = 0
+    size: int = 0
+    offset: int = 0
+    areas: tuple[Area, ...] | None = None
+    #: Bytes of reply that the client has room for; in a reply, those that the whole answer needs.
+    argsz: int = 32
+
+    LAYOUT = struct.Struct("=IIIIQQ")
+    CAPABILITY = struct.Struct("=HHI")
+    SPARSE = struct.Struct("=II")
+    AREA = struct.Struct("=QQ")
+    SPARSE_MMAP = 1
+
+    @property
+    def full_size(self) -> int:
+        """Bytes of the reply with its capabilities."""
+        if self.areas is None:
+            return self.LAYOUT.size
+        return self.LAYOUT.size + self.CAPABILITY.size + self.SPARSE.size + self.AREA.size * len(self.areas)
+
+    def pack(self) -> bytes:
+        """The command: no capabilities, `argsz` as given."""
+        return self.LAYOUT.pack(self.argsz, self.flags, self.index, 0, self.size, self.offset)
+
+    def pack_reply(self, room: int) -> bytes:
+        """The reply to a client with room for so many bytes; without capabilities if they do not fit."""
+        flags = self.flags | (RegionFlag.CAPS if self.areas is not None else 0)
+        if self.areas is None or room < self.full_size:
+            return self.LAYOUT.pack(self.full_size, flags, self.index, 0, self.size, self.offset)
+        parts = [
+            self.LAYOUT.pack(self.full_size, flags, self.index, self.LAYOUT.size, self.size, self.offset),
+            self.CAPABILITY.pack(self.SPARSE_MMAP, 1, 0),
+            self.SPARSE.pack(len(self.areas), 0),
+            *(self.AREA.pack(area.offset, area.size) for area in self.areas),
+        ]
+        return b"".join(parts)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        argsz, flags, index, capability, size, offset = _prefix(cls.LAYOUT, payload, "GET_REGION_INFO")
+        areas = cls._sparse_areas(payload, capability) if flags & RegionFlag.CAPS and capability else None
+        return cls(index, flags, size, offset, areas, argsz)
+
+    @classmethod
+    def _sparse_areas(cls, payload: bytes, at: int) -> tuple[Area, ...] | None:
+        """Walk the chain of capabilities; each must lie behind the one before."""
+        floor = cls.LAYOUT.size
+        while at:
+            if at < floor or at + cls.CAPABILITY.size > len(payload):
+                raise ProtocolError(f"GET_REGION_INFO: capability at {at} of {len(payload)} bytes")
+            number, _, following = cls.CAPABILITY.unpack_from(payload, at)
+            floor = at + cls.CAPABILITY.size
+            if number == cls.SPARSE_MMAP:
+                return cls._unpack_areas(payload[floor:])
+            at = following
+        return None
+
+    @classmethod
+    def _unpack_areas(cls, body: bytes) -> tuple[Area, ...]:
+        count, _ = _prefix(cls.SPARSE, body, "sparse mmap capability")
+        if len(body) < cls.SPARSE.size + count * cls.AREA.size:
+            raise ProtocolError(f"sparse mmap capability: {count} areas in {len(body)} bytes")
+        ends = cls.SPARSE.size + count * cls.AREA.size
+        return tuple(Area(*pair) for pair in cls.AREA.iter_unpack(body[cls.SPARSE.size : ends]))
+
+
+@dataclass(frozen=True)
+class IoFd:
+    """One way to write a region without a message: an entry of GET_REGION_IO_FDS."""
+
+    offset: int
+    size: int
+    #: Which of the reply's descriptors.
+    fd_index: int
+    type: int = 0
+    flags: int = 0
+    #: Value that the write must have, if `flags` says so (KVM_IOEVENTFD_FLAG_DATAMATCH).
+    datamatch: int = 0
+
+    LAYOUT = struct.Struct("=QQIIIIQ")
+    #: `type` of an eventfd that is written in place of the register.
+    IOEVENTFD = 0
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(
+            self.offset, self.size, self.fd_index, self.type, self.flags, 0, self.datamatch
+        )
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        offset, size, fd_index, kind, flags, _, datamatch = _exactly(cls.LAYOUT, payload, "ioeventfd entry")
+        return cls(offset, size, fd_index, kind, flags, datamatch)
+
+
+@dataclass(frozen=True)
+class RegionIoFds:
+    """GET_REGION_IO_FDS, command (`index` and `argsz`) and reply."""
+
+    index: int
+    entries: tuple[IoFd, ...] = ()
+    #: Bytes of reply that the client has room for; in a reply, those that the whole answer needs.
+    argsz: int = 16 + 40 * MAX_FDS
+    #: Entries that there are, in a reply; `entries` is empty when they do not fit.
+    count: int = 0
+
+    LAYOUT = struct.Struct("=IIII")
+
+    def pack(self) -> bytes:
+        """The command."""
+        return self.LAYOUT.pack(self.argsz, 0, self.index, 0)
+
+    @property
+    def full_size(self) -> int:
+        """Bytes of the reply with its entries."""
+        return self.LAYOUT.size + IoFd.LAYOUT.size * len(self.entries)
+
+    def pack_reply(self, room: int) -> bytes:
+        """The reply to a client with room for so many bytes; without entries if they do not fit."""
+        fixed = self.LAYOUT.pack(self.full_size, 0, self.index, len(self.entries))
+        if room < self.full_size:
+            return fixed
+        return fixed + b"".join(entry.pack() for entry in self.entries)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        argsz, _, index, count = _prefix(cls.LAYOUT, payload, "GET_REGION_IO_FDS")
+        body = payload[cls.LAYOUT.size :]
+        if not body:
+            return cls(index, (), argsz, count)
+        stride = IoFd.LAYOUT.size
+        if len(body) != count * stride:
+            raise ProtocolError(f"GET_REGION_IO_FDS: {count} entries in {len(body)} bytes")
+        entries = (IoFd.unpack(body[at : at + stride]) for at in range(0, len(body), stride))
+        return cls(index, tuple(entries), argsz, count)
+
+
+@dataclass(frozen=True)
+class IrqInfo:
+    """GET_IRQ_INFO, command (`index`) and reply."""
+
+    index: int
+    flags: int = 0
+    count: int = 0
+
+    LAYOUT = struct.Struct("=IIII")
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.LAYOUT.size, self.flags, self.index, self.count)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        _, flags, index, count = _exactly(cls.LAYOUT, payload, "GET_IRQ_INFO")
+        return cls(index, flags, count)
+
+
+@dataclass(frozen=True)
+class SetIrqs:
+    """SET_IRQS; eventfds travel as the message's descriptors, not in `data`.
+
+    With DATA_EVENTFD, no descriptor at all takes the eventfds of the range away.
+    """
+
+    flags: int
+    index: int
+    start: int = 0
+    count: int = 0
+    data: bytes = b""
+
+    LAYOUT = struct.Struct("=IIIII")
+
+    def pack(self) -> bytes:
+        size = self.LAYOUT.size + len(self.data)
+        return self.LAYOUT.pack(size, self.flags, self.index, self.start, self.count) + self.data
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        _, flags, index, start, count = _prefix(cls.LAYOUT, payload, "SET_IRQS")
+        data = payload[cls.LAYOUT.size :]
+        if len(data) != (count if flags & SetIrqsFlag.DATA_BOOL else 0):
+            raise ProtocolError(f"SET_IRQS: {len(data)} bytes of data, flags {flags:#x}, count {count}")
+        return cls(flags, index, start, count, data)
+
+
+@dataclass(frozen=True)
+class RegionAccess:
+    """REGION_READ and REGION_WRITE, command and reply; a read's command and a write's reply lack `data`."""
+
+    offset: int
+    region: int
+    count: int
+    data: bytes = b""
+
+    LAYOUT = struct.Struct("=QII")
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.offset, self.region, self.count) + self.data
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        offset, region, count = _prefix(cls.LAYOUT, payload, "region access")
+        data = payload[cls.LAYOUT.size :]
+        if data and len(data) != count:
+            raise ProtocolError(f"region access: {len(data)} bytes of data, count {count}")
+        if count > MAX_DATA:
+            raise ProtocolError(f"region access: {count} bytes, at most {MAX_DATA}")
+        return cls(offset, region, count, data)
