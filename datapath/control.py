@@ -1,0 +1,292 @@
+"""The control socket of a port and of an emulated NIC: a small QMP server in one `selectors` loop.
+
+It speaks the QEMU Machine Protocol (QEMU docs/interop/qmp-spec.rst), as virtvdpad does, so qmp-shell and
+qemu.qmp are clients. Written by hand because qemu.qmp's server side needs asyncio, which a port process
+does without to stay small. Owns the framing (`JsonStream`), the sockets of its clients and the replies;
+what the commands do belongs to the program that registers them.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+#: Longest command in bytes; the daemon's longest carries a domain XML, a port's none.
+MAX_COMMAND = 64 * 1024
+#: Bytes of unread replies and events after which a client is dropped.
+MAX_BACKLOG = 1024 * 1024
+
+Arguments = dict[str, Any]
+Handler = Callable[[Arguments], object]
+
+
+class CommandError(Exception):
+    """A command that cannot be carried out; the text is what the client sees."""
+
+
+class StreamError(ValueError):
+    """Bytes that are not a stream of JSON objects."""
+
+
+def greeting() -> dict[str, object]:
+    """What a QMP server says first; clients want a `version.qemu` of three numbers."""
+    version = {"qemu": {"major": 0, "minor": 1, "micro": 0}, "package": "libvirt-vdpa"}
+    return {"QMP": {"version": version, "capabilities": []}}
+
+
+def encode(message: Mapping[str, object]) -> bytes:
+    """One message as QMP sends it: a line of JSON."""
+    return json.dumps(message).encode() + b"\r\n"
+
+
+class JsonStream:
+    """Cuts a byte stream into JSON objects; clients need not end them with a newline."""
+
+    def __init__(self, limit: int = MAX_COMMAND) -> None:
+        self._limit = limit
+        self._buffer = bytearray()
+        self._scanned = 0
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """Add bytes, yield the objects that are whole.
+
+        :raise StreamError: for anything but JSON objects, or one longer than the limit.
+        """
+        self._buffer += data
+        while (end := self._end_of_object()) is not None:
+            text = bytes(self._buffer[:end])
+            del self._buffer[:end]
+            self._scanned = 0
+            try:
+                yield json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise StreamError(f"not JSON: {error}") from error
+        if len(self._buffer) > self._limit:
+            raise StreamError(f"a command is longer than {self._limit} bytes")
+
+    def _end_of_object(self) -> int | None:
+        """Index after the closing brace of the first object, or None while it is incomplete."""
+        if self._depth == 0:
+            stripped = self._buffer.lstrip()
+            self._scanned = len(self._buffer) - len(stripped)
+            if stripped and stripped[:1] != b"{":
+                raise StreamError("a command must be a JSON object")
+        for position in range(self._scanned, len(self._buffer)):
+            byte = self._buffer[position]
+            if self._in_string:
+                if self._escaped:
+                    self._escaped = False
+                elif byte == ord("\\"):
+                    self._escaped = True
+                elif byte == ord('"'):
+                    self._in_string = False
+            elif byte == ord('"'):
+                self._in_string = True
+            elif byte in b"{[":
+                self._depth += 1
+            elif byte in b"}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    self._depth = 0
+                    return position + 1
+        self._scanned = len(self._buffer)
+        return None
+
+
+class _Client:
+    """One connected QMP client: its stream, whether it negotiated, and what it has not read yet."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.stream = JsonStream()
+        self.negotiated = False
+        self.backlog = bytearray()
+
+
+class ControlServer:
+    """Serves commands on a UNIX socket until `close`.
+
+    Sockets are registered in `selector` with a callable taking the event mask as their data; the
+    program's loop calls it.
+    """
+
+    def __init__(
+        self, selector: selectors.BaseSelector, path: str | Path, commands: Mapping[str, Handler]
+    ) -> None:
+        """Listen on `path`, open to its owner alone.
+
+        :raise OSError: when the path cannot be bound.
+        """
+        self.path = Path(path)
+        self._selector = selector
+        self._commands: dict[str, Handler] = {**commands, "query-commands": self._query_commands}
+        self._clients: set[_Client] = set()
+        self._listener = listen(self.path, mode=0o600)
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def event(self, name: str, data: Mapping[str, object]) -> None:
+        """Tell every client that has negotiated."""
+        seconds, fraction = divmod(time.time(), 1)
+        stamp = {"seconds": int(seconds), "microseconds": int(fraction * 1_000_000)}
+        message = encode({"event": name, "data": data, "timestamp": stamp})
+        for client in [client for client in self._clients if client.negotiated]:
+            self._send(client, message)
+
+    def close(self) -> None:
+        """Drop every client and remove the socket."""
+        for client in list(self._clients):
+            self._drop(client)
+        if self._listener.fileno() != -1:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self.path.unlink(missing_ok=True)
+
+    def _accept(self, _mask: int) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # the client left again, or descriptors ran out: either way nobody to serve
+            return
+        connection.setblocking(False)
+        client = _Client(connection)
+        self._clients.add(client)
+        self._selector.register(connection, selectors.EVENT_READ, lambda mask: self._ready(client, mask))
+        self._send(client, encode(greeting()))
+
+    def _ready(self, client: _Client, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            self._flush(client)
+        if mask & selectors.EVENT_READ and client in self._clients:
+            self._receive(client)
+
+    def _receive(self, client: _Client) -> None:
+        try:
+            data = client.connection.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(client)
+            return
+        try:
+            for message in client.stream.feed(data):
+                self._send(client, encode(self._answer(client, message)))
+        except StreamError as error:
+            self._send(client, encode(_error("GenericError", str(error))))
+            self._drop(client)
+
+    def _answer(self, client: _Client, message: dict[str, Any]) -> dict[str, object]:
+        reply = self._execute(client, message)
+        if "id" in message:
+            reply["id"] = message["id"]
+        return reply
+
+    def _execute(self, client: _Client, message: dict[str, Any]) -> dict[str, object]:
+        name = message.get("execute")
+        arguments = message.get("arguments", {})
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            return _error("GenericError", 'a command is {"execute": NAME, "arguments": {…}}')
+        if not client.negotiated:
+            if name != "qmp_capabilities":
+                return _error("CommandNotFound", "qmp_capabilities comes first")
+            client.negotiated = True
+            return {"return": {}}
+        if name not in self._commands:
+            return _error("CommandNotFound", f"The command {name} has not been found")
+        try:
+            return {"return": self._commands[name](arguments)}
+        except CommandError as error:
+            return _error("GenericError", str(error))
+
+    def _query_commands(self, _arguments: Arguments) -> object:
+        return [{"name": name} for name in sorted(self._commands)]
+
+    def _send(self, client: _Client, data: bytes) -> None:
+        client.backlog += data
+        self._flush(client)
+
+    def _flush(self, client: _Client) -> None:
+        if client not in self._clients:
+            return
+        try:
+            while client.backlog:
+                del client.backlog[: client.connection.send(client.backlog)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(client)
+            return
+        if len(client.backlog) > MAX_BACKLOG:
+            self._drop(client)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.backlog else 0)
+        key = self._selector.get_key(client.connection)
+        if key.events != events:
+            self._selector.modify(client.connection, events, key.data)
+
+    def _drop(self, client: _Client) -> None:
+        if client in self._clients:
+            self._clients.remove(client)
+            self._selector.unregister(client.connection)
+            client.connection.close()
+
+
+def _error(kind: str, text: str) -> dict[str, object]:
+    return {"error": {"class": kind, "desc": text}}
+
+
+def listen(path: Path, mode: int = 0o600) -> socket.socket:
+    """A non-blocking listener at `path` that is complete, mode and all, when the name appears.
+
+    It is bound under a temporary name and renamed onto the path, so nobody ever connects to a socket
+    that is not served. A socket that nobody listens on any more is replaced.
+
+    :raise OSError: EADDRINUSE when somebody answers at `path`, EEXIST when it is no socket; else what
+        the system says about the path.
+    """
+    free_address(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        listener.setblocking(False)
+        temporary.unlink(missing_ok=True)
+        listener.bind(str(temporary))
+        temporary.chmod(mode)
+        listener.listen()
+        temporary.rename(path)
+    except BaseException:
+        listener.close()
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    return listener
+
+
+def free_address(path: Path) -> None:
+    """See that `path` can be bound: it does not exist, or is a socket that nobody serves.
+
+    :raise FileExistsError: when it is not a socket.
+    :raise OSError: EADDRINUSE when a server answers.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_socket():
+        raise FileExistsError(errno.EEXIST, "not a socket; remove it or choose another path", str(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a full backlog must not hold us: it is served all the same
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except BlockingIOError:
+            pass
+    raise OSError(errno.EADDRINUSE, "another process serves this socket", str(path))
