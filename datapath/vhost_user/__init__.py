@@ -1,1 +1,1 @@
-"""The vhost-user back-end: codec, state machine and guest memory. Owns no socket."""
+"""The vhost-user back-end: codec, state machine, guest memory, and the socket of one front-end."""

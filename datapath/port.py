@@ -1,0 +1,338 @@
+"""The port process, `virt-vdpa-port`: one socket, one driver, one VF, one guest.
+
+It composes what the other modules of datapath own: an endpoint gives a connection, the connection's
+back-end drives the vDPA device, and a control socket tells about both. It is a back-end program as QEMU
+docs/interop/vhost-user.rst, "Backend program conventions", describes them and can be run by hand.
+
+It imports no asyncio, lxml, qemu.qmp or libvirt: there is one process for every guest interface.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from datapath import virtio
+from datapath.control import Arguments, ControlServer
+from datapath.endpoint import Connector, Endpoint, EndpointError, Listener, NoMoreFrontEndsError, from_fd
+from datapath.vdpa import (
+    DeviceError,
+    DeviceEvent,
+    DeviceLostError,
+    DeviceSpec,
+    DeviceSpecError,
+    VdpaDevice,
+    open_device,
+)
+from datapath.vhost_user.backend import Backend
+from datapath.vhost_user.connection import Connection, DisconnectedError
+from datapath.vhost_user.messages import ProtocolError
+
+PROGRAM = "virt-vdpa-port"
+#: What `--print-capabilities` prints (QEMU docs/interop/vhost-user.json, VHostUserBackendCapabilities).
+CAPABILITIES = {"type": "net", "features": []}
+ALL_FEATURES = (1 << 64) - 1
+
+
+class Port:
+    """One port: serves one front-end at a time until it is told to quit or its VF is lost."""
+
+    def __init__(
+        self,
+        device: VdpaDevice,
+        options: argparse.Namespace,
+        selector: selectors.BaseSelector,
+    ) -> None:
+        self._device = device
+        self._endpoint: Endpoint | None = None
+        self._options = options
+        self._selector = selector
+        self._connection: Connection | None = None
+        self._control: ControlServer | None = None
+        self._state = "waiting"
+        self._last_error: str | None = None
+        self._connections = 0
+        self._quit = False
+        self._failure: str | None = None
+        selector.register(device.event_fd, selectors.EVENT_READ, self._device_event)
+        if options.control is not None:
+            commands = {
+                "query-status": self._query_status,
+                "query-stats": self._query_stats,
+                "quit": self.quit,
+            }
+            self._control = ControlServer(selector, options.control, commands)
+
+    def run(self, endpoint: Endpoint) -> int:
+        """Serve the front-ends that an endpoint brings, until the end; the exit code."""
+        self._endpoint = endpoint
+        if (listener := endpoint.fileno()) is not None:
+            self._selector.register(listener, selectors.EVENT_READ, self._poll_endpoint)
+        while not self._quit and self._failure is None:
+            deadline = endpoint.deadline(self._connection is not None)
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            for key, mask in self._selector.select(timeout):
+                if key.fd in self._selector.get_map():  # an earlier callback may have dropped it
+                    key.data(mask)
+            if deadline is not None:
+                self._poll_endpoint(0)
+        if self._failure is not None:
+            log(self._options.name, self._failure)
+        return 0 if self._failure is None else 1
+
+    def quit(self, _arguments: Arguments | None = None) -> dict[str, object]:
+        """End the process, in good order."""
+        self._quit = True
+        return {}
+
+    def close(self) -> None:
+        """End the connection and remove the control socket; the device and endpoint are the caller's."""
+        self._disconnect("the port ends")
+        if self._control is not None:
+            self._control.close()
+
+    # The front-end
+
+    def _poll_endpoint(self, _mask: int) -> None:
+        assert self._endpoint is not None
+        try:
+            sock = self._endpoint.poll(self._connection is not None)
+        except NoMoreFrontEndsError:
+            self._quit = True
+            return
+        except EndpointError as error:
+            self._fail(str(error))
+            return
+        if sock is None:
+            return
+        if self._connection is not None:
+            if not self._connection.gone:
+                log(self._options.name, "a second front-end was turned away: one is connected")
+                sock.close()
+                return
+            self._disconnect("the front-end disconnected")
+        backend = Backend(self._device, self._options.features, lambda text: log(self._options.name, text))
+        self._connection = Connection(sock, backend)
+        self._connections += 1
+        self._selector.register(sock, selectors.EVENT_READ, self._receive)
+        self._enter("connected")
+
+    def _receive(self, _mask: int) -> None:
+        assert self._connection is not None
+        try:
+            self._connection.receive()
+            self._enter("running" if self._connection.backend.running else "connected")
+        except DisconnectedError as error:
+            self._disconnect(str(error))
+        except ProtocolError as error:
+            self._reject(f"front-end broke the protocol: {error}")
+        except DeviceLostError as error:
+            self._fail(str(error))
+        except DeviceError as error:
+            self._reject(f"device failed: {error}")
+
+    def _reject(self, reason: str) -> None:
+        self._last_error = reason
+        self._disconnect(reason)
+
+    def _disconnect(self, reason: str) -> None:
+        if self._connection is None:
+            return
+        self._selector.unregister(self._connection.socket)
+        self._connection.close()
+        self._connection = None
+        log(self._options.name, reason)
+        self._enter("waiting", reason)
+
+    # The device
+
+    def _device_event(self, _mask: int) -> None:
+        event = self._device.take_event()
+        if event is DeviceEvent.LOST:
+            self._fail(f"{self._device.name}: the device is gone")
+        elif event is DeviceEvent.NEEDS_RESET:
+            if self._connection is not None:
+                self._connection.backend.signal_error()
+            self._reject(f"{self._device.name} needs a reset: it met a ring or buffer that it cannot use")
+        elif event is DeviceEvent.CONFIG_CHANGED:
+            # QEMU's virtio-net takes no configuration changes from a back-end (it masks CONFIG).
+            log(self._options.name, f"{self._device.name}: device configuration changed")
+
+    def _fail(self, reason: str) -> None:
+        self._last_error = reason
+        self._disconnect(reason)
+        self._enter("failed", reason)
+        self._failure = reason
+
+    # What the control socket tells
+
+    def _enter(self, state: str, reason: str | None = None) -> None:
+        if state == self._state:
+            return
+        self._state = state
+        if self._control is not None:
+            self._control.event("PORT_STATE", {"state": state, "reason": reason})
+
+    def _query_status(self, _arguments: Arguments) -> dict[str, object]:
+        backend = self._connection.backend if self._connection is not None else None
+        acked = (backend.acked or 0) if backend is not None else 0
+        return {
+            "name": self._options.name,
+            "device": str(self._options.device),
+            "driver": self._options.device.driver,
+            "pid": os.getpid(),
+            "role": self._endpoint.role if self._endpoint is not None else None,
+            "socket": str(self._options.socket_path) if self._options.socket_path else None,
+            "state": self._state,
+            "front_end": backend is not None,
+            "features_offered": self._device.features & self._options.features,
+            "features_acked": acked,
+            "feature_names": virtio.feature_names(acked),
+            "queue_pairs": self._device.queue_pairs,
+            "max_queue_size": self._device.max_queue_size,
+            "rings": list(self._rings(backend)) if backend is not None else [],
+            "last_error": self._last_error,
+            "connections": self._connections,
+        }
+
+    def _rings(self, backend: Backend) -> Iterator[dict[str, object]]:
+        for ring in backend.rings:
+            progress = None
+            with contextlib.suppress(ProtocolError):  # guest memory that has gone; its own turn will tell
+                progress = ring.progress(backend.memory)
+            avail, used = progress or (None, ring.base)
+            yield {
+                "index": ring.index,
+                "size": ring.size,
+                "enabled": ring.enabled,
+                "running": ring.running,
+                "avail": avail,
+                "used": used,
+            }
+
+    def _query_stats(self, _arguments: Arguments) -> dict[str, int]:
+        return self._device.statistics()
+
+
+def log(name: str | None, text: str) -> None:
+    """One line on standard error, with the port that it speaks of."""
+    print(f"{PROGRAM}: {name}: {text}" if name else f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+
+
+def _device_spec(text: str) -> DeviceSpec:
+    try:
+        return DeviceSpec.parse(text)
+    except DeviceSpecError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(PROGRAM, description="A vhost-user back-end for one vDPA device.")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket-path", type=Path, metavar="PATH", help="UNIX socket to listen on")
+    where.add_argument("--fd", type=int, metavar="N", help="listening or connected socket to use")
+    parser.add_argument("--connect", action="store_true", help="connect to PATH instead of listening on it")
+    parser.add_argument(
+        "--connect-timeout", type=float, default=30.0, metavar="S", help="for the first time: %(default)g s"
+    )
+    parser.add_argument(
+        "--device",
+        type=_device_spec,
+        required=True,
+        metavar="DRIVER,key=value…",
+        help="such as ifcvf,vfio-user=/run/nic/vf0.sock",
+    )
+    parser.add_argument("--control", type=Path, metavar="PATH", help="control socket (QMP) to serve")
+    parser.add_argument("--name", metavar="LABEL", help="what log lines call this port")
+    parser.add_argument(
+        "--features",
+        type=lambda text: int(text, 0),
+        default=ALL_FEATURES,
+        metavar="MASK",
+        help="offer no other virtio features than these",
+    )
+    parser.add_argument(
+        "--print-capabilities", action="store_true", help="print what this program is, as JSON"
+    )
+    options = parser.parse_args(arguments)
+    if options.connect and options.socket_path is None:
+        parser.error("--connect needs --socket-path")
+    return options
+
+
+def _endpoint(options: argparse.Namespace) -> Endpoint:
+    """The endpoint that the options name; a listener's path appears here, so call it last.
+
+    :raise EndpointError: when it cannot be had.
+    """
+    if options.fd is not None:
+        return from_fd(options.fd)
+    if options.connect:
+        return Connector(options.socket_path, options.connect_timeout)
+    return Listener.bind(options.socket_path)
+
+
+@contextlib.contextmanager
+def _signals(selector: selectors.BaseSelector, port: Port) -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the port's loop."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: port.quit() and None)
+    selector.register(reader, selectors.EVENT_READ, lambda mask: reader.recv(64) and None)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        selector.unregister(reader)
+        reader.close()
+        writer.close()
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Open the VF, offer it, serve.
+
+    :raise DeviceError: when the VF cannot be had.
+    :raise EndpointError: when the socket cannot be had.
+    :raise OSError: when the control socket cannot be had.
+    """
+    with contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        device = open_device(options.device)
+        stack.callback(device.close)
+        port = Port(device, options, selector)
+        stack.callback(port.close)
+        stack.enter_context(_signals(selector, port))
+        endpoint = _endpoint(options)  # last: whoever finds the socket finds a port that answers
+        stack.callback(endpoint.close)
+        log(options.name, f"{device.name} serves {options.socket_path or f'descriptor {options.fd}'}")
+        return port.run(endpoint)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--print-capabilities" in given:  # the rest of the command line does not matter then
+        print(json.dumps(CAPABILITIES))
+        return 0
+    options = parse_arguments(given)
+    try:
+        return serve(options)
+    except (DeviceError, DeviceSpecError, EndpointError) as error:
+        log(options.name, str(error))
+    except OSError as error:
+        log(options.name, f"{error.filename or 'system call'}: {error.strerror}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

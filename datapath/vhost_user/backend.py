@@ -1,0 +1,401 @@
+"""The vhost-user back-end of one connection: a state machine without I/O that drives a vDPA device.
+
+It takes typed messages and returns the bytes of the reply, if one is due. Which message is served, and
+what must have been negotiated first, is the table `RULES`; when a ring runs is `Backend._settle`, and
+nowhere else:
+
+    a ring runs  <=>  it is started (its kick has come, and no GET_VRING_BASE since)  and enabled
+                      and features are set, and, where STATUS was negotiated, DRIVER_OK is
+
+A disabled transmit ring is not drained: the VF cannot consume what it does not run, so the guest's packets
+wait in the ring until it is enabled. (The specification has network back-ends drop them.)
+
+Source: QEMU docs/interop/vhost-user.rst. Owns one connection's negotiated state, its memory and rings; the
+device outlives it. Sockets are `port.py`'s.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datapath import virtio
+from datapath.vdpa import DeviceError, RingState, VdpaDevice
+from datapath.vhost_user import memory as guest_memory
+from datapath.vhost_user.memory import GuestMemory
+from datapath.vhost_user.messages import (
+    EXPECT_REPLY,
+    LAYOUTS,
+    Message,
+    ProtocolError,
+    ProtocolFeature,
+    Region,
+    Request,
+    close_all,
+    encode_reply,
+    request_name,
+)
+from datapath.vhost_user.vring import Vring
+
+#: Never 14 (INBAND_NOTIFICATIONS) or 17 (XEN_MMAP): QEMU accepts and does not implement them.
+PROTOCOL_FEATURES = sum(
+    virtio.bit(feature)
+    for feature in (
+        ProtocolFeature.MQ,
+        ProtocolFeature.LOG_SHMFD,
+        ProtocolFeature.REPLY_ACK,
+        ProtocolFeature.NET_MTU,
+        ProtocolFeature.BACKEND_REQ,
+        ProtocolFeature.CONFIGURE_MEM_SLOTS,
+        ProtocolFeature.STATUS,
+    )
+)
+F_PROTOCOL_FEATURES = virtio.bit(virtio.Feature.VHOST_USER_F_PROTOCOL_FEATURES)
+F_LOG_ALL = virtio.bit(virtio.Feature.VHOST_F_LOG_ALL)
+#: Bits of the feature word that are vhost's and no virtio device's.
+VHOST_FEATURES = F_PROTOCOL_FEATURES | F_LOG_ALL
+#: Smallest MTU that IPv4 allows (RFC 791), in bytes; also virtio's (virtio 1.3 section 5.1.4.1).
+MIN_MTU = 68
+
+
+class Backend:
+    """One front-end's session with a device.
+
+    `handle` raises `ProtocolError` for what the front-end did wrong and `DeviceError` for what the
+    device could not do; after either only `close` is of use.
+    """
+
+    def __init__(self, device: VdpaDevice, offer: int = (1 << 64) - 1, report: Callable[[str], None] = print):
+        """Begin with nothing negotiated.
+
+        :param offer: mask of the virtio features to offer, of those that the device has.
+        :param report: told, in a line, what an operator should know.
+        """
+        self.device = device
+        self.offered = device.features & offer | F_PROTOCOL_FEATURES
+        self.acked: int | None = None
+        self.protocol_features = 0
+        self.status = 0
+        self.memory = GuestMemory()
+        self.rings = [Vring(index) for index in range(2 * device.queue_pairs)]
+        self._report = report
+        self._back_channel: int | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the device runs any ring."""
+        return any(ring.running for ring in self.rings)
+
+    def negotiated(self, feature: ProtocolFeature) -> bool:
+        """Whether the front-end accepted a protocol feature."""
+        return bool(self.protocol_features & virtio.bit(feature))
+
+    def handle(self, message: Message) -> bytes | None:
+        """Carry a message out and return its reply, or None where none is due.
+
+        Takes the message's descriptors.
+
+        :raise ProtocolError: when the front-end broke the protocol.
+        :raise DeviceError: when the device failed.
+        """
+        try:
+            rule = RULES.get(message.request)
+            if rule is None or not (rule.needs is None or self.negotiated(rule.needs)):
+                return self._refuse(message)
+            answer = rule.handler(self, message)
+            self._settle()
+            if LAYOUTS[message.request].reply is None or answer is None:
+                return self._acknowledge(message, answer or 0)
+            return encode_reply(message.request, answer)
+        finally:
+            message.close()
+
+    def _refuse(self, message: Message) -> bytes | None:
+        """A message that is not served: said where it can be, else ignored, as the specification wants."""
+        layout = LAYOUTS.get(message.request)
+        if message.request in EXPECT_REPLY or (layout is not None and layout.reply is not None):
+            name = request_name(message.request)
+            raise ProtocolError(f"{name} waits for a reply, but what it belongs to was not negotiated")
+        return self._acknowledge(message, 1)
+
+    def _acknowledge(self, message: Message, result: int) -> bytes | None:
+        if not (message.need_reply and self.negotiated(ProtocolFeature.REPLY_ACK)):
+            return None
+        return encode_reply(message.request, result)
+
+    def signal_error(self) -> None:
+        """Tell the front-end by its error eventfds that the rings have failed."""
+        for ring in self.rings:
+            ring.signal_error()
+
+    def close(self) -> None:
+        """Stop the rings, take guest memory from the device and release whatever the front-end gave."""
+        try:
+            self._suspend()
+        except DeviceError as error:
+            self._report(f"stopping the rings: {error}")
+        for mapping in list(self.memory):
+            try:
+                self.device.unmap_memory(mapping.memory)
+            except DeviceError as error:
+                self._report(f"unmapping {guest_memory.describe(mapping.region)}: {error}")
+        self.memory.close()
+        for ring in self.rings:
+            ring.close()
+        self._replace_back_channel(None)
+
+    # When rings run
+
+    def _settle(self) -> None:
+        """Make the device run exactly the rings that are to run."""
+        wanted = [ring for ring in self.rings if self._may_run() and ring.started and ring.enabled]
+        running = [ring for ring in self.rings if ring.running]
+        if not wanted:
+            self._suspend()
+        elif not running:
+            self._start(wanted)
+        else:
+            for ring in running:
+                if ring not in wanted:
+                    self._stopped(ring, self.device.stop_ring(ring.index))
+            for ring in wanted:
+                if not ring.running:
+                    placed = ring.translate(self.memory)
+                    self.device.start_ring(ring.index, placed)
+                    ring.placed = placed
+
+    def _may_run(self) -> bool:
+        if self.acked is None:
+            return False
+        return not self.negotiated(ProtocolFeature.STATUS) or bool(self.status & virtio.Status.DRIVER_OK)
+
+    def _start(self, rings: Sequence[Vring]) -> None:
+        assert self.acked is not None
+        placed = {ring.index: ring.translate(self.memory) for ring in rings}
+        self.device.start(self.acked & ~VHOST_FEATURES, placed)
+        for ring in rings:
+            ring.placed = placed[ring.index]
+
+    def _suspend(self) -> None:
+        """Stop every ring that runs and note where it stands."""
+        running = [ring for ring in self.rings if ring.running]
+        if not running:
+            return
+        for ring in running:  # on failure too: the device runs them no more
+            ring.placed = None
+        states = self.device.suspend()
+        for ring in running:
+            self._stopped(ring, states[ring.index])
+
+    @staticmethod
+    def _stopped(ring: Vring, state: RingState) -> None:
+        ring.placed = None
+        ring.base = state.avail
+
+    # Features
+
+    def _get_features(self, _message: Message) -> int:
+        return self.offered
+
+    def _set_features(self, message: Message) -> None:
+        features: int = message.payload
+        if unknown := features & ~self.offered:
+            names = ", ".join(virtio.feature_names(unknown))
+            raise ProtocolError(f"features {names} were not offered")
+        if self.running and self.acked is not None and (features ^ self.acked) & ~VHOST_FEATURES:
+            raise ProtocolError("features changed while rings run")
+        if features & F_LOG_ALL and not (self.acked or 0) & F_LOG_ALL:
+            self._report("dirty logging was asked for: this version does not log what the VF writes")
+        self.acked = features
+        if not features & F_PROTOCOL_FEATURES:
+            for ring in self.rings:
+                ring.enabled = True
+
+    def _get_protocol_features(self, _message: Message) -> int:
+        return PROTOCOL_FEATURES
+
+    def _set_protocol_features(self, message: Message) -> None:
+        if unknown := message.payload & ~PROTOCOL_FEATURES:
+            raise ProtocolError(f"protocol features {unknown:#x} were not offered")
+        self.protocol_features = message.payload
+
+    def _get_queue_num(self, _message: Message) -> int:
+        return self.device.queue_pairs
+
+    def _set_status(self, message: Message) -> None:
+        if message.payload > 0xFF:
+            raise ProtocolError(f"device status {message.payload:#x} has more than 8 bits")
+        self.status = message.payload
+
+    def _get_status(self, _message: Message) -> int:
+        return self.status
+
+    def _net_set_mtu(self, message: Message) -> int:
+        largest = self.device.max_mtu
+        if message.payload < MIN_MTU or (largest is not None and message.payload > largest):
+            self._report(f"MTU {message.payload} refused: {self.device.name} takes {MIN_MTU} to {largest}")
+            return 1
+        return 0
+
+    # Memory
+
+    def _set_mem_table(self, message: Message) -> None:
+        regions: Sequence[Region] = message.payload
+        if len({region.guest_address for region in regions}) < len(regions):
+            raise ProtocolError("memory table: two regions overlap at one guest address")
+        outdated = self.memory.outdated(regions, message.fds)
+        if outdated:
+            self._suspend()  # rings may lie in what goes; _settle starts those that do not
+        for mapping in outdated:
+            self._forget(mapping)
+        for region in regions:
+            fd = message.take_fd()
+            if self.memory.holds(region, fd):
+                close_all([fd])
+            else:
+                self._learn(region, fd)
+
+    def _get_max_mem_slots(self, _message: Message) -> int:
+        return guest_memory.MAX_SLOTS
+
+    def _add_mem_reg(self, message: Message) -> None:
+        if len(self.memory) >= guest_memory.MAX_SLOTS:
+            raise ProtocolError(f"more than {guest_memory.MAX_SLOTS} memory regions")
+        self._learn(message.payload, message.take_fd())
+
+    def _rem_mem_reg(self, message: Message) -> None:
+        mapping = self.memory.find(message.payload)
+        self._suspend()
+        self._forget(mapping)
+
+    def _learn(self, region: Region, fd: int) -> None:
+        mapping = self.memory.add(region, fd)
+        try:
+            self.device.map_memory(mapping.memory)
+        except DeviceError:
+            self.memory.remove(mapping)
+            raise
+
+    def _forget(self, mapping: guest_memory.Mapping) -> None:
+        self.device.unmap_memory(mapping.memory)
+        self.memory.remove(mapping)
+
+    # Rings
+
+    def _ring(self, index: int) -> Vring:
+        if index >= len(self.rings):
+            raise ProtocolError(f"ring {index}: {self.device.name} has rings 0 to {len(self.rings) - 1}")
+        return self.rings[index]
+
+    def _idle_ring(self, message: Message) -> Vring:
+        ring = self._ring(message.payload.index)
+        if ring.running:
+            raise ProtocolError(f"{request_name(message.request)}: {ring.name} is running")
+        return ring
+
+    def _set_vring_num(self, message: Message) -> None:
+        self._idle_ring(message).resize(message.payload.num, self.device.max_queue_size)
+
+    def _set_vring_base(self, message: Message) -> None:
+        self._idle_ring(message).rebase(message.payload.num)
+
+    def _set_vring_addr(self, message: Message) -> None:
+        address = message.payload
+        ring = self._ring(address.index)
+        if ring.running and ring.address is not None:
+            # Logging is switched by sending the same addresses with another flag.
+            places = [(a.descriptors, a.avail, a.used) for a in (ring.address, address)]
+            if places[0] != places[1]:
+                raise ProtocolError(f"{ring.name} is running: its addresses cannot change")
+        ring.address = address
+        if ring.size and len(self.memory):
+            ring.translate(self.memory)  # a bad address is told here, where it was given
+
+    def _get_vring_base(self, message: Message) -> Any:
+        ring = self._ring(message.payload.index)
+        ring.started = False
+        self._settle()
+        ring.address = None  # a later start names its own; these may point at memory that has gone
+        return type(message.payload)(ring.index, ring.base)
+
+    def _set_vring_kick(self, message: Message) -> None:
+        ring = self._ring(message.payload.index)
+        if ring.running:  # restarted by _settle with the new eventfd
+            ring.started = False
+            self._settle()
+        ring.replace_fd("kick", message.take_fd() if message.payload.has_fd else None)
+        ring.started = True
+
+    def _set_vring_call(self, message: Message) -> None:
+        ring = self._ring(message.payload.index)
+        fd = message.take_fd() if message.payload.has_fd else None
+        try:
+            if ring.running:
+                self.device.set_call(ring.index, fd)
+        finally:
+            ring.replace_fd("call", fd)
+
+    def _set_vring_err(self, message: Message) -> None:
+        ring = self._ring(message.payload.index)
+        ring.replace_fd("error", message.take_fd() if message.payload.has_fd else None)
+
+    def _set_vring_enable(self, message: Message) -> None:
+        if message.payload.num > 1:
+            raise ProtocolError(f"SET_VRING_ENABLE: {message.payload.num} is neither 0 nor 1")
+        self._ring(message.payload.index).enabled = bool(message.payload.num)
+
+    # The rest
+
+    def _set_log_base(self, _message: Message) -> int | None:
+        """Accept: QEMU before 10.1 aborts, and takes the guest with it, when a log message fails."""
+        return 0 if self.negotiated(ProtocolFeature.LOG_SHMFD) else None
+
+    def _set_backend_req_fd(self, message: Message) -> None:
+        self._replace_back_channel(message.take_fd())
+
+    def _replace_back_channel(self, fd: int | None) -> None:
+        """Keep the channel of the back-end's own requests; none of ours has use for it yet."""
+        if self._back_channel is not None:
+            close_all([self._back_channel])
+        self._back_channel = fd
+
+    def _accept(self, _message: Message) -> None:
+        """Nothing to do: SET_OWNER marks a session that the connection marks already; RESET_OWNER is
+        deprecated and the specification wants it ignored; the log's eventfd is for tools of old."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a request is served."""
+
+    handler: Callable[[Backend, Message], Any]
+    #: The protocol feature it belongs to.
+    needs: ProtocolFeature | None = None
+
+
+RULES: Mapping[int, Rule] = {
+    Request.GET_FEATURES: Rule(Backend._get_features),
+    Request.SET_FEATURES: Rule(Backend._set_features),
+    Request.SET_OWNER: Rule(Backend._accept),
+    Request.RESET_OWNER: Rule(Backend._accept),
+    Request.GET_PROTOCOL_FEATURES: Rule(Backend._get_protocol_features),
+    Request.SET_PROTOCOL_FEATURES: Rule(Backend._set_protocol_features),
+    Request.GET_QUEUE_NUM: Rule(Backend._get_queue_num, needs=ProtocolFeature.MQ),
+    Request.SET_STATUS: Rule(Backend._set_status, needs=ProtocolFeature.STATUS),
+    Request.GET_STATUS: Rule(Backend._get_status, needs=ProtocolFeature.STATUS),
+    Request.NET_SET_MTU: Rule(Backend._net_set_mtu, needs=ProtocolFeature.NET_MTU),
+    Request.SET_MEM_TABLE: Rule(Backend._set_mem_table),
+    Request.GET_MAX_MEM_SLOTS: Rule(Backend._get_max_mem_slots, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS),
+    Request.ADD_MEM_REG: Rule(Backend._add_mem_reg, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS),
+    Request.REM_MEM_REG: Rule(Backend._rem_mem_reg, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS),
+    Request.SET_VRING_NUM: Rule(Backend._set_vring_num),
+    Request.SET_VRING_ADDR: Rule(Backend._set_vring_addr),
+    Request.SET_VRING_BASE: Rule(Backend._set_vring_base),
+    Request.GET_VRING_BASE: Rule(Backend._get_vring_base),
+    Request.SET_VRING_KICK: Rule(Backend._set_vring_kick),
+    Request.SET_VRING_CALL: Rule(Backend._set_vring_call),
+    Request.SET_VRING_ERR: Rule(Backend._set_vring_err),
+    Request.SET_VRING_ENABLE: Rule(Backend._set_vring_enable),
+    Request.SET_LOG_BASE: Rule(Backend._set_log_base),
+    Request.SET_LOG_FD: Rule(Backend._accept),
+    Request.SET_BACKEND_REQ_FD: Rule(Backend._set_backend_req_fd, needs=ProtocolFeature.BACKEND_REQ),
+}

@@ -1,0 +1,122 @@
+"""One ring as the front-end describes it, and its translation into what a VF needs to run it.
+
+Owns the ring's eventfds and its two flags, started and enabled (QEMU docs/interop/vhost-user.rst, "Ring
+states"). When a ring runs is decided in `backend.py`.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+from datapath import virtio
+from datapath.vdpa import Ring, RingState
+from datapath.vhost_user.memory import GuestMemory
+from datapath.vhost_user.messages import ProtocolError, VringAddress, close_all
+
+#: Alignment in bytes of a split ring's parts (virtio 1.3 section 2.7).
+ALIGNMENT = {"descriptor table": 16, "available ring": 2, "used ring": 4}
+
+
+@dataclass
+class Vring:
+    """What is known of one ring. It starts stopped and disabled."""
+
+    index: int
+    #: Number of descriptors; 0 before SET_VRING_NUM.
+    size: int = 0
+    #: Next available entry, as the front-end set it or the VF left it.
+    base: int = 0
+    address: VringAddress | None = None
+    #: The eventfds; None when there is none. A started ring without a kick is polled.
+    kick: int | None = None
+    call: int | None = None
+    error: int | None = None
+    started: bool = False
+    enabled: bool = False
+    #: What the VF was given to run; None while it does not run the ring.
+    placed: Ring | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"ring {self.index}"
+
+    @property
+    def running(self) -> bool:
+        """Whether the VF runs it."""
+        return self.placed is not None
+
+    def resize(self, size: int, largest: int) -> None:
+        """Set the number of descriptors.
+
+        :raise ProtocolError: when it is no power of two up to `largest`.
+        """
+        if not 1 <= size <= largest or size & (size - 1):
+            raise ProtocolError(f"{self.name}: size {size} is no power of two from 1 to {largest}")
+        self.size = size
+
+    def rebase(self, base: int) -> None:
+        """Set the next available entry of a split ring.
+
+        :raise ProtocolError: when it does not fit in 16 bits.
+        """
+        if base > 0xFFFF:
+            raise ProtocolError(f"{self.name}: base {base:#x} is no index of a split ring")
+        self.base = base
+
+    def replace_fd(self, which: str, fd: int | None) -> None:
+        """Take over the eventfd `which` ("kick", "call" or "error") and close the one before."""
+        old = getattr(self, which)
+        setattr(self, which, fd)
+        if old is not None:
+            close_all([old])
+
+    def translate(self, memory: GuestMemory) -> Ring:
+        """The ring in guest physical addresses, beginning at the used index found in guest memory.
+
+        What the front-end calls the base counts for less: a network ring's descriptors that were
+        fetched but not completed are fetched again, and between a stop and a start QEMU itself may have
+        completed some (DPDK lib/vhost/vhost_user.c, translate_ring_addresses, decides likewise).
+
+        :raise ProtocolError: when the ring is incomplete, misaligned or outside the memory.
+        """
+        if self.address is None or not self.size:
+            raise ProtocolError(f"{self.name}: started without {'an address' if self.size else 'a size'}")
+        guest = []
+        parts = (self.address.descriptors, self.address.avail, self.address.used)
+        for (part, alignment), start, size in zip(
+            ALIGNMENT.items(), parts, virtio.ring_bytes(self.size), strict=True
+        ):
+            what = f"{self.name}: {part}"
+            found = memory.guest_address(start, size, what)
+            if found % alignment:
+                raise ProtocolError(f"{what} at {found:#x} is not aligned to {alignment} bytes")
+            guest.append(found)
+        descriptors, avail, used = guest
+        index = _index(memory, used)
+        return Ring(self.size, descriptors, avail, used, RingState(index, index), self.kick, self.call)
+
+    def progress(self, memory: GuestMemory) -> tuple[int, int] | None:
+        """The ring's indices in guest memory now, available then used; None unless it runs.
+
+        :raise ProtocolError: when the memory has gone.
+        """
+        if self.placed is None:
+            return None
+        return _index(memory, self.placed.avail), _index(memory, self.placed.used)
+
+    def signal_error(self) -> None:
+        """Tell the front-end, by the eventfd it gave for that, that the ring has failed."""
+        if self.error is not None:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self.error, 1)
+
+    def close(self) -> None:
+        """Close the eventfds."""
+        for which in ("kick", "call", "error"):
+            self.replace_fd(which, None)
+
+
+def _index(memory: GuestMemory, part: int) -> int:
+    """The `idx` field of an available or used ring at a guest address (virtio 1.3 sections 2.7.6, 2.7.8)."""
+    return int.from_bytes(memory.read(part + 2, 2), "little")
