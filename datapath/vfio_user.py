@@ -393,6 +393,9 @@ class IoFd:
     datamatch: int = 0
 
     LAYOUT = struct.Struct("=QQIIIIQ")
+    #: What libvfio-user (include/vfio-user.h) sends in its place, with fields for shadow memory before
+    #: the last; `RegionIoFds` tells them apart by their size.
+    LIBVFIO_USER_LAYOUT = struct.Struct("=QQIIIIQQ")
     #: `type` of an eventfd that is written in place of the register.
     IOEVENTFD = 0
 
@@ -403,7 +406,9 @@ class IoFd:
 
     @classmethod
     def unpack(cls, payload: bytes) -> Self:
-        offset, size, fd_index, kind, flags, _, datamatch = _exactly(cls.LAYOUT, payload, "ioeventfd entry")
+        long = len(payload) == cls.LIBVFIO_USER_LAYOUT.size
+        layout = cls.LIBVFIO_USER_LAYOUT if long else cls.LAYOUT
+        offset, size, fd_index, kind, flags, *_, datamatch = _exactly(layout, payload, "ioeventfd entry")
         return cls(offset, size, fd_index, kind, flags, datamatch)
 
 
@@ -442,8 +447,9 @@ class RegionIoFds:
         body = payload[cls.LAYOUT.size :]
         if not body:
             return cls(index, (), argsz, count)
-        stride = IoFd.LAYOUT.size
-        if len(body) != count * stride:
+        strides = (IoFd.LAYOUT.size, IoFd.LIBVFIO_USER_LAYOUT.size)
+        stride = next((size for size in strides if len(body) == count * size), 0)
+        if not stride:
             raise ProtocolError(f"GET_REGION_IO_FDS: {count} entries in {len(body)} bytes")
         entries = (IoFd.unpack(body[at : at + stride]) for at in range(0, len(body), stride))
         return cls(index, tuple(entries), argsz, count)
