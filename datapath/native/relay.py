@@ -34,7 +34,7 @@ class NotifyRelay:
         self._rings = rings
         opened = ffi.new("struct relay **")
         _check(lib.relay_open(rings, opened))
-        self._relay: "FFI.CData | None" = opened[0]
+        self._relay: FFI.CData | None = opened[0]
 
     def add(self, ring: int, kick: int | None, doorbell: Doorbell) -> None:
         """Forward a ring's kicks; without a kick eventfd the doorbell is rung every millisecond.
