@@ -1,0 +1,88 @@
+"""Domain XML for tests and the demo: an example from xml/, made bootable here by a few edits.
+
+The examples are valid domains as they stand; this module only says which kernel to boot and, for tests,
+what should be wrong about them. It builds no XML of its own.
+"""
+
+from pathlib import Path
+from typing import Self
+
+from lxml import etree
+
+from tests.harness.guest import CHECKOUT, KERNEL_ARGUMENTS, GuestImage
+
+EXAMPLES = CHECKOUT / "xml"
+METADATA = "urn:libvirt-vdpa:domain:1.0"
+
+
+class DomainXml:
+    """A domain's XML, edited in place."""
+
+    def __init__(self, text: str) -> None:
+        self.root = etree.fromstring(text.encode(), etree.XMLParser(remove_blank_text=True))
+
+    @classmethod
+    def example(cls, name: str = "vdpa-demo.xml") -> Self:
+        """One of the example domains."""
+        return cls((EXAMPLES / name).read_text())
+
+    def __str__(self) -> str:
+        return etree.tostring(self.root, pretty_print=True, encoding="unicode")
+
+    def write(self, folder: Path) -> Path:
+        """Write it where virsh can read it."""
+        path = folder / f"{self.name}.xml"
+        path.write_text(str(self))
+        return path
+
+    def element(self, path: str) -> etree._Element:
+        """The one element at a path."""
+        found = self.root.find(path)
+        assert found is not None, f"{self.name} has no {path}"
+        return found
+
+    def _set_text(self, parent: str, name: str, text: str) -> None:
+        element = self.element(parent)
+        child = element.find(name)
+        if child is None:
+            child = etree.SubElement(element, name)
+        child.text = text
+
+    @property
+    def name(self) -> str:
+        return self.root.findtext("name", "")
+
+    @property
+    def uuid(self) -> str:
+        return self.root.findtext("uuid", "")
+
+    @property
+    def mac(self) -> str:
+        """MAC address of the first interface."""
+        return str(self.element("devices/interface/mac").get("address"))
+
+    @property
+    def socket(self) -> str:
+        """Path of the first interface's vhost-user socket."""
+        return str(self.element("devices/interface/source").get("path"))
+
+    def boot(self, image: GuestImage, address: str) -> Self:
+        """Boot the test guest, with `address` (ADDRESS/LENGTH) on its first NIC."""
+        self._set_text("os", "kernel", str(image.kernel))
+        self._set_text("os", "initrd", str(image.initrd))
+        self._set_text("os", "cmdline", f"{KERNEL_ARGUMENTS} vdpa.ip={address}")
+        return self
+
+    def rename(self, number: int) -> Self:
+        """Make it another domain: name, UUID, MAC and socket path of its own."""
+        old_uuid, old_mac = self.uuid, self.mac
+        new = {
+            self.name: f"{self.name}-{number}",
+            old_uuid: f"{old_uuid[:-4]}{number:04x}",
+            old_mac: f"{old_mac[:-2]}{number:02x}",
+        }
+        text = str(self)
+        for before, after in new.items():
+            text = text.replace(before, after)
+        self.root = etree.fromstring(text.encode())
+        return self
