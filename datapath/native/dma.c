@@ -1,0 +1,196 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#define _GNU_SOURCE
+#include "dma.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+/* Index of the first map that ends behind iova; `count` if there is none. */
+static size_t first_ending_behind(const struct dma_table *table, uint64_t iova)
+{
+    size_t low = 0, high = table->count;
+
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        const struct dma_map *map = &table->map[middle];
+
+        if (map->iova + (map->size - 1) < iova) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+static bool contains(const struct dma_map *map, uint64_t iova)
+{
+    return iova >= map->iova && iova - map->iova < map->size;
+}
+
+static int make_room(struct dma_table *table)
+{
+    size_t room = table->room ? table->room * 2 : 16;
+    struct dma_map *map;
+
+    if (table->count == DMA_MAX_MAPS) {
+        return -ENOSPC;
+    }
+    if (table->count < table->room) {
+        return 0;
+    }
+    map = realloc(table->map, room * sizeof(*map));
+    if (map == NULL) {
+        return -ENOMEM;
+    }
+    table->map = map;
+    table->room = room;
+    return 0;
+}
+
+/* Map a part of a file, refusing what the file does not reach: touching that would raise SIGBUS. */
+static int map_file(int fd, uint64_t offset, uint64_t size, bool writable, uint8_t **host)
+{
+    struct stat status;
+    uint64_t end;
+    void *address;
+
+    if (__builtin_add_overflow(offset, size, &end) || end > INT64_MAX || offset % DMA_PAGE_SIZE != 0) {
+        return -EINVAL;
+    }
+    if (fstat(fd, &status) < 0) {
+        return -errno;
+    }
+    if ((uint64_t)status.st_size < end) {
+        return -EINVAL;
+    }
+    address = mmap(NULL, size, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED | MAP_NORESERVE,
+                   fd, (off_t)offset);
+    if (address == MAP_FAILED) {
+        return -errno;
+    }
+    *host = address;
+    return 0;
+}
+
+int dma_add(struct dma_table *table, uint64_t iova, uint64_t size, int fd, uint64_t offset, bool writable)
+{
+    struct dma_map map = { .iova = iova, .size = size, .writable = writable };
+    uint64_t last;
+    size_t at;
+    int result;
+
+    if (size == 0 || __builtin_add_overflow(iova, size - 1, &last) || (iova | size) % DMA_PAGE_SIZE != 0) {
+        return -EINVAL;
+    }
+    at = first_ending_behind(table, iova);
+    if (at < table->count && table->map[at].iova <= last) {
+        return -EEXIST;
+    }
+    result = make_room(table);
+    if (result == 0 && fd >= 0) {
+        result = map_file(fd, offset, size, writable, &map.host);
+    }
+    if (result < 0) {
+        return result;
+    }
+    memmove(&table->map[at + 1], &table->map[at], (table->count - at) * sizeof(map));
+    table->map[at] = map;
+    table->count++;
+    table->generation++;
+    return 0;
+}
+
+int dma_remove(struct dma_table *table, uint64_t iova, uint64_t size)
+{
+    size_t at = first_ending_behind(table, iova);
+    struct dma_map *map;
+
+    if (at == table->count || table->map[at].iova != iova || table->map[at].size != size) {
+        return -ENOENT;
+    }
+    map = &table->map[at];
+    if (map->host != NULL) {
+        munmap(map->host, map->size);
+    }
+    table->count--;
+    memmove(map, map + 1, (table->count - at) * sizeof(*map));
+    table->recent = 0;
+    table->generation++;
+    return 0;
+}
+
+void dma_remove_all(struct dma_table *table)
+{
+    for (size_t i = 0; i < table->count; i++) {
+        if (table->map[i].host != NULL) {
+            munmap(table->map[i].host, table->map[i].size);
+        }
+    }
+    free(table->map);
+    *table = (struct dma_table){ .generation = table->generation + 1 };
+}
+
+void *dma_translate(struct dma_table *table, uint64_t iova, uint64_t *length, bool write)
+{
+    const struct dma_map *map;
+    uint64_t into;
+
+    if (table->recent >= table->count || !contains(&table->map[table->recent], iova)) {
+        size_t at = first_ending_behind(table, iova);
+
+        if (at == table->count || !contains(&table->map[at], iova)) {
+            return NULL;
+        }
+        table->recent = at;
+    }
+    map = &table->map[table->recent];
+    if (map->host == NULL || (write && !map->writable)) {
+        return NULL;
+    }
+    into = iova - map->iova;
+    if (*length > map->size - into) {
+        *length = map->size - into;
+    }
+    return map->host + into;
+}
+
+bool dma_read(struct dma_table *table, uint64_t iova, void *to, uint64_t length)
+{
+    while (length > 0) {
+        uint64_t part = length;
+        const void *from = dma_translate(table, iova, &part, false);
+
+        if (from == NULL) {
+            return false;
+        }
+        memcpy(to, from, part);
+        to = (uint8_t *)to + part;
+        iova += part;
+        length -= part;
+    }
+    return true;
+}
+
+void dma_mark(struct dma_table *table, const struct dma_log *log, uint64_t iova, uint64_t length)
+{
+    if (!log->on || length == 0) {
+        return;
+    }
+    for (uint64_t page = iova / DMA_PAGE_SIZE; page <= (iova + length - 1) / DMA_PAGE_SIZE; page++) {
+        uint64_t at = log->base + page / 8, one = 1;
+        uint8_t *byte;
+
+        if (at < log->base || at >= log->end) {
+            return;
+        }
+        byte = dma_translate(table, at, &one, true);
+        if (byte != NULL) {
+            /* Release: whoever sees the bit and copies the page must see what was written to it. */
+            __atomic_fetch_or(byte, (uint8_t)(1u << (page % 8)), __ATOMIC_RELEASE);
+        }
+    }
+}

@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The packet engine of one emulated network VF: one thread that moves packets between a packet
+ * descriptor (a TAP, or a datagram socket) and a receive and a transmit virtqueue. The thread sleeps
+ * while there is nothing to do and polls for a short time after there was.
+ *
+ * As a device it trusts nothing that the driver wrote. A bad ring, or memory that is no longer there,
+ * stops both queues until engine_reset() and is reported through engine_fault_fd().
+ *
+ * Any thread may call. When a call returns, the engine's thread has seen it: it no longer uses the
+ * memory, queue or descriptor that was taken away. Functions that return int give 0 or a negative errno.
+ */
+#ifndef LIBVIRT_VDPA_ENGINE_H
+#define LIBVIRT_VDPA_ENGINE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ring.h"
+
+/* cffi: begin */
+#define ENGINE_RX 0
+#define ENGINE_TX 1
+#define ENGINE_QUEUES 2
+/* A doorbell cell that nobody has rung; section 4.1.5.2: a driver stores its queue's number. */
+#define ENGINE_NOT_RUNG 0xffff
+
+struct engine;
+
+struct engine_counters {
+    uint64_t packets;
+    uint64_t bytes;
+    uint64_t dropped;
+    uint64_t kicks;             /* wake-ups by the driver */
+    uint64_t interrupts;
+};
+
+/*
+ * packet_fd: non-blocking; the caller keeps it open until engine_close(). doorbell_fd: a memfd with a
+ * page per queue whose first 16 bits are the queue's doorbell, to be polled; or -1.
+ */
+int engine_open(int packet_fd, int doorbell_fd, struct engine **engine);
+void engine_close(struct engine *engine);
+
+/* Eventfd that notifies a queue, owned by the engine; and one that becomes readable after a fault. */
+int engine_kick_fd(struct engine *engine, unsigned int queue);
+int engine_fault_fd(struct engine *engine);
+
+/* See dma_add() and dma_remove(). */
+int engine_map(struct engine *engine, uint64_t iova, uint64_t size, int fd, uint64_t offset, bool writable);
+int engine_unmap(struct engine *engine, uint64_t iova, uint64_t size);
+void engine_unmap_all(struct engine *engine);
+
+/* Program a queue. It is looked at when it is notified. -EBUSY: it is programmed. -EINVAL: see ring_start(). */
+int engine_start_queue(struct engine *engine, unsigned int queue, const struct ring_setup *setup);
+
+/* Take a queue out; harmless if there is none. The state is that of the last programming. */
+struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue);
+
+/* Interrupt by this eventfd from now on, -1 for none. It must be non-blocking and stays the caller's. */
+void engine_set_call(struct engine *engine, unsigned int queue, int call_fd);
+
+/* Whether programmed queues move packets. While they do not, notifications wait and packets that come are lost. */
+void engine_run(struct engine *engine, bool on);
+
+/* Set bits for pages that packets are written to; the rings themselves are not logged. */
+void engine_set_log(struct engine *engine, bool on, uint64_t base, uint64_t end);
+
+/* Take out both queues, forget a fault, log no more, do not run. Mappings and call descriptors stay. */
+void engine_reset(struct engine *engine);
+
+/* What was wrong and in which queue; NULL if nothing was. */
+const char *engine_fault(struct engine *engine, unsigned int *queue);
+
+struct engine_counters engine_count(struct engine *engine, unsigned int queue);
+/* cffi: end */
+
+#endif

@@ -1,0 +1,364 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#define _GNU_SOURCE
+#include "ring.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <string.h>
+
+/* Section 2.7.5: flags of a descriptor. */
+#define DESC_NEXT 1
+#define DESC_WRITE 2
+#define DESC_INDIRECT 4
+/* Sections 2.7.6 and 2.7.8: the one flag of each ring. */
+#define AVAIL_NO_INTERRUPT 1
+#define USED_NO_NOTIFY 1
+
+struct ring_descriptor {
+    uint64_t address;
+    uint32_t length;
+    uint16_t flags;
+    uint16_t next;
+};
+
+struct ring_avail {
+    uint16_t flags;
+    uint16_t index;
+    uint16_t ring[];            /* then used_event */
+};
+
+struct ring_used_element {
+    uint32_t id;
+    uint32_t length;
+};
+
+struct ring_used {
+    uint16_t flags;
+    uint16_t index;
+    struct ring_used_element ring[];    /* then avail_event */
+};
+
+/* The driver writes at the same time: each value is read once, and then judged. */
+static uint16_t load16(const uint16_t *from)
+{
+    return le16toh(__atomic_load_n(from, __ATOMIC_RELAXED));
+}
+
+static void store16(uint16_t *to, uint16_t value)
+{
+    __atomic_store_n(to, htole16(value), __ATOMIC_RELAXED);
+}
+
+static bool fail(struct ring *ring, const char *error)
+{
+    ring->error = error;
+    return false;
+}
+
+/* The place of a free-running index. */
+static uint16_t slot(const struct ring *ring, uint16_t index)
+{
+    return index & (ring->setup.size - 1);
+}
+
+static uint64_t descriptors_bytes(uint16_t size)
+{
+    return sizeof(struct ring_descriptor) * size;
+}
+
+static uint64_t avail_bytes(uint16_t size)
+{
+    return sizeof(struct ring_avail) + sizeof(uint16_t) * (size + 1u);
+}
+
+static uint64_t used_bytes(uint16_t size)
+{
+    return sizeof(struct ring_used) + sizeof(struct ring_used_element) * size + sizeof(uint16_t);
+}
+
+static uint16_t *used_event(struct ring *ring)
+{
+    return &ring->avail->ring[ring->setup.size];
+}
+
+static uint16_t *avail_event(struct ring *ring)
+{
+    return (uint16_t *)&ring->used->ring[ring->setup.size];
+}
+
+int ring_start(struct ring *ring, const struct ring_setup *setup)
+{
+    uint16_t size = setup->size;
+
+    if (size == 0 || size > RING_MAX_SIZE || (size & (size - 1)) != 0) {
+        return -EINVAL;
+    }
+    /* Section 2.7: alignment of the three parts. */
+    if (setup->descriptors % 16 != 0 || setup->avail % 2 != 0 || setup->used % 4 != 0) {
+        return -EINVAL;
+    }
+    *ring = (struct ring){
+        .setup = *setup,
+        .next_avail = setup->avail_index,
+        .seen = setup->avail_index,
+        .next_used = setup->used_index,
+        .reported = setup->used_index,
+        .armed = true,
+    };
+    if (setup->prefetch > size) {
+        ring->setup.prefetch = size;
+    }
+    return 0;
+}
+
+struct ring_state ring_position(const struct ring *ring)
+{
+    return (struct ring_state){ .avail = ring->next_avail, .used = ring->next_used };
+}
+
+static void *whole(struct dma_table *table, uint64_t iova, uint64_t bytes, bool write)
+{
+    uint64_t length = bytes;
+    void *host = dma_translate(table, iova, &length, write);
+
+    return length == bytes ? host : NULL;
+}
+
+bool ring_resolve(struct ring *ring, struct dma_table *table)
+{
+    const struct ring_setup *setup = &ring->setup;
+
+    if (ring->descriptors != NULL && ring->generation == table->generation) {
+        return true;
+    }
+    ring->descriptors = whole(table, setup->descriptors, descriptors_bytes(setup->size), false);
+    ring->avail = whole(table, setup->avail, avail_bytes(setup->size), false);
+    ring->used = whole(table, setup->used, used_bytes(setup->size), true);
+    ring->generation = table->generation;
+    if (ring->descriptors == NULL || ring->avail == NULL || ring->used == NULL) {
+        ring->descriptors = NULL;
+        return fail(ring, "a part of the ring is not in one mapping of memory");
+    }
+    return true;
+}
+
+unsigned int ring_available(struct ring *ring)
+{
+    uint16_t index = le16toh(__atomic_load_n(&ring->avail->index, __ATOMIC_ACQUIRE));
+    uint16_t waiting = index - ring->next_avail;
+
+    if (waiting > ring->setup.size - ring->fetched) {
+        fail(ring, "the available index is ahead by more than the ring holds");
+        return 0;
+    }
+    ring->seen = index;
+    return waiting + ring->fetched;
+}
+
+static uint16_t *fetched_head(struct ring *ring, unsigned int ahead)
+{
+    return &ring->head[slot(ring, ring->fetched_from + ahead)];
+}
+
+void ring_prefetch(struct ring *ring)
+{
+    while (ring->fetched < ring->setup.prefetch && ring->next_avail != ring->seen) {
+        *fetched_head(ring, ring->fetched) = load16(&ring->avail->ring[slot(ring, ring->next_avail)]);
+        ring->fetched++;
+        ring->next_avail++;
+    }
+}
+
+static uint16_t head_at(struct ring *ring, unsigned int ahead)
+{
+    if (ahead < ring->fetched) {
+        return *fetched_head(ring, ahead);
+    }
+    ahead -= ring->fetched;
+    return load16(&ring->avail->ring[slot(ring, ring->next_avail + ahead)]);
+}
+
+/* Add the memory of one descriptor to a chain. */
+static bool add_segments(struct ring *ring, struct dma_table *table, const struct ring_descriptor *from,
+                         struct ring_chain *chain, bool write)
+{
+    uint64_t iova = from->address, left = from->length, last;
+
+    if (left > 0 && __builtin_add_overflow(iova, left - 1, &last)) {
+        return fail(ring, "a descriptor's memory wraps around the end of the address space");
+    }
+    if (((from->flags & DESC_WRITE) != 0) != write) {
+        return fail(ring, write ? "a receive buffer is not for the device to write"
+                                : "a transmit buffer is not for the device to read");
+    }
+    chain->bytes += left;
+    while (left > 0) {
+        uint64_t part = left;
+        void *host = dma_translate(table, iova, &part, write);
+
+        if (host == NULL) {
+            return fail(ring, "a descriptor's memory is not mapped");
+        }
+        if (chain->segments == RING_MAX_SEGMENTS) {
+            return fail(ring, "a chain is of too many pieces");
+        }
+        chain->segment[chain->segments] = (struct iovec){ .iov_base = host, .iov_len = part };
+        chain->iova[chain->segments] = iova;
+        chain->segments++;
+        iova += part;
+        left -= part;
+    }
+    return true;
+}
+
+/* Where descriptors come from: the ring's own table, or an indirect one. */
+struct table_view {
+    bool indirect;
+    uint64_t iova;
+    uint32_t entries;
+};
+
+static bool load_descriptor(struct ring *ring, struct dma_table *table, const struct table_view *view,
+                            uint16_t index, struct ring_descriptor *out)
+{
+    struct ring_descriptor raw;
+
+    if (index >= view->entries) {
+        return fail(ring, "a descriptor number is beyond its table");
+    }
+    if (!view->indirect) {
+        memcpy(&raw, &ring->descriptors[index], sizeof(raw));
+    } else if (!dma_read(table, view->iova + (uint64_t)index * sizeof(raw), &raw, sizeof(raw))) {
+        return fail(ring, "an indirect table is not mapped");
+    }
+    /* From here on only the copy counts: keep the compiler from reading the driver's memory again. */
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    *out = (struct ring_descriptor){
+        .address = le64toh(raw.address),
+        .length = le32toh(raw.length),
+        .flags = le16toh(raw.flags),
+        .next = le16toh(raw.next),
+    };
+    return true;
+}
+
+/* Section 2.7.5.3: go on in the table that a descriptor names. */
+static bool enter_indirect(struct ring *ring, const struct ring_descriptor *from, struct table_view *view)
+{
+    uint64_t last;
+
+    if (!ring->setup.indirect) {
+        return fail(ring, "an indirect descriptor, though that was not negotiated");
+    }
+    if (view->indirect) {
+        return fail(ring, "an indirect descriptor within an indirect table");
+    }
+    if (from->flags & DESC_NEXT) {
+        return fail(ring, "an indirect descriptor that has a next one");
+    }
+    if (from->length == 0 || from->length % sizeof(*from) != 0 ||
+        __builtin_add_overflow(from->address, from->length - 1u, &last)) {
+        return fail(ring, "an indirect table of a size or place that cannot be");
+    }
+    *view = (struct table_view){ true, from->address, from->length / sizeof(*from) };
+    return true;
+}
+
+bool ring_chain_at(struct ring *ring, struct dma_table *table, unsigned int ahead, bool write,
+                   struct ring_chain *chain)
+{
+    struct table_view view = { .entries = ring->setup.size };
+    struct ring_descriptor descriptor;
+    uint16_t index = head_at(ring, ahead);
+
+    chain->head = index;
+    chain->bytes = 0;
+    chain->segments = 0;
+    /* No chain is longer than the ring, indirect or not: so one that bites its tail ends as well. */
+    for (unsigned int count = 0; count < ring->setup.size;) {
+        if (!load_descriptor(ring, table, &view, index, &descriptor)) {
+            return false;
+        }
+        if (descriptor.flags & DESC_INDIRECT) {
+            if (!enter_indirect(ring, &descriptor, &view)) {
+                return false;
+            }
+            index = 0;
+            continue;           /* happens once: nesting is refused */
+        }
+        if (!add_segments(ring, table, &descriptor, chain, write)) {
+            return false;
+        }
+        if (!(descriptor.flags & DESC_NEXT)) {
+            return true;
+        }
+        index = descriptor.next;
+        count++;
+    }
+    return fail(ring, "a chain is longer than the ring");
+}
+
+static void drop_head(struct ring *ring)
+{
+    if (ring->fetched > 0) {
+        ring->fetched--;
+        ring->fetched_from++;
+    } else {
+        ring->next_avail++;
+    }
+}
+
+void ring_use(struct ring *ring, const struct ring_element *elements, unsigned int count)
+{
+    for (unsigned int i = 0; i < count; i++) {
+        struct ring_used_element *used = &ring->used->ring[slot(ring, ring->next_used + i)];
+
+        used->id = htole32(elements[i].head);
+        used->length = htole32(elements[i].written);
+        drop_head(ring);
+    }
+    ring->next_used += count;
+    /* Release: the driver that sees the index sees the entries, and the data written before. */
+    __atomic_store_n(&ring->used->index, htole16(ring->next_used), __ATOMIC_RELEASE);
+}
+
+bool ring_wants_interrupt(struct ring *ring)
+{
+    uint16_t old = ring->reported, new = ring->next_used;
+    bool valid = ring->reported_valid;
+
+    if (old == new) {
+        return false;
+    }
+    ring->reported = new;
+    ring->reported_valid = true;
+    /* The used index must be out before the driver's wish is read; the driver does the reverse. */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (!ring->setup.event_idx) {
+        return !(load16(&ring->avail->flags) & AVAIL_NO_INTERRUPT);
+    }
+    /* Section 2.7.7.2: did the index pass used_event since it was `old`? */
+    return !valid || (uint16_t)(new - load16(used_event(ring)) - 1) < (uint16_t)(new - old);
+}
+
+bool ring_arm(struct ring *ring)
+{
+    ring->armed = true;
+    if (ring->setup.event_idx) {
+        store16(avail_event(ring), ring->seen);
+    } else {
+        store16(&ring->used->flags, 0);
+    }
+    /* The wish must be out before the index is read; the driver does the reverse. */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return load16(&ring->avail->index) != ring->seen;
+}
+
+void ring_disarm(struct ring *ring)
+{
+    /* With EVENT_IDX nothing is to be done: avail_event falls behind by itself. */
+    if (ring->armed && !ring->setup.event_idx) {
+        store16(&ring->used->flags, USED_NO_NOTIFY);
+    }
+    ring->armed = false;
+}

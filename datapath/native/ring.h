@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The device side of one split virtqueue (virtio 1.3 section 2.7), with indirect descriptors and
+ * EVENT_IDX. It trusts nothing that stands in the rings: what breaks a rule ends in `error`.
+ *
+ * Plain data without thread or lock. Everything but ring_start() touches the driver's memory and so runs
+ * under guard_run().
+ */
+#ifndef LIBVIRT_VDPA_RING_H
+#define LIBVIRT_VDPA_RING_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "dma.h"
+
+/* cffi: begin */
+/* How a driver has set a queue up; addresses are IOVAs. */
+struct ring_setup {
+    uint16_t size;              /* descriptors, a power of two up to RING_MAX_SIZE */
+    uint64_t descriptors;
+    uint64_t avail;
+    uint64_t used;
+    uint16_t avail_index;       /* where to begin */
+    uint16_t used_index;
+    bool event_idx;             /* negotiated features */
+    bool indirect;
+    bool mergeable;             /* of the network device: packets may span receive buffers */
+    uint16_t prefetch;          /* heads to fetch ahead of need, as hardware may */
+};
+
+/* The next entry of the available ring to fetch, and of the used ring to write. */
+struct ring_state {
+    uint16_t avail;
+    uint16_t used;
+};
+
+#define RING_MAX_SIZE 1024
+/* cffi: end */
+
+/* Memory pieces of one chain: mappings may split descriptors, and writev() takes no more (UIO_MAXIOV). */
+#define RING_MAX_SEGMENTS 1024
+
+struct ring {
+    struct ring_setup setup;
+    const char *error;          /* what the driver did wrong; NULL while all is well */
+
+    /* Where the three parts are, as long as the DMA table is of this generation. */
+    uint64_t generation;
+    struct ring_descriptor *descriptors;
+    struct ring_avail *avail;
+    struct ring_used *used;
+
+    uint16_t next_avail;        /* next entry of the available ring to fetch */
+    uint16_t next_used;
+    uint16_t seen;              /* the available ring's index when last read */
+    uint16_t reported;          /* next_used when the driver was last considered for an interrupt */
+    bool reported_valid;
+    bool armed;                 /* the driver may have been asked for notifications */
+
+    uint16_t fetched_from;      /* first of the `fetched` heads that were taken ahead, modulo the ring size */
+    uint16_t fetched;
+    uint16_t head[RING_MAX_SIZE];
+};
+
+/* One chain of descriptors, all of which are for reading or all for writing. */
+struct ring_chain {
+    uint16_t head;
+    size_t bytes;
+    unsigned int segments;
+    struct iovec segment[RING_MAX_SEGMENTS];
+    uint64_t iova[RING_MAX_SEGMENTS];
+};
+
+struct ring_element {
+    uint16_t head;
+    uint32_t written;
+};
+
+/* Begin. -EINVAL: a size, an alignment or an address that no driver may use. Touches no memory. */
+int ring_start(struct ring *ring, const struct ring_setup *setup);
+
+/* Where the ring stands; heads that were fetched ahead count as fetched. */
+struct ring_state ring_position(const struct ring *ring);
+
+/* Find the ring's memory again if mappings have changed. To be called before the functions below. */
+bool ring_resolve(struct ring *ring, struct dma_table *table);
+
+/* Read the available index. Returns how many chains ring_chain_at() can look at, 0 on error too. */
+unsigned int ring_available(struct ring *ring);
+
+/* Take heads ahead of need, as many as the setup says and there are. */
+void ring_prefetch(struct ring *ring);
+
+/*
+ * Look at the chain that is `ahead` places behind the next one; ahead < ring_available(). The chain
+ * stays available. `write`: it must be for the device to write, else to read.
+ */
+bool ring_chain_at(struct ring *ring, struct dma_table *table, unsigned int ahead, bool write,
+                   struct ring_chain *chain);
+
+/* Give the next `count` chains back, in order, all at once as seen by the driver. */
+void ring_use(struct ring *ring, const struct ring_element *elements, unsigned int count);
+
+/* Whether the driver wants an interrupt for what was given back since this was last asked. */
+bool ring_wants_interrupt(struct ring *ring);
+
+/* Ask for a notification of new buffers. True: there are some already that ring_available() did not see. */
+bool ring_arm(struct ring *ring);
+
+/* Say that no notification is needed for now; a hint, some may come. */
+void ring_disarm(struct ring *ring);
+
+#endif
