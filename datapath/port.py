@@ -37,7 +37,7 @@ from datapath.vhost_user.messages import ProtocolError
 
 PROGRAM = "virt-vdpa-port"
 #: What `--print-capabilities` prints (QEMU docs/interop/vhost-user.json, VHostUserBackendCapabilities).
-CAPABILITIES = {"type": "net", "features": []}
+CAPABILITIES = {"type": "net"}
 ALL_FEATURES = (1 << 64) - 1
 
 

@@ -1,0 +1,87 @@
+"""A network namespace of a test's own, so that TAPs made there meet nobody else's.
+
+Owns the process that holds the namespace; ending it ends the namespace and the links in it.
+"""
+
+import ctypes
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from tests.harness.processes import run, wait_for
+
+T = TypeVar("T")
+CLONE_NEWNET = 0x40000000
+ETH_P_ALL = 3
+
+
+class NetworkNamespace:
+    """A namespace with its loopback down and nothing else in it."""
+
+    def __init__(self) -> None:
+        self._holder = subprocess.Popen(
+            ["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        self.path = Path(f"/proc/{self._holder.pid}/ns/net")
+        ours = Path("/proc/self/ns/net").readlink()
+        wait_for("a network namespace", lambda: self.path.readlink() != ours, 5)
+
+    @property
+    def prefix(self) -> list[str]:
+        """Put before a command line, runs the command inside, as the same process."""
+        return ["nsenter", f"--net={self.path}"]
+
+    def run(self, *command: str) -> str:
+        """What a command prints, inside."""
+        return run([*self.prefix, *command]).stdout
+
+    def packet_socket(self, link: str) -> socket.socket:
+        """A raw socket on a link inside: sends and sees whole Ethernet frames."""
+
+        def make() -> socket.socket:
+            sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+            sock.bind((link, 0))
+            sock.settimeout(10)
+            return sock
+
+        return self._inside(make)
+
+    def _inside(self, make: Callable[[], T]) -> T:
+        """Call a function in a thread that has entered the namespace: a socket stays where it was made."""
+        made: list[T] = []
+        errors: list[BaseException] = []
+
+        def enter() -> None:
+            try:
+                with self.path.open() as namespace:
+                    libc = ctypes.CDLL(None, use_errno=True)
+                    if libc.setns(namespace.fileno(), CLONE_NEWNET):
+                        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(self.path))
+                made.append(make())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+        return made[0]
+
+    def close(self) -> None:
+        """End the namespace."""
+        self._holder.kill()
+        self._holder.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
