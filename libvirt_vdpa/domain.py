@@ -1,0 +1,310 @@
+"""Domain XML -> the ports it asks for, and every reason to refuse it.
+
+Reads what libvirt hands to a hook or what an operator has in a file. Checks whatever can be known from
+the XML alone, since libvirt does not (its vhostuser interfaces take any path, role and memory); what
+depends on the host's VFs is inventory.py's.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lxml import etree
+
+from datapath.vdpa import DRIVERS
+from libvirt_vdpa.metadata import ANY_DRIVER, NAMESPACE, InterfaceRequest, Problem, line_of, read_metadata
+
+#: `mode=` of an interface's source (QEMU's part) -> our role on the vhost-user socket.
+ROLES = {"client": "listen", "server": "connect"}
+#: What to add to a domain whose memory a port could not map.
+SHARED_MEMORY = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+#: Attributes of an interface's <driver> that a vDPA port does not serve yet, when they say 'on'.
+UNSERVED = ("iommu", "packed")
+#: Both become names of files, so they must have exactly this form.
+UUID_FORM = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+MAC_FORM = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+
+
+class DomainError(Exception):
+    """A domain that cannot be served; the text is one line that names domain, interface and remedy."""
+
+
+@dataclass(frozen=True)
+class PortSpec:
+    """One interface of a domain that wants a port."""
+
+    mac: str
+    alias: str | None
+    driver: str
+    pool: str | None
+    device: str | None
+    migration: str
+    announce: str
+    #: Our role on the socket: "listen" or "connect".
+    role: str
+    socket_path: Path
+    queue_pairs: int
+    line: int
+
+
+@dataclass(frozen=True)
+class DomainSpec:
+    """A domain and what it wants of us; no ports when it is not ours."""
+
+    name: str
+    uuid: str
+    ports: tuple[PortSpec, ...]
+
+
+def socket_path(run_folder: Path, uuid: str, mac: str) -> Path:
+    """Where the vhost-user socket of an interface is, the same on every host."""
+    return run_folder / uuid / f"{mac}.sock"
+
+
+def parse_domain(xml: bytes, run_folder: Path) -> DomainSpec:
+    """Read a domain that is about to start.
+
+    :raise DomainError: for the first thing in it that cannot work.
+    """
+    spec, problems = check_domain(xml, run_folder)
+    for problem in problems:
+        if problem.fatal:
+            raise DomainError(f"domain '{spec.name}': {problem}" if spec else str(problem))
+    assert spec is not None
+    return spec
+
+
+def check_domain(xml: bytes, run_folder: Path) -> tuple[DomainSpec | None, list[Problem]]:
+    """Read a domain and list all that is wrong with it; no domain when it cannot be read at all."""
+    parser = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False)
+    try:
+        root = etree.fromstring(xml, parser)
+    except etree.XMLSyntaxError as error:
+        return None, [Problem(error.lineno or 1, "", f"domain XML, line {error.lineno}: {error.msg}")]
+    if root.tag != "domain":
+        return None, [Problem(line_of(root), "", f"domain XML begins with <{root.tag}>, not <domain>")]
+    name = (root.findtext("name") or "").strip()
+    uuid = (root.findtext("uuid") or "").strip().lower()
+    requests, problems = read_metadata(root)
+    ports: list[PortSpec] = []
+    if requests and not UUID_FORM.fullmatch(uuid):
+        text = "no <uuid> as libvirt writes it: give the domain one, socket paths contain it"
+        problems.append(Problem(line_of(root), "", text))
+    claimed: dict[etree._Element, str] = {}
+    for request in requests:
+        element = find_interface(root, request, claimed, problems)
+        if element is not None:
+            check = InterfaceCheck(root, element, request, uuid, run_folder)
+            problems += check.problems()
+            ports.append(check.port())
+    if requests:
+        problems += memory_problems(root)
+    return DomainSpec(name, uuid, tuple(ports)), problems
+
+
+def find_interface(
+    root: etree._Element,
+    request: InterfaceRequest,
+    claimed: dict[etree._Element, str],
+    problems: list[Problem],
+) -> etree._Element | None:
+    """The `<interface>` that our metadata means; None, and a problem, when there is not exactly one."""
+    attribute = f"mac='{request.mac}'" if request.mac else f"alias='{request.alias}'"
+    found = [
+        element
+        for element in root.iterfind("devices/interface")
+        if (
+            mac_of(element) == request.mac
+            if request.mac
+            else attribute_of(element, "alias", "name") == request.alias
+        )
+    ]
+    if len(found) != 1:
+        count = "no interface of the domain has" if not found else "more than one interface of the domain has"
+        it = "this MAC" if request.mac else "this alias"
+        problems.append(Problem(request.line, request.label, f"metadata attribute {attribute}: {count} {it}"))
+        return None
+    if found[0] in claimed:
+        text = f"metadata attribute {attribute}: the interface is named twice, already as {claimed[found[0]]}"
+        problems.append(Problem(request.line, request.label, text))
+        return None
+    claimed[found[0]] = request.label
+    return found[0]
+
+
+def mac_of(element: etree._Element) -> str:
+    """An interface's MAC in lower case; empty when libvirt is to invent one."""
+    return attribute_of(element, "mac", "address").lower()
+
+
+def attribute_of(element: etree._Element, path: str, attribute: str) -> str:
+    """An attribute of a child element; empty when either is missing."""
+    child = element.find(path)
+    return child.get(attribute, "") if child is not None else ""
+
+
+class InterfaceCheck:
+    """One interface beside what our metadata says of it."""
+
+    def __init__(
+        self,
+        root: etree._Element,
+        element: etree._Element,
+        request: InterfaceRequest,
+        uuid: str,
+        run_folder: Path,
+    ) -> None:
+        self.element = element
+        self.request = request
+        self.mac = mac_of(element)
+        self.path = socket_path(run_folder, uuid or "UUID", self.mac or "MAC")
+        self.mode = attribute_of(element, "source", "mode")
+
+    def port(self) -> PortSpec:
+        """The port; of use only when there are no fatal problems."""
+        request = self.request
+        queues = attribute_of(self.element, "driver", "queues")
+        return PortSpec(
+            mac=self.mac,
+            alias=request.alias,
+            driver=request.driver,
+            pool=request.pool,
+            device=request.device,
+            migration=request.migration,
+            announce=request.announce,
+            role=ROLES.get(self.mode, ""),
+            socket_path=self.path,
+            queue_pairs=int(queues) if queues.isdecimal() else 1,
+            line=request.line,
+        )
+
+    def problems(self) -> list[Problem]:
+        """All that is wrong with the interface, in the order of CHECKS."""
+        return [
+            Problem(line_of(at), self.mac or self.request.label, text, fatal)
+            for check in CHECKS
+            for at, text, fatal in check(self)
+        ]
+
+    def at(self, path: str) -> etree._Element:
+        """The child element that a message is about, or the interface when it is missing."""
+        child = self.element.find(path)
+        return child if child is not None else self.element
+
+
+#: Element, text, fatal.
+Finding = tuple[etree._Element, str, bool]
+
+
+def check_driver_name(check: InterfaceCheck) -> Iterator[Finding]:
+    """The driver must be one that this version has."""
+    driver = check.request.driver
+    if driver != ANY_DRIVER and driver not in DRIVERS:
+        available = ", ".join(DRIVERS)
+        text = f"metadata attribute driver='{driver}': not available in this version; available: {available}"
+        yield check.element, text, True
+
+
+def check_type(check: InterfaceCheck) -> Iterator[Finding]:
+    """Only a vhostuser interface with a virtio model can be carried."""
+    kind = check.element.get("type", "")
+    if kind != "vhostuser":
+        yield check.element, f"<interface type='{kind}'>: must be type='vhostuser'", True
+    model = attribute_of(check.element, "model", "type")
+    if model != "virtio":
+        yield check.at("model"), f"<model type='{model}'/>: must be <model type='virtio'/>", True
+    if not MAC_FORM.fullmatch(check.mac):
+        text = f"<mac address='{check.mac}'/>: give the interface a MAC, the socket path contains it"
+        yield check.at("mac"), text, True
+
+
+def check_source(check: InterfaceCheck) -> Iterator[Finding]:
+    """The socket must be the one we serve, in one of the two roles."""
+    if check.element.get("type") != "vhostuser":
+        return
+    source = check.at("source")
+    kind = attribute_of(check.element, "source", "type")
+    if kind != "unix":
+        yield source, f"<source type='{kind}'>: must be type='unix'", True
+    path = attribute_of(check.element, "source", "path")
+    if path != str(check.path):
+        yield source, f"<source path='{path}'>: the path must be '{check.path}'", True
+    if check.mode not in ROLES:
+        yield source, f"<source mode='{check.mode}'>: must be mode='client' or mode='server'", True
+
+
+def check_reconnect(check: InterfaceCheck) -> Iterator[Finding]:
+    """Only a client can come back, and one that does not loses its network when a port restarts."""
+    if check.element.get("type") != "vhostuser":
+        return
+    enabled = attribute_of(check.element, "source/reconnect", "enabled") == "yes"
+    if enabled and check.mode == "server":
+        text = (
+            "<reconnect enabled='yes'>: only mode='client' reconnects; remove <reconnect> or change the mode"
+        )
+        yield check.at("source/reconnect"), text, True
+    if not enabled and check.mode == "client":
+        text = (
+            "no <reconnect enabled='yes' timeout='1'/> in <source>: a restarted port would not be found again"
+        )
+        yield check.at("source"), text, False
+
+
+def check_queues(check: InterfaceCheck) -> Iterator[Finding]:
+    """What <driver> asks for must be something that a port serves."""
+    queues = attribute_of(check.element, "driver", "queues")
+    if queues and not (queues.isdecimal() and int(queues) > 0):
+        yield check.at("driver"), f"<driver queues='{queues}'>: must be a number of queue pairs from 1", True
+    for attribute in UNSERVED:
+        if attribute_of(check.element, "driver", attribute) == "on":
+            text = f"<driver {attribute}='on'>: vDPA ports do not serve it; remove it"
+            yield check.at("driver"), text, True
+
+
+#: The order in which an interface's problems are told.
+CHECKS: tuple[Callable[[InterfaceCheck], Iterator[Finding]], ...] = (
+    check_type,
+    check_driver_name,
+    check_source,
+    check_reconnect,
+    check_queues,
+)
+
+
+def memory_problems(root: etree._Element) -> Iterator[Problem]:
+    """Guest memory must be mapped shared, in every NUMA cell, or the device reads a copy."""
+    access = root.find("memoryBacking/access")
+    default = access.get("mode", "") if access is not None else ""
+    cells = root.findall("cpu/numa/cell")
+    for cell in cells:
+        own = cell.get("memAccess", "shared")
+        if own != "shared":
+            yield Problem(
+                line_of(cell),
+                "",
+                f"<cell id='{cell.get('id')}' memAccess='{own}'>: must be memAccess='shared'",
+            )
+    if default == "shared" or (cells and all(cell.get("memAccess") for cell in cells)):
+        return
+    backing = root.find("memoryBacking")
+    hugepages = backing is not None and backing.find("hugepages") is not None
+    remedy = "<access mode='shared'/> to <memoryBacking>" if hugepages else SHARED_MEMORY
+    at = access if access is not None else backing if backing is not None else root
+    yield Problem(line_of(at), "", f"guest memory is not shared with the port; add {remedy}")
+
+
+def is_ours(xml: bytes) -> bool:
+    """Whether a domain's XML can hold metadata of ours at all."""
+    return NAMESPACE.encode() in xml
+
+
+def domain_identity(xml: bytes) -> tuple[str, str]:
+    """Name and UUID of a domain whatever else is wrong with it; empty where not to be found."""
+    try:
+        root = etree.fromstring(xml, etree.XMLParser(resolve_entities=False, no_network=True, recover=True))
+    except etree.XMLSyntaxError:
+        return "", ""
+    if root is None:
+        return "", ""
+    return (root.findtext("name") or "").strip(), (root.findtext("uuid") or "").strip().lower()
