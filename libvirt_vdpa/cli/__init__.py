@@ -1,0 +1,43 @@
+"""virt-vdpa, the operator's command. Each subcommand is a function that prints and returns an exit code.
+
+Shows what the daemon says and checks files; owns no state. What cannot be done is told in one line.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from libvirt_vdpa.cli import query, xml
+from libvirt_vdpa.config import RUN_FOLDER, SOCKET_NAME
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="virt-vdpa", description="Looks after vDPA NICs of libvirt guests.")
+    top.add_argument(
+        "--socket", type=Path, default=RUN_FOLDER / SOCKET_NAME, help="the daemon's (default: %(default)s)"
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    for name, (run, summary) in query.COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--json", action="store_true", help="print what the daemon answers")
+        command.set_defaults(run=run)
+    files = commands.add_parser("xml", help="domain XML").add_subparsers(metavar="COMMAND", required=True)
+    check = files.add_parser("check", help="say what is wrong with a domain, and in which line")
+    check.add_argument("file", type=Path, metavar="FILE", help="domain XML; '-' reads standard input")
+    check.add_argument(
+        "--run-folder", type=Path, default=RUN_FOLDER, help="the daemon's (default: %(default)s)"
+    )
+    check.set_defaults(run=xml.check)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except BrokenPipeError:  # the reader, such as head(1), has seen enough
+        sys.stderr.close()
+        return 1
+    return code

@@ -1,0 +1,268 @@
+"""virtvdpad, the daemon: puts the parts together and serves until it is told to end.
+
+Ports and emulated NICs outlive it: SIGTERM ends the daemon and nothing else. One daemon serves a run
+folder; a lock keeps a second one away.
+"""
+
+import argparse
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from libvirt_vdpa.api import ApiServer, Arguments, Command, CommandError
+from libvirt_vdpa.client import ControlError
+from libvirt_vdpa.config import CONFIG_FILE, Config, ConfigError, read_config
+from libvirt_vdpa.emulated import EmulatedNic, end_strays
+from libvirt_vdpa.events import DomainWatcher
+from libvirt_vdpa.inventory import Holder, Inventory, InventoryError
+from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError
+from libvirt_vdpa.ports import Record
+from libvirt_vdpa.supervisor import Port, Supervisor
+
+logger = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+#: Seconds that query-ports waits for each port.
+QUERY_LIMIT = 2.0
+
+
+class DaemonError(Exception):
+    """A daemon that cannot start; the text is one line."""
+
+
+class Daemon:
+    """The parts and what connects them."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._inventory = Inventory(config.pools)
+        self._supervisor = Supervisor(config.socket, self._port_changed, self._port_forgotten)
+        self._lifecycle = Lifecycle(config, self._inventory, self._supervisor)
+        self._nics = [
+            EmulatedNic(pool, config.run_folder, config.log_folder, self._inventory) for pool in config.pools
+        ]
+        self._api = ApiServer(self._commands())
+        self._end = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, SIGINT or `quit`.
+
+        :raise DaemonError: when the control socket cannot be made.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end.set)
+        await self._adopt()
+        await asyncio.gather(*(nic.start() for nic in self._nics))
+        try:
+            self._api.start(self._config.socket_path)
+        except OSError as error:
+            raise DaemonError(f"control socket {self._config.socket_path}: {error.strerror}") from None
+        watcher = self._watch_domains(loop)
+        logger.info("ready on %s", self._config.socket_path)
+        await self._end.wait()
+        logger.info("ends; ports and emulated NICs go on")
+        if watcher is not None:
+            watcher.stop()
+        await self._api.stop()
+        for nic in self._nics:
+            nic.disregard()
+        self._supervisor.disregard()
+
+    async def _adopt(self) -> None:
+        """Take over from an earlier daemon what still runs."""
+        await self._supervisor.adopt(self._config.run_folder)
+        for port in self._supervisor.ports.values():
+            record = port.record
+            try:
+                self._inventory.hold(record.device, Holder(record.domain, record.uuid, record.mac))
+            except InventoryError as error:
+                logger.error("%s: %s", record.label, error)
+        await end_strays(self._config.run_folder, self._config.pools, self._inventory)
+
+    def _watch_domains(self, loop: asyncio.AbstractEventLoop) -> DomainWatcher | None:
+        if not self._config.libvirt_uri:
+            return None
+        watcher = DomainWatcher(self._config.libvirt_uri, self._lifecycle, loop)
+        watcher.start()
+        return watcher
+
+    def _port_changed(self, port: Port) -> None:
+        self._api.event("PORT_STATE_CHANGE", describe(port))
+
+    def _port_forgotten(self, record: Record) -> None:
+        self._inventory.give_back(record.device, Holder(record.domain, record.uuid, record.mac))
+
+    # Commands of the control socket
+
+    def _commands(self) -> Mapping[str, Command]:
+        return {
+            "hook": self._hook,
+            "query-devices": self._query_devices,
+            "query-ports": self._query_ports,
+            "query-status": self._query_status,
+            "quit": self._quit,
+        }
+
+    async def _hook(self, arguments: Arguments) -> object:
+        for name in ("domain", "operation", "xml"):
+            if not isinstance(arguments.get(name), str):
+                raise CommandError(f"hook: argument '{name}' must be a string")
+        xml = arguments["xml"].encode("utf-8", "replace")
+        try:
+            await self._lifecycle.hook(arguments["operation"], arguments["domain"], xml)
+        except LifecycleError as error:
+            raise CommandError(str(error)) from None
+        return {}
+
+    async def _query_status(self, _arguments: Arguments) -> object:
+        return {
+            "version": VERSION,
+            "pid": os.getpid(),
+            "run-folder": str(self._config.run_folder),
+            "hook-time-limit": self._config.hook_time_limit,
+            "ports": len(self._supervisor.ports),
+            "pools": [
+                {
+                    "name": pool.name,
+                    "driver": pool.driver,
+                    "vfs": len(pool.vfs),
+                    "free": sum(vf.holder is None for vf in pool.vfs),
+                    "problem": pool.problem,
+                }
+                for pool in self._inventory.pools.values()
+            ],
+        }
+
+    async def _query_ports(self, _arguments: Arguments) -> object:
+        ports = list(self._supervisor.ports.values())
+
+        async def refresh(port: Port) -> None:
+            async with asyncio.timeout(QUERY_LIMIT):
+                await port.query_status()
+
+        # Who does not answer is described by what was known before; watching it is the supervisor's.
+        results = await asyncio.gather(*(refresh(port) for port in ports), return_exceptions=True)
+        for result in results:
+            if result is not None and not isinstance(result, ControlError | TimeoutError):
+                raise result
+        return {"ports": [describe(port) for port in ports]}
+
+    async def _query_devices(self, _arguments: Arguments) -> object:
+        return {
+            "devices": [
+                {
+                    "device": vf.device,
+                    "driver": vf.driver,
+                    "pool": vf.pool,
+                    "queue_pairs": vf.queue_pairs,
+                    "state": "lent" if vf.holder else "free",
+                    "domain": vf.holder.domain if vf.holder else None,
+                    "mac": vf.holder.mac if vf.holder else None,
+                }
+                for vf in self._inventory
+            ]
+        }
+
+    async def _quit(self, _arguments: Arguments) -> object:
+        self._end.set()
+        return {}
+
+
+def describe(port: Port) -> dict[str, object]:
+    """One port as query-ports and events show it."""
+    record, status = port.record, port.status
+    return {
+        "domain": record.domain,
+        "uuid": record.uuid,
+        "mac": record.mac,
+        "state": port.state.value,
+        "role": record.role,
+        "socket": record.socket,
+        "device": record.device,
+        "pool": record.pool,
+        "pid": record.pid,
+        "restarts": port.restarts,
+        "problem": port.problem,
+        "front_end": status.get("front_end", False),
+        "features": status.get("feature_names", []),
+        "queue_pairs": status.get("queue_pairs"),
+        "rings": status.get("rings", []),
+    }
+
+
+def lock(run_folder: Path) -> int:
+    """Keep other daemons away from a run folder, until this process ends.
+
+    :return: a descriptor that holds the lock.
+    :raise DaemonError: when another daemon serves the folder.
+    """
+    path = run_folder / "virtvdpad.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(descriptor, 32).decode("ascii", "replace").strip()
+        raise DaemonError(
+            f"{run_folder}: another virtvdpad (pid {pid}) serves it; stop that one first"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor
+
+
+def make_folders(config: Config) -> None:
+    """Make run and log folder.
+
+    :raise DaemonError: when that is not possible.
+    """
+    try:
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+        # QEMU's user passes through to its sockets.
+        config.run_folder.chmod(0o711)
+        config.log_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DaemonError(f"{error.filename}: {error.strerror}") from None
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="virtvdpad", description="Serves vDPA ports to libvirt's guests.")
+    parser.add_argument(
+        "--config", type=Path, help=f"configuration file (default: {CONFIG_FILE}, if it exists)"
+    )
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the daemon; the exit code."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(),
+        format="%(asctime)s virtvdpad: %(levelname)s: %(message)s",
+        stream=sys.stderr,
+    )
+    # Whatever is made is for root alone, by us and by the programs we start, unless it is opened on purpose.
+    os.umask(0o077)
+    try:
+        file = options.config or (CONFIG_FILE if CONFIG_FILE.exists() else None)
+        config = read_config(file) if file else Config()
+        make_folders(config)
+        held = lock(config.run_folder)
+        asyncio.run(serve(config))
+        os.close(held)
+    except (ConfigError, DaemonError) as error:
+        print(f"virtvdpad: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def serve(config: Config) -> None:
+    """Run one daemon in this event loop."""
+    await Daemon(config).run()

@@ -1,0 +1,259 @@
+"""libvirt's hook operations -> what happens to a domain's ports.
+
+OPERATIONS is the table. libvirt calls (docs/hooks.rst): prepare, start, started at a start; stopped,
+release at an end, also after a start that failed; reconnect for each running domain after its own
+restart; restore before the prepare of a saved domain; migrate before the prepare at a destination, where
+nothing may be allocated because no release follows a refusal.
+
+Nothing here calls libvirt: it waits for us.
+"""
+
+import asyncio
+import itertools
+import logging
+import weakref
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+
+from libvirt_vdpa.client import ControlError
+from libvirt_vdpa.config import Config
+from libvirt_vdpa.domain import DomainError, DomainSpec, PortSpec, domain_identity, is_ours, parse_domain
+from libvirt_vdpa.inventory import Holder, Inventory, InventoryError, too_many_queues
+from libvirt_vdpa.ports import Record, State
+from libvirt_vdpa.supervisor import Port, PortError, Supervisor
+
+logger = logging.getLogger(__name__)
+
+#: Share of a hook's time limit in which we answer, so that our reason comes before its own.
+ANSWER_SHARE = 0.8
+#: Seconds that a port has to reach a QEMU that already runs, and between looks whether it has.
+CONNECTED_LIMIT = 5.0
+CONNECTED_INTERVAL = 0.02
+
+
+class LifecycleError(Exception):
+    """An operation that is refused; the text is one line for libvirt's user."""
+
+
+class Lifecycle:
+    """Carries out hook operations, one at a time for each domain."""
+
+    def __init__(self, config: Config, inventory: Inventory, supervisor: Supervisor) -> None:
+        self._config = config
+        self._inventory = inventory
+        self._supervisor = supervisor
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        #: Domain UUID -> number of the last operation on it, to see whether anything happened since.
+        self._last_operation: dict[str, int] = {}
+        self._numbers = itertools.count()
+
+    async def hook(self, operation: str, name: str, xml: bytes) -> None:
+        """Carry out a hook's operation; one that is unknown, or of a foreign domain, does nothing.
+
+        Cancelled, it undoes what it has begun: whoever asked is gone.
+
+        :raise LifecycleError: when libvirt must be told that it cannot be.
+        """
+        handler = OPERATIONS.get(operation)
+        if handler is None or not is_ours(xml):
+            return
+        uuid = domain_identity(xml)[1]
+        self._last_operation[uuid] = next(self._numbers)
+        limit = self._config.hook_time_limit * ANSWER_SHARE
+        logger.info("domain '%s': %s", name, operation)
+        try:
+            async with asyncio.timeout(limit), self._exclusive(uuid):
+                await handler(self, name, xml)
+        except TimeoutError:
+            text = f"domain '{name}': {operation} took longer than {limit:g} s; see virtvdpad's log"
+            raise LifecycleError(text) from None
+        except (LifecycleError, DomainError) as error:
+            logger.error("%s: %s", operation, error)
+            raise LifecycleError(str(error)) from None
+
+    def snapshot(self) -> Mapping[str, int]:
+        """Domains that have ports, and where each stands: for a later `reconcile`."""
+        domains = {uuid for uuid, _ in self._supervisor.ports}
+        return {uuid: self._last_operation.get(uuid, -1) for uuid in domains}
+
+    async def reconcile(self, running: Collection[str], snapshot: Mapping[str, int]) -> None:
+        """Release the ports of domains that do not run and whose end no hook has told us.
+
+        :param running: UUIDs of the domains that ran at some time after `snapshot` was taken.
+        """
+        for uuid, number in snapshot.items():
+            if uuid in running:
+                continue
+            async with self._exclusive(uuid):
+                if self._last_operation.get(uuid, -1) == number:
+                    await self._release_unused(uuid)
+
+    async def _release_unused(self, uuid: str) -> None:
+        for port in self._supervisor.of_domain(uuid):
+            if await has_front_end(port):
+                logger.warning(
+                    "%s: libvirt knows no running domain, but QEMU is connected", port.record.label
+                )
+            else:
+                logger.info("%s: the domain does not run; the port is released", port.record.label)
+                await self._supervisor.release(port)
+
+    def _exclusive(self, uuid: str) -> asyncio.Lock:
+        """The lock of a domain; it exists as long as somebody uses it."""
+        return self._locks.setdefault(uuid, asyncio.Lock())
+
+    # The operations
+
+    async def _prepare(self, name: str, xml: bytes) -> None:
+        spec = parse_domain(xml, self._config.run_folder)
+        await self._end_leftovers(spec)
+        made: list[Port] = []
+        try:
+            for wanted in spec.ports:
+                made.append(self._make_port(spec, wanted))
+            await all_of(
+                self._start_port(spec, wanted, port)
+                for wanted, port in zip(spec.ports, made, strict=True)
+                if wanted.role == "listen"
+            )
+        except BaseException:
+            # For a cancellation as well: a failed prepare leaves nothing behind.
+            await asyncio.shield(all_of(self._supervisor.release(port) for port in made))
+            raise
+
+    async def _start(self, name: str, xml: bytes) -> None:
+        """QEMU will make the sockets of server mode next, and wait on them until we connect."""
+        spec = parse_domain(xml, self._config.run_folder)
+        for wanted in spec.ports:
+            port = self._port(spec, wanted)
+            if port.state is State.IDLE:
+                await self._start_port(spec, wanted, port)
+
+    async def _started(self, name: str, xml: bytes) -> None:
+        """QEMU runs, so somebody connected to every socket of its own; make sure that it was us."""
+        spec = parse_domain(xml, self._config.run_folder)
+        for wanted in spec.ports:
+            if wanted.role == "connect":
+                await self._connected(spec, wanted)
+
+    async def _connected(self, spec: DomainSpec, wanted: PortSpec) -> None:
+        port = self._port(spec, wanted)
+        try:
+            async with asyncio.timeout(CONNECTED_LIMIT):
+                while not await has_front_end(port):
+                    await asyncio.sleep(CONNECTED_INTERVAL)
+        except TimeoutError:
+            text = f"the port has not reached QEMU on {wanted.socket_path} within {CONNECTED_LIMIT:g} s"
+            raise refusal(spec, wanted.mac, text) from None
+
+    async def _stopped(self, name: str, xml: bytes) -> None:
+        for port in self._supervisor.of_domain(domain_identity(xml)[1]):
+            self._supervisor.guest_left(port)
+
+    async def _release(self, name: str, xml: bytes) -> None:
+        await all_of(
+            self._supervisor.release(port) for port in self._supervisor.of_domain(domain_identity(xml)[1])
+        )
+
+    async def _restore(self, name: str, xml: bytes) -> None:
+        """Only look: `prepare` follows."""
+        parse_domain(xml, self._config.run_folder)
+
+    async def _reconnect(self, name: str, xml: bytes) -> None:
+        """The domain runs: whatever port it lacks is made, with any VF of the pool."""
+        spec = parse_domain(xml, self._config.run_folder)
+        for wanted in spec.ports:
+            port = self._supervisor.ports.get((spec.uuid, wanted.mac)) or self._make_port(spec, wanted)
+            if port.state is State.IDLE:
+                await self._start_port(spec, wanted, port)
+
+    async def _migrate(self, name: str, xml: bytes) -> None:
+        if parse_domain(xml, self._config.run_folder).ports:
+            raise LifecycleError(f"domain '{name}': live migration of vDPA interfaces is not supported yet")
+
+    # What they are made of
+
+    async def _end_leftovers(self, spec: DomainSpec) -> None:
+        """A domain that is about to start needs no port that it may still have."""
+        for port in self._supervisor.of_domain(spec.uuid):
+            if await has_front_end(port):
+                text = f"its port is still connected to a running QEMU (port process {port.record.pid})"
+                raise refusal(spec, port.record.mac, text)
+            logger.warning("%s: left over from an earlier start; released", port.record.label)
+            await self._supervisor.release(port)
+
+    def _make_port(self, spec: DomainSpec, wanted: PortSpec) -> Port:
+        """Lend a VF and make the port that holds it, without a process."""
+        holder = Holder(spec.name, spec.uuid, wanted.mac)
+        try:
+            vf = self._inventory.lend(wanted.driver, wanted.pool, wanted.device, wanted.queue_pairs, holder)
+        except InventoryError as error:
+            raise refusal(spec, wanted.mac, str(error)) from None
+        record = Record(
+            domain=spec.name,
+            uuid=spec.uuid,
+            mac=wanted.mac,
+            device=vf.device,
+            pool=vf.pool,
+            role=wanted.role,
+            socket=str(wanted.socket_path),
+            control=str(wanted.socket_path.with_suffix(".ctl")),
+            log=str(self._config.log_folder / f"{spec.name}-{wanted.mac}.log"),
+        )
+        try:
+            return self._supervisor.add(record)
+        except PortError as error:
+            self._inventory.give_back(vf.device, holder)
+            raise refusal(spec, wanted.mac, str(error)) from None
+
+    async def _start_port(self, spec: DomainSpec, wanted: PortSpec, port: Port) -> None:
+        try:
+            await self._supervisor.start(port)
+        except PortError as error:
+            raise refusal(spec, wanted.mac, str(error)) from None
+        # Known only now for a VF that no pool describes.
+        queue_pairs = port.status.get("queue_pairs")
+        if isinstance(queue_pairs, int) and wanted.queue_pairs > queue_pairs:
+            raise refusal(spec, wanted.mac, too_many_queues(wanted.queue_pairs, queue_pairs))
+
+    def _port(self, spec: DomainSpec, wanted: PortSpec) -> Port:
+        port = self._supervisor.ports.get((spec.uuid, wanted.mac))
+        if port is None:
+            raise refusal(
+                spec, wanted.mac, "it was not prepared; was virtvdpad started in between? Start again"
+            )
+        return port
+
+
+Handler = Callable[[Lifecycle, str, bytes], Awaitable[None]]
+#: Hook operation -> what carries it out: given the domain's name and XML.
+OPERATIONS: dict[str, Handler] = {
+    "prepare": Lifecycle._prepare,
+    "start": Lifecycle._start,
+    "started": Lifecycle._started,
+    "stopped": Lifecycle._stopped,
+    "release": Lifecycle._release,
+    "restore": Lifecycle._restore,
+    "reconnect": Lifecycle._reconnect,
+    "migrate": Lifecycle._migrate,
+}
+
+
+def refusal(spec: DomainSpec, mac: str, text: str) -> LifecycleError:
+    """A refusal that names domain and interface."""
+    return LifecycleError(f"domain '{spec.name}': interface {mac}: {text}")
+
+
+async def has_front_end(port: Port) -> bool:
+    """Whether QEMU is connected to a port; not when its process does not answer."""
+    try:
+        return bool((await port.query_status()).get("front_end"))
+    except ControlError:
+        return False
+
+
+async def all_of(work: Iterable[Awaitable[None]]) -> None:
+    """Wait for all, then raise the first failure: so none of them runs on behind our back."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

@@ -1,0 +1,373 @@
+"""Starts, adopts, watches and ends port processes.
+
+Carries out what ports.TRANSITIONS orders: this is where a port's process, its socket's owner and mode,
+its record and its control connection are. Which ports there should be is lifecycle.py's concern.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from libvirt_vdpa.client import ControlClient, ControlError
+from libvirt_vdpa.config import SocketConfig
+from libvirt_vdpa.ports import ADOPTION, Action, Event, PortLife, Record, RecordError, State
+from libvirt_vdpa.process import Process, ProgramError, find_program, last_words, log_size, start_time
+
+logger = logging.getLogger(__name__)
+
+PROGRAM = "virt-vdpa-port"
+#: Seconds until a started process must answer.
+START_LIMIT = 8.0
+#: Seconds between looks at whether a process has become ready.
+READY_INTERVAL = 0.01
+#: Seconds between two questions to a port that serves, and until it must have answered each.
+WATCH_INTERVAL = 5.0
+ANSWER_LIMIT = 5.0
+#: Seconds that a process has to end itself before it is killed.
+END_LIMIT = 3.0
+#: Seconds before the second and the last of many tries to start a process again; the first is at once.
+RETRY_FIRST = 0.1
+RETRY_LAST = 5.0
+#: Seconds of service after which a process that dies is tried again at once.
+STEADY = 10.0
+
+
+class PortError(Exception):
+    """A port that cannot be started; the text gives the reason, as the process told it."""
+
+
+class Port:
+    """One port and its process. Made by `Supervisor`; calls between the two stay in this module."""
+
+    def __init__(self, record: Record, owner: SocketConfig, changed: Callable[["Port"], None]) -> None:
+        self.record = record
+        #: The last that was heard from the process, an answer to query-status.
+        self.status: dict[str, object] = {}
+        #: Why it is not serving, as far as known.
+        self.problem = ""
+        self.restarts = 0
+        self._owner = owner
+        self._changed = changed
+        self._life = PortLife()
+        self._process: Process | None = None
+        self._client: ControlClient | None = None
+        self._attendant: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._delay = 0.0
+        self._served_since: float | None = None
+        self._log_mark = 0
+        self._transition = asyncio.Event()
+
+    @property
+    def state(self) -> State:
+        """Where the port is in its life."""
+        return self._life.state
+
+    def feed(self, event: Event) -> None:
+        """Let something happen to the port and do what its table says."""
+        before = self.state
+        action = self._life.feed(event)
+        if self.state is not before:
+            logger.info("%s: %s -> %s (%s)", self.record.label, before.value, self.state.value, event.value)
+            self._cancel_timer()
+        ACTIONS[action](self)
+        if self.state is not State.GONE:
+            self.record = replace(self.record, state=self.state.value)
+            self.record.save()
+        # Whoever waits is woken once; a new event is for those who wait next.
+        self._transition.set()
+        self._transition = asyncio.Event()
+        self._changed(self)
+
+    async def settled(self, *states: State) -> None:
+        """Wait until the port is in one of the states."""
+        while self.state not in states:
+            await self._transition.wait()
+
+    async def query_status(self) -> dict[str, object]:
+        """Ask the process how it is.
+
+        :raise ControlError: when it does not answer.
+        """
+        if self._client is None:
+            raise ControlError(f"{self.record.control}: not connected")
+        self.status = await self._client.query("query-status")
+        return self.status
+
+    async def adopt(self) -> None:
+        """Take up, after a restart of the daemon, where the record says that the port was."""
+        before = State(self.record.state)
+        self._process = await self._find_process()
+        alive, dead = ADOPTION[before]
+        if self._process is None:
+            logger.info("%s: was %s, has no process", self.record.label, before.value)
+            self.record = self.record.with_process(None, None)
+        else:
+            logger.info("%s: was %s, adopts process %d", self.record.label, before.value, self._process.pid)
+            self.record = self.record.with_process(self._process.pid, self._process.start_time)
+            self._process.watch(self._ended)
+            self._attend()
+        for event in alive if self._process is not None else dead:
+            self.feed(event)
+
+    async def _find_process(self) -> Process | None:
+        """The port's process: the recorded one, or one that was started just before the daemon died."""
+        pid, started = self.record.pid, self.record.start_time
+        if pid is not None and started is not None and (process := Process.find(pid, started)):
+            return process
+        with contextlib.suppress(ControlError):
+            async with ControlClient(self.record.control, ANSWER_LIMIT) as client:
+                answer = (await client.query("query-status")).get("pid")
+                if isinstance(answer, int) and (started := start_time(answer)) is not None:
+                    return Process.find(answer, started)
+        return None
+
+    def disregard(self) -> None:
+        """Stop watching; the process goes on. For the daemon's own end."""
+        self._cancel_timer()
+        if self._attendant is not None:
+            self._attendant.cancel()
+        if self._process is not None:
+            self._process.close()
+
+    # What the table orders
+
+    def _spawn(self) -> None:
+        record = self.record
+        arguments = [
+            f"--socket-path={record.socket}",
+            f"--device={record.device}",
+            f"--control={record.control}",
+            f"--name={record.label}",
+        ]
+        if record.role == "connect":
+            arguments.append("--connect")
+        if record.features is not None:
+            arguments.append(f"--features={record.features:#x}")
+        self._log_mark = log_size(Path(record.log))
+        try:
+            self._process = Process.spawn([find_program(PROGRAM), *arguments], Path(record.log))
+        except ProgramError as error:
+            self.problem = str(error)
+            asyncio.get_running_loop().call_soon(self.feed, Event.DIED)
+            return
+        self.record = record.with_process(self._process.pid, self._process.start_time)
+        self._process.watch(self._ended)
+        self._attend()
+
+    def _terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+        self._timer = asyncio.get_running_loop().call_later(END_LIMIT, self.feed, Event.HUNG)
+
+    def _kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _retry_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._served_since is not None and loop.time() - self._served_since >= STEADY:
+            self._delay = 0.0
+        self._served_since = None
+        self.restarts += 1
+        self._timer = loop.call_later(self._delay, self.feed, Event.RETRY)
+        self._delay = min(max(2 * self._delay, RETRY_FIRST), RETRY_LAST)
+
+    def _forget(self) -> None:
+        for path in (self.record.socket, self.record.control, self.record.path):
+            Path(path).unlink(missing_ok=True)
+        # The folder stays as long as the domain has other ports.
+        with contextlib.suppress(OSError):
+            self.record.path.parent.rmdir()
+
+    # What happens by itself
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send(number)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ended(self) -> None:
+        self._process = None
+        if self._attendant is not None:
+            self._attendant.cancel()
+            self._attendant = None
+        words = last_words(Path(self.record.log), self._log_mark)
+        self.problem = words.removeprefix(f"{PROGRAM}: ").removeprefix(f"{self.record.label}: ")
+        if self.state is not State.ENDING:
+            logger.warning("%s: %s ended: %s", self.record.label, PROGRAM, self.problem or "no reason given")
+        self.record = self.record.with_process(None, None)
+        self.feed(Event.DIED)
+
+    def _attend(self) -> None:
+        self._attendant = asyncio.create_task(self._look_after(), name=f"port {self.record.label}")
+
+    async def _look_after(self) -> None:
+        """From the process's start, or its adoption, to its end: wait until it answers, then keep asking."""
+        client = None
+        try:
+            async with asyncio.timeout(START_LIMIT):
+                client = await self._ready_client()
+        except TimeoutError:
+            self.problem = f"{PROGRAM} was not ready within {START_LIMIT:g} s"
+            logger.error("%s: %s", self.record.label, self.problem)
+            self.feed(Event.HUNG)
+            return
+        self._client = client
+        try:
+            self._serve_begins()
+            while True:
+                await asyncio.sleep(WATCH_INTERVAL)
+                await self.query_status()
+        except ControlError as error:
+            self.problem = f"{PROGRAM} does not answer: {error}"
+            logger.error("%s: %s; it is killed", self.record.label, self.problem)
+            self.feed(Event.HUNG)
+        finally:
+            self._client = None
+            await client.close()
+
+    async def _ready_client(self) -> ControlClient:
+        """A connection to a process that answers and whose socket is in place."""
+        while True:
+            client = ControlClient(self.record.control, ANSWER_LIMIT)
+            try:
+                await client.connect()
+                status = await client.query("query-status")
+                if status.get("pid") == self.record.pid and self._socket_in_place():
+                    self.status = status
+                    return client
+            except ControlError:
+                pass
+            except BaseException:
+                await client.close()
+                raise
+            await client.close()
+            await asyncio.sleep(READY_INTERVAL)
+
+    def _socket_in_place(self) -> bool:
+        """Give the vhost-user socket to QEMU's user; False when it is not there yet. QEMU makes its own."""
+        if self.record.role == "connect":
+            return True
+        try:
+            os.chown(self.record.socket, self._owner.uid, self._owner.gid)
+            Path(self.record.socket).chmod(self._owner.mode)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _serve_begins(self) -> None:
+        self.problem = ""
+        self._served_since = asyncio.get_running_loop().time()
+        offered = self.status.get("features_offered")
+        if self.record.features is None and isinstance(offered, int):
+            self.record = replace(self.record, features=offered)
+        elif offered != self.record.features:
+            logger.error(
+                "%s: the VF offers features %s, before %s", self.record.label, offered, self.record.features
+            )
+        self.feed(Event.ANSWERED)
+
+
+#: Action -> what carries it out.
+ACTIONS: dict[Action, Callable[[Port], None]] = {
+    Action.NONE: lambda port: None,
+    Action.SPAWN: Port._spawn,
+    Action.TERMINATE: Port._terminate,
+    Action.KILL: Port._kill,
+    Action.RETRY_LATER: Port._retry_later,
+    Action.FORGET: Port._forget,
+}
+
+
+class Supervisor:
+    """All ports of this host."""
+
+    def __init__(
+        self, owner: SocketConfig, changed: Callable[[Port], None], forgotten: Callable[[Record], None]
+    ) -> None:
+        """No ports yet; `adopt` finds those of an earlier daemon.
+
+        :param owner: who may use the vhost-user sockets.
+        :param changed: called after whatever happened to a port.
+        :param forgotten: called when a port is gone, its process ended and its VF free.
+        """
+        self.ports: dict[tuple[str, str], Port] = {}
+        self._owner = owner
+        self._notify = changed
+        self._forgotten = forgotten
+
+    def of_domain(self, uuid: str) -> list[Port]:
+        """The ports of a domain."""
+        return [port for port in self.ports.values() if port.record.uuid == uuid]
+
+    def add(self, record: Record) -> Port:
+        """A new port, recorded and without a process.
+
+        :raise PortError: when its folder cannot be made.
+        """
+        folder = record.path.parent
+        try:
+            folder.mkdir(exist_ok=True)
+            # Others may pass through to the sockets. Where QEMU makes its own socket it may do that,
+            # and remove nothing but that.
+            folder.chmod(0o711)
+            if record.role == "connect":
+                os.chown(folder, -1, self._owner.gid)
+                folder.chmod(0o1771)
+            record.save()
+        except OSError as error:
+            raise PortError(f"{error.filename}: {error.strerror}") from None
+        return self._insert(record)
+
+    async def start(self, port: Port) -> None:
+        """Start a port's process and wait until it answers and its socket is in place.
+
+        :raise PortError: when it ends instead.
+        """
+        port.feed(Event.START)
+        await port.settled(State.SERVING, State.IDLE, State.GONE)
+        if port.state is not State.SERVING:
+            raise PortError(port.problem or f"{PROGRAM} ended without a reason; see {port.record.log}")
+
+    def guest_left(self, port: Port) -> None:
+        """QEMU is gone: whatever happens to the process now, nobody needs another."""
+        port.feed(Event.GUEST_LEFT)
+
+    async def release(self, port: Port) -> None:
+        """End a port and wait until nothing of it is left."""
+        port.feed(Event.RELEASE)
+        await port.settled(State.GONE)
+
+    async def adopt(self, run_folder: Path) -> None:
+        """Take over the ports of an earlier daemon."""
+        for path in sorted(run_folder.glob("*-*/*.json")):
+            try:
+                record = Record.load(path)
+            except RecordError as error:
+                logger.error("%s; it is left alone", error)
+                continue
+            await self._insert(record).adopt()
+
+    def disregard(self) -> None:
+        """Let all ports run on without us."""
+        for port in self.ports.values():
+            port.disregard()
+
+    def _insert(self, record: Record) -> Port:
+        port = Port(record, self._owner, self._changed)
+        self.ports[record.key] = port
+        return port
+
+    def _changed(self, port: Port) -> None:
+        if port.state is State.GONE:
+            self.ports.pop(port.record.key, None)
+            self._forgotten(port.record)
+        self._notify(port)
