@@ -1,0 +1,122 @@
+"""The abstract PCI function: what every bus (vfio-user, kernel VFIO) gives to a driver.
+
+Indices and flags are those of linux/vfio.h (`datapath.vfio`). A driver has no branch on the bus; what
+differs between buses (one socket or many ioctls, file descriptors or addresses to map memory by) ends here.
+
+Every call returns or raises within seconds. `DeviceError` is a refusal or a missed deadline,
+`DeviceLostError` says that the function is gone; after that only `close` is of use.
+"""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntFlag
+
+from datapath.native.relay import Doorbell
+from datapath.vdpa import MemoryRegion
+from datapath.vfio import Irq, Region
+
+
+class PciCommand(IntFlag):
+    """Bits of the command register of configuration space (PCI Local Bus 3.0 section 6.2.2)."""
+
+    MEMORY = 0x0002
+    MASTER = 0x0004
+    INTX_DISABLE = 0x0400
+
+
+#: Offset of the command register in configuration space.
+COMMAND = 0x04
+#: Bytes of configuration space that every function has.
+CONFIG_SIZE = 256
+#: Access widths of registers, in bytes.
+WIDTHS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class RegionDescription:
+    """A region of the function: a BAR, or configuration space."""
+
+    #: Bytes; 0 when the function has no such region.
+    size: int
+    #: (offset, size) of the parts that can be mapped.
+    mappable: tuple[tuple[int, int], ...] = ()
+
+
+class PciFunction(abc.ABC):
+    """One PCI function in this process's hands, from `open` of a bus until `close`."""
+
+    #: What messages call it: the bus and the address, such as "vfio-user=/run/vf0.sock".
+    name: str
+
+    @abc.abstractmethod
+    def region(self, index: Region) -> RegionDescription:
+        """Size and mappable parts of a region."""
+
+    @abc.abstractmethod
+    def read(self, index: Region, offset: int, width: int) -> int:
+        """Read a little-endian register in one access of `width` bytes (1, 2, 4 or 8)."""
+
+    @abc.abstractmethod
+    def write(self, index: Region, offset: int, width: int, value: int) -> None:
+        """Write a little-endian register in one access of `width` bytes (1, 2, 4 or 8)."""
+
+    @abc.abstractmethod
+    def irq_count(self, index: Irq) -> int:
+        """How many interrupts of a kind the function has; 0 if none that can signal an eventfd."""
+
+    @abc.abstractmethod
+    def set_eventfds(self, index: Irq, start: int, fds: Sequence[int | None]) -> None:
+        """Signal `fds` for the interrupts from `start` on; None for one that nobody listens to.
+
+        The first call of an index gives the whole range that will be used: a bus may be unable to
+        enlarge it later.
+        """
+
+    @abc.abstractmethod
+    def disable_irqs(self, index: Irq) -> None:
+        """No interrupt of this kind signals any more."""
+
+    @abc.abstractmethod
+    def dma_map(self, memory: MemoryRegion) -> None:
+        """Let the function read and write memory, at the guest's addresses.
+
+        :raise DeviceError: also when a limit of the bus is met; the text names needed and allowed.
+        """
+
+    @abc.abstractmethod
+    def dma_unmap(self, memory: MemoryRegion) -> None:
+        """Take mapped memory back; on return the function does not reach it any more."""
+
+    @abc.abstractmethod
+    def reset(self) -> None:
+        """Function-level reset; memory stays mapped. Without effect on a function that has none."""
+
+    @abc.abstractmethod
+    def doorbell(self, index: Region, offset: int, value: int) -> Doorbell:
+        """How to write the 16-bit `value` to a notify register from another thread; valid until `close`.
+
+        An eventfd or a mapped address, never messages on a socket that commands share.
+
+        :raise DeviceError: when the function offers neither.
+        """
+
+    @property
+    @abc.abstractmethod
+    def lost_fd(self) -> int:
+        """A descriptor that is readable once the function is gone, or its removal is asked for."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give the function back. Idempotent, raises nothing."""
+
+    def config_space(self) -> bytes:
+        """A copy of the first 256 bytes of configuration space."""
+        words = (self.read(Region.CONFIG, at, 4) for at in range(0, CONFIG_SIZE, 4))
+        return b"".join(word.to_bytes(4, "little") for word in words)
+
+    def enable(self) -> None:
+        """Let the function decode its BARs and reach memory, without legacy interrupts."""
+        command = self.read(Region.CONFIG, COMMAND, 2)
+        wanted = command | PciCommand.MEMORY | PciCommand.MASTER | PciCommand.INTX_DISABLE
+        self.write(Region.CONFIG, COMMAND, 2, wanted)

@@ -1,0 +1,423 @@
+"""A PCI function behind a vfio-user socket: the client side of QEMU's docs/interop/vfio-user.rst.
+
+Owns the connection and every descriptor and mapping that came over it. `Channel` sends commands and
+waits for replies; `VfioUserFunction` is what a driver sees. The wire format is `datapath.vfio_user`.
+
+Each command has a deadline. A device that misses it is not waited for again until the late reply has
+come, so that whoever gives such a device up is not held for a deadline per command.
+"""
+
+import contextlib
+import errno
+import mmap
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
+from datapath.native._native import ffi
+from datapath.native.relay import Doorbell
+from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
+from datapath.vfio import DeviceFlag, DmaFlag, Irq, IrqFlag, Region, RegionFlag, SetIrqsFlag
+from datapath.vfio_user import (
+    MAJOR,
+    MAX_FDS,
+    MINOR,
+    Area,
+    Capabilities,
+    Command,
+    Decoder,
+    DeviceInfo,
+    DmaMap,
+    DmaUnmap,
+    IoFd,
+    IrqInfo,
+    Message,
+    ProtocolError,
+    RegionAccess,
+    RegionInfo,
+    RegionIoFds,
+    SetIrqs,
+    Version,
+)
+
+#: Seconds that a device has to answer a command.
+DEADLINE = 5.0
+#: Flag of an ioeventfd that signals only when one certain value is written (linux/kvm.h).
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1
+
+
+class RefusedError(DeviceError):
+    """The device answered a command with an error."""
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+class Channel:
+    """One connection: commands out, their replies in, one at a time."""
+
+    def __init__(self, path: str, deadline: float = DEADLINE) -> None:
+        """Connect.
+
+        :raise DeviceError: when nobody listens there.
+        """
+        self.name = f"vfio-user={path}"
+        self._deadline = deadline
+        self._decoder = Decoder()
+        self._next_id = 0
+        #: The command that missed its deadline, while its reply has not come.
+        self._late: Message | None = None
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(deadline)
+            self._socket.connect(path)
+        except OSError as error:
+            self._socket.close()
+            reason = error.strerror or str(error)
+            raise DeviceError(f"{self.name}: cannot connect: {reason}; is the device running?") from error
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def command(self, command: Command, payload: bytes = b"", fds: tuple[int, ...] = ()) -> Message:
+        """Send a command and return its reply; the reply's descriptors are the caller's.
+
+        :raise RefusedError: when the device answers with an error.
+        :raise DeviceError: when it misses the deadline.
+        :raise DeviceLostError: when the connection is gone.
+        """
+        deadline = time.monotonic() + self._deadline
+        if self._late is not None:
+            _close_all(self._await(self._late, 0).fds)
+        self._next_id = (self._next_id + 1) & 0xFFFF
+        request = Message(self._next_id, command, payload=payload, fds=fds)
+        self._send(request, deadline)
+        reply = self._await(request, deadline)
+        if reply.is_error:
+            _close_all(reply.fds)
+            raise RefusedError(f"{self.name}: {command.name} refused: {os.strerror(reply.errno)}")
+        return reply
+
+    def command_without_fds(self, command: Command, payload: bytes = b"", fds: tuple[int, ...] = ()) -> bytes:
+        """Like `command`, for replies that carry no descriptors: returns the payload."""
+        reply = self.command(command, payload, fds)
+        _close_all(reply.fds)
+        return reply.payload
+
+    def close(self) -> None:
+        _close_all(self._decoder.abandon())
+        self._socket.close()
+
+    def lose(self, reason: str) -> DeviceLostError:
+        """Give the connection up (the descriptor stays, hung up) and return the error to raise."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        return DeviceLostError(f"{self.name}: {reason}")
+
+    def _send(self, message: Message, deadline: float) -> None:
+        data = message.pack()
+        try:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            sent = socket.send_fds(self._socket, [data], message.fds)
+            self._socket.sendall(data[sent:])
+        except TimeoutError as error:
+            # Part of a message may have gone: nothing that follows would be understood.
+            raise self.lose(f"does not take {_name(message)}") from error
+        except OSError as error:
+            raise self.lose(f"connection lost at {_name(message)}: {error.strerror}") from error
+
+    def _await(self, request: Message, deadline: float) -> Message:
+        """The reply to `request`; whatever else arrives is refused or dropped."""
+        while True:
+            for message in self._receive(request, deadline):
+                if message.is_reply and message.id == request.id and message.command == request.command:
+                    self._late = None
+                    return message
+                _close_all(message.fds)
+                if message.wants_reply:
+                    # DMA_READ and DMA_WRITE: guest memory is given as descriptors instead.
+                    self._send(message.error(errno.ENOSYS), time.monotonic() + self._deadline)
+
+    def _receive(self, request: Message, deadline: float) -> list[Message]:
+        try:
+            # 0 would mean a non-blocking socket, which reports a missing reply by another exception.
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            data, fds, _, _ = socket.recv_fds(
+                self._socket, self._decoder.wanted, MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        except TimeoutError as error:
+            self._late = request
+            text = f"{self.name}: no answer to {_name(request)} within {self._deadline:g} s"
+            raise DeviceError(text) from error
+        except OSError as error:
+            raise self.lose(f"connection lost at {_name(request)}: {error.strerror}") from error
+        if not data:
+            _close_all(fds)
+            raise self.lose(f"connection closed by the device at {_name(request)}")
+        try:
+            return self._decoder.feed(data, tuple(fds))
+        except ProtocolError as error:
+            raise self.lose(f"the answer to {_name(request)} is not vfio-user: {error}") from error
+
+
+def _name(message: Message) -> str:
+    """A command's name, for messages of errors."""
+    try:
+        return Command(message.command).name
+    except ValueError:
+        return f"command {message.command}"
+
+
+class VfioUserFunction(PciFunction):
+    """The PCI function that a vfio-user device serves."""
+
+    def __init__(self, path: str, deadline: float = DEADLINE) -> None:
+        """Connect, agree on a version and learn what the function has.
+
+        :param deadline: seconds that the device has to answer each command.
+        :raise DeviceError: when nobody listens on `path`, or it is no PCI function.
+        """
+        self._resources = contextlib.ExitStack()
+        self._channel = Channel(path, deadline)
+        self.name = self._channel.name
+        self._resources.callback(self._channel.close)
+        self._regions: dict[Region, RegionInfo] = {}
+        self._region_fds: dict[Region, int] = {}
+        self._areas: dict[tuple[Region, Area], int] = {}
+        self._io_fds: dict[Region, list[tuple[IoFd, int]]] = {}
+        self._dma_maps: set[tuple[int, int]] = set()
+        try:
+            self._limits = self._negotiate()
+            with self._understanding(Command.GET_INFO):
+                self._info = DeviceInfo.unpack(
+                    self._channel.command_without_fds(Command.GET_INFO, DeviceInfo().pack())
+                )
+            if not self._info.flags & DeviceFlag.PCI:
+                raise DeviceError(f"{self.name}: is not a PCI function")
+            self._lost = self._resources.enter_context(select.epoll())
+            self._lost.register(self._channel, select.EPOLLRDHUP)
+        except BaseException:
+            self.close()
+            raise
+
+    # Regions
+
+    def region(self, index: Region) -> RegionDescription:
+        info = self._region(index)
+        if not info.flags & RegionFlag.MMAP:
+            return RegionDescription(info.size)
+        areas = (Area(0, info.size),) if info.areas is None else info.areas
+        return RegionDescription(info.size, tuple((area.offset, area.size) for area in areas))
+
+    def read(self, index: Region, offset: int, width: int) -> int:
+        self._check_access(index, offset, width)
+        request = RegionAccess(offset, index, width)
+        with self._understanding(Command.REGION_READ):
+            payload = self._channel.command_without_fds(Command.REGION_READ, request.pack())
+            data = RegionAccess.unpack(payload).data
+            if len(data) != width:
+                raise ProtocolError(f"{len(data)} bytes instead of {width}")
+        return int.from_bytes(data, "little")
+
+    def write(self, index: Region, offset: int, width: int, value: int) -> None:
+        self._check_access(index, offset, width)
+        request = RegionAccess(offset, index, width, value.to_bytes(width, "little"))
+        self._channel.command_without_fds(Command.REGION_WRITE, request.pack())
+
+    # Interrupts
+
+    def irq_count(self, index: Irq) -> int:
+        if index >= self._info.irqs:
+            return 0
+        with self._understanding(Command.GET_IRQ_INFO):
+            payload = self._channel.command_without_fds(Command.GET_IRQ_INFO, IrqInfo(index).pack())
+            info = IrqInfo.unpack(payload)
+        return info.count if info.flags & IrqFlag.EVENTFD else 0
+
+    def set_eventfds(self, index: Irq, start: int, fds: Sequence[int | None]) -> None:
+        # A message either takes eventfds away or carries one for each interrupt of its range.
+        for given, run in groupby(enumerate(fds, start), lambda entry: entry[1] is not None):
+            entries = list(run)
+            step = max(self._limits.max_msg_fds, 1) if given else len(entries)
+            for at in range(0, len(entries), step):
+                part = entries[at : at + step]
+                request = SetIrqs(
+                    SetIrqsFlag.DATA_EVENTFD | SetIrqsFlag.ACTION_TRIGGER, index, part[0][0], len(part)
+                )
+                self._channel.command_without_fds(
+                    Command.SET_IRQS, request.pack(), tuple(fd for _, fd in part if fd is not None)
+                )
+
+    def disable_irqs(self, index: Irq) -> None:
+        request = SetIrqs(SetIrqsFlag.DATA_NONE | SetIrqsFlag.ACTION_TRIGGER, index)
+        self._channel.command_without_fds(Command.SET_IRQS, request.pack())
+
+    # Memory
+
+    def dma_map(self, memory: MemoryRegion) -> None:
+        where = f"{self.name}: memory {memory.guest_address:#x}+{memory.size:#x}"
+        if len(self._dma_maps) >= self._limits.max_dma_maps:
+            raise DeviceError(
+                f"{where}: {len(self._dma_maps) + 1} mappings are needed,"
+                f" the device allows {self._limits.max_dma_maps}"
+            )
+        page = self._page_size()
+        if (memory.guest_address | memory.size | memory.fd_offset) % page:
+            raise DeviceError(
+                f"{where} at file offset {memory.fd_offset:#x}: the device needs multiples of {page} bytes"
+            )
+        request = DmaMap(DmaFlag.READ | DmaFlag.WRITE, memory.fd_offset, memory.guest_address, memory.size)
+        self._channel.command_without_fds(Command.DMA_MAP, request.pack(), (memory.fd,))
+        self._dma_maps.add((memory.guest_address, memory.size))
+
+    def dma_unmap(self, memory: MemoryRegion) -> None:
+        request = DmaUnmap(0, memory.guest_address, memory.size)
+        self._channel.command_without_fds(Command.DMA_UNMAP, request.pack())
+        self._dma_maps.discard((memory.guest_address, memory.size))
+
+    # The whole function
+
+    def reset(self) -> None:
+        if self._info.flags & DeviceFlag.RESET:
+            self._channel.command_without_fds(Command.DEVICE_RESET)
+
+    def doorbell(self, index: Region, offset: int, value: int) -> Doorbell:
+        for entry, fd in self._offered_io_fds(index):
+            matches = not entry.flags & KVM_IOEVENTFD_FLAG_DATAMATCH or entry.datamatch == value
+            if entry.type == IoFd.IOEVENTFD and entry.offset == offset and entry.size in (0, 2) and matches:
+                return Doorbell(fd=fd)
+        info = self._region(index)
+        for at, size in self.region(index).mappable:
+            if at <= offset and offset + 2 <= at + size:
+                return Doorbell(address=self._map(index, info, Area(at, size)) + offset - at)
+        raise DeviceError(
+            f"{self.name}: no doorbell at {index.name}+{offset:#x}: the device offers neither an eventfd"
+            " (GET_REGION_IO_FDS) nor a mappable area there, and kicks do not share the command socket"
+        )
+
+    @property
+    def lost_fd(self) -> int:
+        return self._lost.fileno()
+
+    def close(self) -> None:
+        self._resources.close()
+
+    # Inside
+
+    @contextlib.contextmanager
+    def _understanding(self, command: Command) -> Iterator[None]:
+        """A reply whose content is malformed ends the connection."""
+        try:
+            yield
+        except ProtocolError as error:
+            raise self._channel.lose(f"malformed answer to {command.name}: {error}") from error
+
+    def _negotiate(self) -> Capabilities:
+        with self._understanding(Command.VERSION):
+            version = Version.unpack(self._channel.command_without_fds(Command.VERSION, Version().pack()))
+        if version.major != MAJOR or version.minor > MINOR:
+            raise DeviceError(
+                f"{self.name}: the device speaks vfio-user {version.major}.{version.minor},"
+                f" this side {MAJOR}.{MINOR}"
+            )
+        return version.capabilities
+
+    def _region(self, index: Region) -> RegionInfo:
+        if index not in self._regions:
+            self._regions[index] = self._ask_region(index)
+        return self._regions[index]
+
+    def _ask_region(self, index: Region) -> RegionInfo:
+        """Ask once for the size of the answer, and again if it carries more than the fixed part."""
+        if index >= self._info.regions:
+            return RegionInfo(index)
+        info = RegionInfo(index)
+        while True:
+            request = RegionInfo(index, argsz=info.argsz)
+            with self._understanding(Command.GET_REGION_INFO):
+                reply = self._channel.command(Command.GET_REGION_INFO, request.pack())
+                self._keep_region_fd(index, reply.fds)
+                info = RegionInfo.unpack(reply.payload)
+                if info.argsz > request.argsz and request.argsz > RegionInfo.LAYOUT.size:
+                    raise ProtocolError(
+                        f"{info.argsz} bytes needed, after {request.argsz} had been asked for"
+                    )
+            if info.argsz <= request.argsz:
+                return info
+
+    def _keep_region_fd(self, index: Region, fds: tuple[int, ...]) -> None:
+        """A device may send the region's descriptor with either answer, or with both."""
+        for fd in fds:
+            if index in self._region_fds:
+                os.close(fd)
+            else:
+                self._region_fds[index] = fd
+                self._resources.callback(os.close, fd)
+
+    def _check_access(self, index: Region, offset: int, width: int) -> None:
+        if width not in WIDTHS or offset % width or not 0 <= offset <= self._region(index).size - width:
+            raise DeviceError(f"{self.name}: no {width}-byte register at {index.name}+{offset:#x}")
+
+    def _page_size(self) -> int:
+        """Alignment of a mapping: the smallest page that the device knows, at least one of ours."""
+        smallest = self._limits.pgsizes & -self._limits.pgsizes
+        return max(smallest, mmap.PAGESIZE)
+
+    def _offered_io_fds(self, index: Region) -> list[tuple[IoFd, int]]:
+        if index not in self._io_fds:
+            self._io_fds[index] = self._ask_io_fds(index)
+        return self._io_fds[index]
+
+    def _ask_io_fds(self, index: Region) -> list[tuple[IoFd, int]]:
+        offered = RegionIoFds(index)
+        while True:
+            request = RegionIoFds(index, argsz=offered.argsz)
+            try:
+                reply = self._channel.command(Command.GET_REGION_IO_FDS, request.pack())
+            except RefusedError:
+                return []  # an optional command
+            for fd in reply.fds:
+                self._resources.callback(os.close, fd)
+            with self._understanding(Command.GET_REGION_IO_FDS):
+                offered = RegionIoFds.unpack(reply.payload)
+                if offered.argsz <= request.argsz:
+                    return [(entry, reply.fds[entry.fd_index]) for entry in _valid(offered, reply.fds)]
+                if request.argsz > RegionIoFds(index).argsz:
+                    raise ProtocolError(
+                        f"{offered.argsz} bytes needed, after {request.argsz} had been asked for"
+                    )
+
+    def _map(self, index: Region, info: RegionInfo, area: Area) -> int:
+        """The address of a mapped area."""
+        if (index, area) not in self._areas:
+            fd = self._region_fds.get(index)
+            if fd is None:
+                raise DeviceError(
+                    f"{self.name}: {index.name} is said to be mappable, but came without descriptor"
+                )
+            try:
+                mapping = mmap.mmap(fd, area.size, offset=info.offset + area.offset)
+            except (OSError, ValueError, OverflowError) as error:
+                raise DeviceError(
+                    f"{self.name}: cannot map {index.name}+{area.offset:#x}, {area.size:#x} bytes: {error}"
+                ) from error
+            self._resources.callback(mapping.close)
+            self._areas[index, area] = int(ffi.cast("uintptr_t", ffi.from_buffer(mapping)))
+        return self._areas[index, area]
+
+
+def _valid(offered: RegionIoFds, fds: tuple[int, ...]) -> list[IoFd]:
+    """The entries whose descriptor came along.
+
+    :raise ProtocolError: for one whose descriptor did not.
+    """
+    for entry in offered.entries:
+        if entry.fd_index >= len(fds):
+            raise ProtocolError(f"entry for descriptor {entry.fd_index} of {len(fds)}")
+    return list(offered.entries)

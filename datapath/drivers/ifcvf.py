@@ -1,0 +1,122 @@
+"""The vDPA driver for IFCVF: virtio-net VFs of Intel FPGA and IPU cards.
+
+An IFCVF is a modern virtio-net function (`virtio_net`) plus two things, which this module owns: the ids
+that tell it apart, and registers in BAR 4 through which its rings are stopped, read and put back.
+Offsets and rules are those of DPDK's drivers/vdpa/ifc/base/ifcvf.[hc]; docs/drivers/ifcvf.md lists them.
+"""
+
+from collections.abc import Collection
+
+from datapath.bus.function import PciFunction
+from datapath.bus.pci import PciIds
+from datapath.bus.vfio_user import VfioUserFunction
+from datapath.drivers.virtio_net import VirtioNetDevice
+from datapath.drivers.virtio_registers import wait_until
+from datapath.vdpa import DeviceError, DeviceSpec, DeviceSpecError, RingState
+from datapath.vfio import Region
+
+#: Network functions. The vendor and device ids are those of any virtio-net card: the subsystem decides.
+IDS = frozenset(
+    (
+        PciIds(0x1AF4, 0x1041, 0x8086, 0x001A),  # N3000
+        PciIds(0x1AF4, 0x1000, 0x8086, 0x0001),  # C5000X-PL, F2000X-PL
+    )
+)
+
+#: Seconds that a queue has to finish what it has fetched, once it is disabled. DPDK waits 10 times 10 ms.
+STOP_DEADLINE = 1.0
+
+
+class LiveMigration:
+    """Byte offsets in BAR 4, "LM" in DPDK's names."""
+
+    BAR = Region.BAR4
+    #: Ring state of the first pair: bits 15-0 next available index, bits 31-16 next used index.
+    RING_STATE = 0x20
+    #: From one queue pair to the next.
+    PAIR_STRIDE = 0x40
+    #: From a pair's receive queue to its transmit queue.
+    RING_STRIDE = 4
+    #: Number of queue pairs in use.
+    MQ = 0x28
+
+    @classmethod
+    def ring_state(cls, index: int) -> int:
+        return cls.RING_STATE + index // 2 * cls.PAIR_STRIDE + index % 2 * cls.RING_STRIDE
+
+
+class IfcvfDevice(VirtioNetDevice):
+    """An IFCVF VF, idle or running."""
+
+    def __init__(self, name: str, function: PciFunction) -> None:
+        """Take a function over.
+
+        :raise DeviceError: when it is no IFCVF, or lacks what the driver needs.
+        """
+        ids = PciIds.of(function.config_space())
+        if ids not in IDS:
+            known = "; ".join(map(str, sorted(IDS)))
+            raise DeviceError(f"{name}: {ids} is not an IFCVF network function; those are {known}")
+        super().__init__(name, function)
+        try:
+            self._check_migration_bar()
+        except DeviceError:
+            self.close()
+            raise
+
+    def _check_migration_bar(self) -> None:
+        size = self._function.region(LiveMigration.BAR).size
+        needed = LiveMigration.ring_state(2 * self.queue_pairs - 1) + 4
+        if size < needed:
+            raise DeviceError(
+                f"{self.name}: BAR 4 has {size} bytes, the ring state of {self.queue_pairs} queue pairs"
+                f" needs {needed}"
+            )
+
+    def _use_rings(self, rings: Collection[int]) -> None:
+        self._function.write(LiveMigration.BAR, LiveMigration.MQ, 4, max(rings) // 2 + 1)
+
+    def _restore_ring(self, index: int, state: RingState) -> None:
+        # Both from the used index: what was fetched but not completed is fetched again.
+        self._function.write(
+            LiveMigration.BAR, LiveMigration.ring_state(index), 4, state.used | state.used << 16
+        )
+
+    def _stop_rings(self, rings: Collection[int]) -> dict[int, RingState]:
+        # A virtio driver may not disable a queue; for IFCVF it means: fetch no more, finish, publish.
+        for index in rings:
+            self._registers.enable_queue(index, False)
+        return {index: self._stopped_state(index) for index in rings}
+
+    def _stopped_state(self, index: int) -> RingState:
+        wait_until(
+            lambda: not self._registers.queue_enabled(index),
+            STOP_DEADLINE,
+            f"{self.name}: queue {index} does not stop",
+        )
+        used = self._function.read(LiveMigration.BAR, LiveMigration.ring_state(index), 4) >> 16
+        return RingState(used, used)
+
+
+def open_device(spec: DeviceSpec) -> IfcvfDevice:
+    """Take hold of the VF that a device string names: `ifcvf,vfio-user=PATH`.
+
+    :raise DeviceSpecError: for other options.
+    :raise DeviceError: when nobody serves the VF, or it is no IFCVF.
+    """
+    if "pci" in spec.options:
+        raise DeviceSpecError(
+            f"device '{spec}': 'pci' needs kernel VFIO, which is not served yet; use vfio-user=PATH"
+        )
+    unknown = sorted(set(spec.options) - {"vfio-user"})
+    if unknown:
+        raise DeviceSpecError(f"device '{spec}': ifcvf takes no option '{unknown[0]}'; use vfio-user=PATH")
+    path = spec.options.get("vfio-user")
+    if path is None:
+        raise DeviceSpecError(f"device '{spec}': which VF? use vfio-user=PATH, the socket of the device")
+    function = VfioUserFunction(path)
+    try:
+        return IfcvfDevice(str(spec), function)
+    except BaseException:
+        function.close()
+        raise

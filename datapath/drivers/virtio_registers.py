@@ -1,0 +1,173 @@
+"""The registers of a modern virtio PCI function, by name (virtio 1.3 section 4.1.4).
+
+Knows where registers are and how they are accessed: one access of the field's own width, 64-bit ones as
+two of 32 bits, low first (section 4.1.3.1). Decides nothing: the order of accesses is the driver's.
+"""
+
+import time
+from collections.abc import Callable
+
+from datapath.bus.function import PciFunction
+from datapath.bus.pci import VirtioStructure, virtio_structures
+from datapath.native.relay import Doorbell
+from datapath.vdpa import DeviceError, Ring
+from datapath.vfio import Region
+from datapath.virtio import NO_VECTOR, Common, NetConfig, PciCapability, Status
+
+#: Seconds between two looks at a register that is waited for.
+POLL_INTERVAL = 0.001
+#: Seconds that a device has to finish a reset.
+RESET_DEADLINE = 1.0
+#: Structures that a driver cannot do without.
+REQUIRED = (PciCapability.COMMON, PciCapability.NOTIFY, PciCapability.DEVICE)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, failure: str) -> None:
+    """Look again and again until `condition` holds.
+
+    :raise DeviceError: with the text `failure` when it does not within `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            raise DeviceError(f"{failure} within {seconds:g} s")
+        time.sleep(POLL_INTERVAL)
+
+
+class VirtioRegisters:
+    """Named access to a function's common configuration, notify registers and network configuration."""
+
+    def __init__(self, function: PciFunction) -> None:
+        """Find the structures.
+
+        :raise DeviceError: when one that is needed is missing or unusable.
+        """
+        self._function = function
+        found = virtio_structures(function.config_space(), lambda bar: function.region(Region(bar)).size)
+        missing = [kind.name for kind in REQUIRED if kind not in found]
+        if missing:
+            raise DeviceError(f"{function.name}: no usable virtio structure {', '.join(missing)}")
+        self._common = found[PciCapability.COMMON]
+        self._notify = found[PciCapability.NOTIFY]
+        self._device = found[PciCapability.DEVICE]
+
+    # Device status and features (sections 4.1.4.3, 2.1, 2.2)
+
+    @property
+    def status(self) -> Status:
+        return Status(self._read(Common.DEVICE_STATUS, 1))
+
+    def add_status(self, bits: Status) -> None:
+        """Set status bits; none is ever cleared but by `reset`."""
+        self._write(Common.DEVICE_STATUS, 1, self.status | bits)
+
+    def reset(self) -> None:
+        """Reset the virtio device and wait until it says that it is done (section 4.1.4.3.2).
+
+        :raise DeviceError: when it does not.
+        """
+        self._write(Common.DEVICE_STATUS, 1, 0)
+        wait_until(lambda: self.status == 0, RESET_DEADLINE, f"{self._function.name}: is not reset")
+
+    def device_features(self) -> int:
+        """What the device offers."""
+        words = []
+        for select in (0, 1):
+            self._write(Common.DEVICE_FEATURE_SELECT, 4, select)
+            words.append(self._read(Common.DEVICE_FEATURE, 4))
+        return words[0] | words[1] << 32
+
+    def accept_features(self, features: int) -> None:
+        """Tell the device which of its features will be used.
+
+        :raise DeviceError: when it refuses the combination.
+        """
+        for select in (0, 1):
+            self._write(Common.DRIVER_FEATURE_SELECT, 4, select)
+            self._write(Common.DRIVER_FEATURE, 4, features >> 32 * select & 0xFFFFFFFF)
+        self.add_status(Status.FEATURES_OK)
+        if not self.status & Status.FEATURES_OK:
+            raise DeviceError(f"{self._function.name}: refuses the features {features:#x}")
+
+    # Queues (section 4.1.4.3)
+
+    @property
+    def num_queues(self) -> int:
+        return self._read(Common.NUM_QUEUES, 2)
+
+    def max_queue_size(self, queue: int) -> int:
+        """Largest size of a queue in descriptors; after a reset, and 0 for a queue that does not exist."""
+        self._select(queue)
+        return self._read(Common.QUEUE_SIZE, 2)
+
+    def set_config_vector(self, vector: int) -> None:
+        """:raise DeviceError: when the device has no room for the vector."""
+        self._write(Common.CONFIG_MSIX_VECTOR, 2, vector)
+        self._check_vector(Common.CONFIG_MSIX_VECTOR, vector, "configuration changes")
+
+    def set_queue_vector(self, queue: int, vector: int) -> None:
+        """:raise DeviceError: when the device has no room for the vector."""
+        self._select(queue)
+        self._write(Common.QUEUE_MSIX_VECTOR, 2, vector)
+        self._check_vector(Common.QUEUE_MSIX_VECTOR, vector, f"queue {queue}")
+
+    def set_ring(self, queue: int, ring: Ring) -> None:
+        """Size and addresses of a queue that is not enabled."""
+        self._select(queue)
+        self._write(Common.QUEUE_SIZE, 2, ring.size)
+        self._write_address(Common.QUEUE_DESC, ring.descriptors)
+        self._write_address(Common.QUEUE_DRIVER, ring.avail)
+        self._write_address(Common.QUEUE_DEVICE, ring.used)
+
+    def enable_queue(self, queue: int, enable: bool) -> None:
+        """Only a device that says more than virtio does lets a queue be disabled."""
+        self._select(queue)
+        self._write(Common.QUEUE_ENABLE, 2, int(enable))
+
+    def queue_enabled(self, queue: int) -> bool:
+        self._select(queue)
+        return self._read(Common.QUEUE_ENABLE, 2) != 0
+
+    def doorbell(self, queue: int) -> Doorbell:
+        """How to notify a queue (section 4.1.4.4).
+
+        :raise DeviceError: when its register is outside the notify structure, or no doorbell reaches it.
+        """
+        self._select(queue)
+        at = self._read(Common.QUEUE_NOTIFY_OFF, 2) * self._notify.notify_multiplier
+        if at + 2 > self._notify.length:
+            raise DeviceError(
+                f"{self._function.name}: queue {queue} has its notify register at {at:#x}, outside"
+            )
+        return self._function.doorbell(Region(self._notify.bar), self._notify.offset + at, queue)
+
+    # Network device configuration (section 5.1.4)
+
+    def mtu(self) -> int | None:
+        """The MTU in the device configuration, in bytes; only of a device that offers NET_F_MTU."""
+        if self._device.length < NetConfig.MTU + 2:
+            return None
+        return self._function.read(*self._place(self._device, NetConfig.MTU), 2)
+
+    # Inside
+
+    @staticmethod
+    def _place(structure: VirtioStructure, offset: int) -> tuple[Region, int]:
+        return Region(structure.bar), structure.offset + offset
+
+    def _read(self, field: int, width: int) -> int:
+        return self._function.read(*self._place(self._common, field), width)
+
+    def _write(self, field: int, width: int, value: int) -> None:
+        self._function.write(*self._place(self._common, field), width, value)
+
+    def _write_address(self, field: int, address: int) -> None:
+        self._write(field, 4, address & 0xFFFFFFFF)
+        self._write(field + 4, 4, address >> 32)
+
+    def _select(self, queue: int) -> None:
+        self._write(Common.QUEUE_SELECT, 2, queue)
+
+    def _check_vector(self, field: int, vector: int, what: str) -> None:
+        if vector != NO_VECTOR and self._read(field, 2) != vector:
+            raise DeviceError(f"{self._function.name}: has no MSI-X vector {vector} for {what}")
