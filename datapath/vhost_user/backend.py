@@ -16,10 +16,11 @@ device outlives it. Sockets are `port.py`'s.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datapath import virtio
-from datapath.vdpa import DeviceError, RingState, VdpaDevice
+from datapath.vdpa import DeviceError, DeviceLostError, RingState, VdpaDevice
 from datapath.vhost_user import memory as guest_memory
 from datapath.vhost_user.memory import GuestMemory
 from datapath.vhost_user.messages import (
@@ -129,15 +130,14 @@ class Backend:
 
     def close(self) -> None:
         """Stop the rings, take guest memory from the device and release whatever the front-end gave."""
-        try:
-            self._suspend()
-        except DeviceError as error:
-            self._report(f"stopping the rings: {error}")
-        for mapping in list(self.memory):
+        give_back = [partial(self.device.unmap_memory, mapping.memory) for mapping in self.memory]
+        for step in [self._suspend, *give_back]:
             try:
-                self.device.unmap_memory(mapping.memory)
+                step()
+            except DeviceLostError:
+                break  # with the device its mappings have gone; the port tells
             except DeviceError as error:
-                self._report(f"unmapping {guest_memory.describe(mapping.region)}: {error}")
+                self._report(str(error))
         self.memory.close()
         for ring in self.rings:
             ring.close()
