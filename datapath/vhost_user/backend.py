@@ -130,8 +130,9 @@ class Backend:
 
     def close(self) -> None:
         """Stop the rings, take guest memory from the device and release whatever the front-end gave."""
-        give_back = [partial(self.device.unmap_memory, mapping.memory) for mapping in self.memory]
-        for step in [self._suspend, *give_back]:
+        steps: list[Callable[[], None]] = [self._suspend]
+        steps += [partial(self.device.unmap_memory, mapping.memory) for mapping in self.memory]
+        for step in steps:
             try:
                 step()
             except DeviceLostError:
