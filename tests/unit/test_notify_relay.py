@@ -1,0 +1,254 @@
+"""The notify relay: kicks in, doorbells out, and descriptors that are not what they should be."""
+
+import mmap
+import os
+import resource
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from datapath.native._native import ffi
+from datapath.native.relay import Doorbell, NotifyRelay
+from tests.harness.processes import wait_for
+
+RINGS = 4
+
+
+@pytest.fixture
+def relay() -> Iterator[NotifyRelay]:
+    relay = NotifyRelay(RINGS)
+    yield relay
+    relay.close()
+
+
+@pytest.fixture
+def eventfds() -> Iterator[tuple[int, int]]:
+    """A kick that blocks, as a front-end may give one, and a doorbell."""
+    kick, doorbell = os.eventfd(0), os.eventfd(0, os.EFD_NONBLOCK)
+    yield kick, doorbell
+    os.close(kick)
+    os.close(doorbell)
+
+
+class Register:
+    """A mapped 16-bit register that shows whether it was written."""
+
+    def __init__(self) -> None:
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+        self.doorbell = Doorbell(address=int(ffi.cast("uintptr_t", ffi.from_buffer(self._page))) + 8)
+        self.clear()
+
+    def clear(self) -> None:
+        self._page[:16] = b"\xff" * 16
+
+    @property
+    def written(self) -> int | None:
+        """The value stored, if nothing but it was stored."""
+        assert self._page[:8] + self._page[10:16] == b"\xff" * 14
+        value = int.from_bytes(self._page[8:10], "little")
+        return None if value == 0xFFFF else value
+
+
+def rung(doorbell: int, seconds: float = 5.0) -> int:
+    """Wait for the doorbell and return how often it was rung."""
+    assert select.select([doorbell], [], [], seconds)[0], "the doorbell was not rung"
+    return os.eventfd_read(doorbell)
+
+
+def silent(doorbell: int) -> bool:
+    return not select.select([doorbell], [], [], 0.02)[0]
+
+
+def kicks(relay: NotifyRelay, ring: int) -> int:
+    return relay.statistics()[f"kicks.{ring}"]
+
+
+def errors(relay: NotifyRelay, ring: int) -> int:
+    return relay.statistics()[f"kick_errors.{ring}"]
+
+
+def test_a_kick_rings_the_doorbell(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+    kick, doorbell = eventfds
+    relay.add(1, kick, Doorbell(fd=doorbell))
+    for count in range(1, 4):
+        os.eventfd_write(kick, 1)
+        assert rung(doorbell) == 1
+        assert kicks(relay, 1) == count
+    assert kicks(relay, 0) == 0
+
+
+def test_kicks_that_were_waiting_become_one(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+    kick, doorbell = eventfds
+    os.eventfd_write(kick, 7)
+    relay.add(0, kick, Doorbell(fd=doorbell))
+    assert rung(doorbell) == 1
+    assert silent(doorbell)
+
+
+def test_a_mapped_register_takes_the_ring_number(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+    register = Register()
+    relay.add(3, eventfds[0], register.doorbell)
+    os.eventfd_write(eventfds[0], 1)
+    wait_for("a store of 3", lambda: register.written == 3, 5)
+    register.clear()
+    relay.ring(3)
+    assert register.written == 3
+    assert kicks(relay, 3) == 1
+
+
+def test_ring_once(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+    kick, doorbell = eventfds
+    with pytest.raises(OSError, match="No such file"):
+        relay.ring(0)
+    relay.add(0, kick, Doorbell(fd=doorbell))
+    relay.ring(0)
+    assert rung(doorbell) == 1
+    assert kicks(relay, 0) == 0, "nobody kicked"
+
+
+def test_without_a_kick_the_doorbell_is_rung_by_time(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+    doorbell = eventfds[1]
+    relay.add(0, None, Doorbell(fd=doorbell))
+    relay.add(1, None, Doorbell(fd=doorbell))
+    total, end = 0, time.monotonic() + 0.2
+    while time.monotonic() < end:
+        total += rung(doorbell)
+    assert 20 <= total <= 450
+    relay.remove(0)
+    rung(doorbell)
+    relay.remove(1)
+    assert_silent_after_removal(doorbell)
+    assert kicks(relay, 0) == 0
+
+
+def assert_silent_after_removal(doorbell: int) -> None:
+    if select.select([doorbell], [], [], 0)[0]:
+        os.eventfd_read(doorbell)
+    assert silent(doorbell)
+
+
+def test_after_remove_neither_descriptor_is_used(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+    kick, doorbell = eventfds
+    relay.add(0, kick, Doorbell(fd=doorbell))
+    relay.remove(0)
+    relay.remove(0)
+    os.eventfd_write(kick, 1)
+    assert silent(doorbell)
+    assert os.eventfd_read(kick) == 1, "the relay still read the kick"
+
+
+def test_a_ring_comes_back_with_other_descriptors(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+    kick, doorbell = eventfds
+    register = Register()
+    relay.add(0, kick, register.doorbell)
+    with pytest.raises(OSError, match="busy"):
+        relay.add(0, kick, register.doorbell)
+    relay.remove(0)
+    relay.add(0, kick, Doorbell(fd=doorbell))
+    os.eventfd_write(kick, 1)
+    assert rung(doorbell) == 1
+    assert register.written is None
+    assert kicks(relay, 0) == 1
+
+
+def test_a_kick_is_forwarded_or_stays(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+    """However a removal meets a kick: it reaches the doorbell, or waits in the eventfd for who comes next."""
+    kick, doorbell = eventfds
+    for round_ in range(1000):
+        ring = round_ % RINGS
+        relay.add(ring, kick, Doorbell(fd=doorbell))
+        os.eventfd_write(kick, 1)
+        relay.remove(ring)
+        ready = select.select([kick, doorbell], [], [], 0)[0]
+        assert len(ready) == 1
+        assert os.eventfd_read(ready[0]) == 1
+
+
+def closed_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(writer)
+    return reader
+
+
+def closed_socket() -> int:
+    left, right = socket.socketpair()
+    right.close()
+    return left.detach()
+
+
+def pipe_with_three_bytes() -> int:
+    reader, writer = os.pipe()
+    os.write(writer, b"abc")
+    os.close(writer)
+    return reader
+
+
+@pytest.mark.parametrize("make", [closed_pipe, closed_socket, pipe_with_three_bytes])
+def test_a_kick_that_is_no_eventfd_does_not_spin(
+    make: Callable[[], int], relay: NotifyRelay, eventfds: tuple[int, int]
+) -> None:
+    kick, doorbell = eventfds
+    bad = make()
+    relay.add(0, bad, Doorbell(fd=doorbell))
+    relay.add(1, kick, Doorbell(fd=doorbell))
+    wait_for("the descriptor to be given up", lambda: errors(relay, 0) == 1, 5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    assert silent(doorbell)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 0.015
+    os.eventfd_write(kick, 1)
+    assert rung(doorbell) == 1, "the other ring suffers"
+    relay.ring(0)
+    assert rung(doorbell) == 1
+    relay.remove(0)
+    os.close(bad)
+
+
+def test_descriptors_that_cannot_be_waited_for(
+    relay: NotifyRelay, eventfds: tuple[int, int], tmp_path: Path
+) -> None:
+    with (tmp_path / "plain").open("w") as plain, pytest.raises(PermissionError):
+        relay.add(0, plain.fileno(), Doorbell(fd=eventfds[1]))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        relay.add(0, 9999, Doorbell(fd=eventfds[1]))
+    relay.add(0, eventfds[0], Doorbell(fd=eventfds[1]))
+
+
+@pytest.mark.parametrize(
+    ("ring", "doorbell"), [(RINGS, Doorbell(fd=0)), (0, Doorbell()), (0, Doorbell(address=0x1001))]
+)
+def test_rings_and_doorbells_that_cannot_be(
+    ring: int, doorbell: Doorbell, relay: NotifyRelay, eventfds: tuple[int, int]
+) -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        relay.add(ring, eventfds[0], doorbell)
+
+
+def test_a_full_doorbell_does_not_block(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+    kick, doorbell = eventfds
+    os.eventfd_write(doorbell, 0xFFFFFFFFFFFFFFFE)
+    relay.add(0, kick, Doorbell(fd=doorbell))
+    os.eventfd_write(kick, 1)
+    wait_for("the kick to be taken", lambda: kicks(relay, 0) == 1, 5)
+    assert errors(relay, 0) == 0
+
+
+def test_close_ends_the_thread_and_leaves_the_descriptors(eventfds: tuple[int, int]) -> None:
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before, fds = threads(), len(list(Path("/proc/self/fd").iterdir()))
+    relay = NotifyRelay(1)
+    assert threads() == before + 1
+    relay.add(0, eventfds[0], Doorbell(fd=eventfds[1]))
+    relay.close()
+    relay.close()
+    assert threads() == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == fds
+    os.eventfd_write(eventfds[0], 1)
+    assert silent(eventfds[1])
+    with pytest.raises(ValueError, match="closed"):
+        relay.add(0, eventfds[0], Doorbell(fd=eventfds[1]))
