@@ -2,7 +2,8 @@
 
 One JSON object a line. The first names the origin: both programs with their versions, and how the
 recording was taken. Each other line is one whole message: who sent it, how many descriptors came with
-it, its bytes in hexadecimal. tests/unit/data/README.md tells the rest.
+it, its bytes in hexadecimal; or a note for the reader on what was done at that moment.
+tests/unit/data/README.md tells the rest.
 
 Knows the file format only; what the bytes mean is for the codec under test to say.
 """
@@ -42,7 +43,8 @@ class Recording:
 def recording(name: str) -> Recording:
     """Read a file of tests/unit/data, named without its suffix: `vfio_user/qemu_client`."""
     first, *rest = (json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines())
-    messages = (Recorded(line["from"], bytes.fromhex(line["hex"]), line["fds"]) for line in rest)
+    spoken = (line for line in rest if "note" not in line)
+    messages = (Recorded(line["from"], bytes.fromhex(line["hex"]), line["fds"]) for line in spoken)
     return Recording(name, first["origin"], tuple(messages))
 
 
