@@ -396,6 +396,8 @@ class IoFd:
     #: What libvfio-user (include/vfio-user.h) sends in its place, with fields for shadow memory before
     #: the last; `RegionIoFds` tells them apart by their size.
     LIBVFIO_USER_LAYOUT = struct.Struct("=QQIIIIQQ")
+    #: `fd_index` of an entry without a descriptor, which libvfio-user sends.
+    NO_FD = 0xFFFFFFFF
     #: `type` of an eventfd that is written in place of the register.
     IOEVENTFD = 0
 

@@ -413,11 +413,12 @@ class VfioUserFunction(PciFunction):
 
 
 def _valid(offered: RegionIoFds, fds: tuple[int, ...]) -> list[IoFd]:
-    """The entries whose descriptor came along.
+    """The entries that have a descriptor.
 
-    :raise ProtocolError: for one whose descriptor did not.
+    :raise ProtocolError: for one whose descriptor did not come along.
     """
-    for entry in offered.entries:
+    entries = [entry for entry in offered.entries if entry.fd_index != IoFd.NO_FD]
+    for entry in entries:
         if entry.fd_index >= len(fds):
             raise ProtocolError(f"entry for descriptor {entry.fd_index} of {len(fds)}")
-    return list(offered.entries)
+    return entries

@@ -277,4 +277,4 @@ def test_ioeventfds_may_lack_a_descriptor() -> None:
     replies = [x.reply for x in of(TESTS, Command.GET_REGION_IO_FDS)]
     found = next(r for r in replies if r.fds and RegionIoFds.unpack(r.payload).index == Region.BAR0)
     indices = [entry.fd_index for entry in RegionIoFds.unpack(found.payload).entries]
-    assert indices == [0, 0xFFFFFFFF, 0, 0xFFFFFFFF, 1]
+    assert indices == [0, IoFd.NO_FD, 0, IoFd.NO_FD, 1]
