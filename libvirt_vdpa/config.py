@@ -5,6 +5,7 @@ silently ignored is found out when a guest has no network. Owns the keys and the
 """
 
 import grp
+import os
 import pwd
 import re
 import tomllib
@@ -19,6 +20,9 @@ RUN_FOLDER = Path("/run/libvirt-vdpa")
 LOG_FOLDER = Path("/var/log/libvirt-vdpa")
 #: The control socket's name in the run folder.
 SOCKET_NAME = "virtvdpad.sock"
+#: Bytes of a run folder's path: below it, a socket that is being made has up to 69 more
+#: (/UUID/.MAC.sock.PID), and the path of a UNIX socket at most 107 (unix(7)).
+MAX_RUN_FOLDER = 38
 #: What messages call the types of values.
 TYPE_NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number"}
 #: Most VFs that one emulated NIC serves.
@@ -85,7 +89,7 @@ class _Table:
 
     def error(self, key: str, text: str) -> ConfigError:
         """A complaint about one key."""
-        return ConfigError(f"{self._file}: {self._name}{'.' if self._name else ''}{key}: {text}")
+        return ConfigError(f"{self._file}: {'.'.join(part for part in (self._name, key) if part)}: {text}")
 
     def take(self, key: str, kind: type[T], default: T) -> T:
         """The value of a key.
@@ -139,6 +143,8 @@ def read_config(file: Path) -> Config:
         socket=_socket(top.table("socket")),
         pools=tuple(_pool(name, table) for name, table in top.tables("pool")),
     )
+    if len(os.fsencode(config.run_folder)) > MAX_RUN_FOLDER:
+        raise top.error("run-folder", f"must have at most {MAX_RUN_FOLDER} bytes, for the sockets below it")
     if not 1 <= config.hook_time_limit <= 600:
         raise top.error("hook-time-limit", "must be from 1 to 600 seconds")
     top.end()
@@ -171,6 +177,8 @@ def _socket(table: _Table) -> SocketConfig:
 
 
 def _pool(name: str, table: _Table) -> PoolConfig:
+    if not re.fullmatch("[a-zA-Z0-9_-]{1,32}", name):
+        raise table.error("", "a pool's name has up to 32 letters, digits, '_' and '-'")
     driver = table.take("driver", str, "")
     if driver not in DRIVERS:
         raise table.error("driver", f"must be one of {', '.join(DRIVERS)}, not '{driver}'")
@@ -184,7 +192,5 @@ def _pool(name: str, table: _Table) -> PoolConfig:
         tap=table.take("tap", str, "") or None,
         bridge=table.take("bridge", str, "") or None,
     )
-    if not re.fullmatch("[a-zA-Z0-9_-]+", name):
-        raise table.error("", "a pool's name has only letters, digits, '_' and '-'")
     table.end()
     return pool

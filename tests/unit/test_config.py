@@ -1,0 +1,89 @@
+"""The daemon's configuration: what it says, its defaults, and the words for every mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from libvirt_vdpa.config import Config, ConfigError, PoolConfig, SocketConfig, read_config
+
+WHOLE = """
+run-folder = "/run/other"
+log-folder = "/var/log/other"
+libvirt-uri = ""
+hook-time-limit = 4
+[socket]
+user = "root"
+group = "root"
+mode = "0666"
+[pool.fast]
+driver = "ifcvf"
+emulated = 3
+tap = "fast%d"
+bridge = "br0"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "c.toml"
+
+
+def test_everything(file: Path) -> None:
+    file.write_text(WHOLE)
+    assert read_config(file) == Config(
+        run_folder=Path("/run/other"),
+        log_folder=Path("/var/log/other"),
+        libvirt_uri="",
+        hook_time_limit=4.0,
+        socket=SocketConfig(0, 0, 0o666),
+        pools=(PoolConfig("fast", "ifcvf", 3, "fast%d", "br0"),),
+    )
+
+
+def test_nothing_means_defaults(file: Path) -> None:
+    file.write_text("")
+    assert read_config(file) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "x: is not known"),
+        ("[socket]\nowner = 'x'", "socket.owner: is not known"),
+        ("[pool.a]\ndriver = 'ifcvf'\nemulated = 1\nvfs = 1", "pool.a.vfs: is not known"),
+        ("run-folder = 1", "run-folder: must be a string, not 1"),
+        ("run-folder = 'run'", "run-folder: must be an absolute path, not 'run'"),
+        (f"run-folder = '/{38 * 'x'}'", "run-folder: must have at most 38 bytes, for the sockets below it"),
+        ("hook-time-limit = '10'", "hook-time-limit: must be a number, not '10'"),
+        ("hook-time-limit = true", "hook-time-limit: must be a number, not True"),
+        ("hook-time-limit = 0", "hook-time-limit: must be from 1 to 600 seconds"),
+        ("socket = 1", "socket: must be a table, [socket]"),
+        ("[socket]\nuser = 'nobody-like-this'", "socket.user: there is no user 'nobody-like-this'"),
+        ("[socket]\ngroup = 'no-such'", "socket.group: there is no group 'no-such'"),
+        ("[socket]\nmode = '0999'", "socket.mode: must be an octal mode such as '0660', not '0999'"),
+        ("[socket]\nmode = 432", "socket.mode: must be a string, not 432"),
+        ("pool = 1", "pool: must be tables, [pool.NAME]"),
+        ("[pool]\na = 1", "pool.a: must be a table, [pool.a]"),
+        ("[pool.'a/b']", "pool.a/b: a pool's name has up to 32 letters, digits, '_' and '-'"),
+        ("[pool.a]", "pool.a.driver: must be one of ifcvf, not ''"),
+        ("[pool.a]\ndriver = 'ifcvf'", "pool.a.emulated: must be a number of VFs from 1 to 64"),
+        (
+            "[pool.a]\ndriver = 'ifcvf'\nemulated = 65",
+            "pool.a.emulated: must be a number of VFs from 1 to 64",
+        ),
+        ("x = ", "Invalid value (at end of document)"),
+    ],
+)
+def test_mistakes_name_file_and_key(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        read_config(file)
+    assert str(refused.value) == f"{file}: {message}"
+
+
+def test_not_to_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.toml: No such file or directory"):
+        read_config(tmp_path / "no.toml")
+    (tmp_path / "x.toml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"x\.toml: 'utf-8' codec"):
+        read_config(tmp_path / "x.toml")

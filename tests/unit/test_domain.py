@@ -1,0 +1,330 @@
+"""Domain XML: what the examples ask for, and what is refused, with words and line."""
+
+from pathlib import Path
+
+import pytest
+
+from libvirt_vdpa.domain import DomainError, PortSpec, check_domain, domain_identity, parse_domain
+from libvirt_vdpa.metadata import xml_folder
+
+RUN = Path("/run/libvirt-vdpa")
+DEMO = (xml_folder() / "vdpa-demo.xml").read_text()
+KVM = (xml_folder() / "vdpa-kvm.xml").read_text()
+SERVER = (xml_folder() / "vdpa-server.xml").read_text()
+
+MAC = "52:54:00:76:64:01"
+UUID = "7664d0a0-0001-4000-8000-000000000001"
+METADATA = f"<vdpa:interface mac='{MAC}' driver='ifcvf' pool='default'/>"
+SHARED = "<access mode='shared'/>"
+BACKING = """<memoryBacking>
+    <source type='memfd'/>
+    <access mode='shared'/>
+  </memoryBacking>"""
+
+
+def line_with(xml: str, part: str) -> int:
+    """Number of the first line that has a text in it."""
+    return next(number for number, line in enumerate(xml.splitlines(), 1) if part in line)
+
+
+def edited(xml: str, before: str, after: str) -> str:
+    """XML with one change, which must be possible."""
+    assert before in xml
+    return xml.replace(before, after)
+
+
+def fatal(xml: str) -> list[str]:
+    """All that is wrong with a domain, as messages."""
+    return [str(problem) for problem in check_domain(xml.encode(), RUN)[1] if problem.fatal]
+
+
+def test_demo() -> None:
+    spec = parse_domain(DEMO.encode(), RUN)
+    assert (spec.name, spec.uuid) == ("vdpa-demo", UUID)
+    assert spec.ports == (
+        PortSpec(
+            mac=MAC,
+            alias=None,
+            driver="ifcvf",
+            pool="default",
+            device=None,
+            migration="auto",
+            announce="auto",
+            role="listen",
+            socket_path=RUN / UUID / f"{MAC}.sock",
+            queue_pairs=1,
+            line=line_with(DEMO, METADATA),
+        ),
+    )
+
+
+def test_two_interfaces_by_mac_and_by_alias() -> None:
+    first, second = parse_domain(KVM.encode(), RUN).ports
+    assert (first.mac, first.alias, first.driver) == ("52:54:00:76:64:02", None, "any")
+    assert (second.mac, second.alias) == ("52:54:00:76:65:02", "ua-storage")
+    assert (second.migration, second.announce) == ("software", "rarp")
+
+
+def test_server_mode_makes_us_connect() -> None:
+    assert [port.role for port in parse_domain(SERVER.encode(), RUN).ports] == ["connect"]
+
+
+def test_named_device_and_queues() -> None:
+    xml = edited(DEMO, "pool='default'", "device='vfio-user=/run/vf0.sock'")
+    xml = edited(xml, "<model type='virtio'/>", "<model type='virtio'/><driver queues='4'/>")
+    (port,) = parse_domain(xml.encode(), RUN).ports
+    assert (port.pool, port.device, port.queue_pairs) == (None, "vfio-user=/run/vf0.sock", 4)
+
+
+def test_mac_in_capitals_is_the_same_mac() -> None:
+    xml = DEMO.replace(f"mac='{MAC}'", "mac='52:54:00:76:64:0A'").replace(
+        f"{MAC}.sock", "52:54:00:76:64:0a.sock"
+    )
+    xml = edited(xml, f"<mac address='{MAC}'", "<mac address='52:54:00:76:64:0a'")
+    assert [port.mac for port in parse_domain(xml.encode(), RUN).ports] == ["52:54:00:76:64:0a"]
+
+
+def test_foreign_domain_has_no_ports() -> None:
+    spec = parse_domain(
+        b"<domain><name>a</name><devices><interface type='vhostuser'/></devices></domain>", RUN
+    )
+    assert spec.ports == ()
+
+
+def test_vhostuser_interface_without_metadata_is_left_alone() -> None:
+    other = "<interface type='vhostuser'><mac address='52:54:00:00:00:01'/><source path='/o'/></interface>"
+    xml = edited(DEMO, "<devices>", f"<devices>{other}")
+    assert [port.mac for port in parse_domain(xml.encode(), RUN).ports] == [MAC]
+
+
+@pytest.mark.parametrize("name", ["vdpa-demo.xml", "vdpa-kvm.xml", "vdpa-server.xml"])
+def test_examples_have_no_problem_at_all(name: str) -> None:
+    assert check_domain((xml_folder() / name).read_bytes(), RUN)[1] == []
+
+
+#: Text to replace in the demo domain, what to put there, the message.
+WRONG = {
+    "unknown-metadata-attribute": (
+        METADATA,
+        METADATA.replace("driver=", "drivr="),
+        f"interface {MAC}: metadata attribute drivr='ifcvf' is not known; "
+        "known are: migration, announce, mac, alias, driver, pool, device",
+    ),
+    "unknown-driver-name": (
+        "driver='ifcvf'",
+        "driver='e1000'",
+        f"interface {MAC}: metadata attribute driver='e1000': use one of ifcvf, mlx5, virtio, any",
+    ),
+    "driver-to-come": (
+        "driver='ifcvf'",
+        "driver='mlx5'",
+        f"interface {MAC}: metadata attribute driver='mlx5': not available in this version; available: ifcvf",
+    ),
+    "announce": (
+        "pool='default'",
+        "announce='loud'",
+        f"interface {MAC}: metadata attribute announce='loud': use one of auto, guest, rarp, off",
+    ),
+    "mac-form": (
+        METADATA,
+        METADATA.replace(MAC, "5254"),
+        "interface 5254: metadata attribute mac='5254': wrong form, should be like '52:54:00:76:64:01'",
+    ),
+    "alias-not-ours": (
+        METADATA,
+        "<vdpa:interface alias='net0'/>",
+        "interface net0: metadata attribute alias='net0': wrong form, should be like 'ua-net0'",
+    ),
+    "no-mac-no-alias": (
+        METADATA,
+        "<vdpa:interface pool='default'/>",
+        "metadata attribute mac or alias is missing: it says which interface is meant",
+    ),
+    "mac-and-alias": (
+        METADATA,
+        f"<vdpa:interface mac='{MAC}' alias='ua-net0'/>",
+        f"interface {MAC}: metadata attributes mac and alias exclude each other; keep one",
+    ),
+    "pool-and-device": (
+        "pool='default'",
+        "pool='default' device='vfio-user=/vf0'",
+        f"interface {MAC}: metadata attributes pool and device exclude each other; keep one",
+    ),
+    "device-without-driver": (
+        "driver='ifcvf' pool='default'",
+        "device='vfio-user=/vf0'",
+        f"interface {MAC}: metadata attribute driver must name the driver of the VF that device names",
+    ),
+    "other-metadata-element": (
+        METADATA,
+        "<vdpa:port/>",
+        "metadata of urn:libvirt-vdpa:domain:1.0: Did not expect element port there",
+    ),
+    "mac-of-no-interface": (
+        METADATA,
+        METADATA.replace(MAC, "52:54:00:76:64:99"),
+        "interface 52:54:00:76:64:99: metadata attribute mac='52:54:00:76:64:99': "
+        "no interface of the domain has this MAC",
+    ),
+    "alias-of-no-interface": (
+        METADATA,
+        "<vdpa:interface alias='ua-net0'/>",
+        "interface ua-net0: metadata attribute alias='ua-net0': no interface of the domain has this alias",
+    ),
+    "named-twice": (
+        METADATA,
+        METADATA + METADATA,
+        f"interface {MAC}: metadata attribute mac='{MAC}': the interface is named twice, already as {MAC}",
+    ),
+    "one-mac-two-interfaces": (
+        "<devices>",
+        f"<devices><interface type='network'><mac address='{MAC}'/></interface>",
+        f"interface {MAC}: metadata attribute mac='{MAC}': "
+        "more than one interface of the domain has this MAC",
+    ),
+    "type": (
+        "<interface type='vhostuser'>",
+        "<interface type='network'>",
+        f"interface {MAC}: <interface type='network'>: must be type='vhostuser'",
+    ),
+    "model": (
+        "<model type='virtio'/>",
+        "<model type='e1000'/>",
+        f"interface {MAC}: <model type='e1000'/>: must be <model type='virtio'/>",
+    ),
+    "path": (
+        f"path='/run/libvirt-vdpa/{UUID}/{MAC}.sock'",
+        "path='/tmp/vm.sock'",
+        f"interface {MAC}: <source path='/tmp/vm.sock'>: the path must be "
+        f"'/run/libvirt-vdpa/{UUID}/{MAC}.sock'",
+    ),
+    "mode": (
+        "mode='client'",
+        "mode='peer'",
+        f"interface {MAC}: <source mode='peer'>: must be mode='client' or mode='server'",
+    ),
+    "reconnecting-server": (
+        "mode='client'",
+        "mode='server'",
+        f"interface {MAC}: <reconnect enabled='yes'>: only mode='client' reconnects; "
+        "remove <reconnect> or change the mode",
+    ),
+    "iommu": (
+        "<model type='virtio'/>",
+        "<model type='virtio'/><driver iommu='on'/>",
+        f"interface {MAC}: <driver iommu='on'>: vDPA ports do not serve it; remove it",
+    ),
+    "packed": (
+        "<model type='virtio'/>",
+        "<model type='virtio'/><driver packed='on'/>",
+        f"interface {MAC}: <driver packed='on'>: vDPA ports do not serve it; remove it",
+    ),
+    "queues": (
+        "<model type='virtio'/>",
+        "<model type='virtio'/><driver queues='-1'/>",
+        f"interface {MAC}: <driver queues='-1'>: must be a number of queue pairs from 1",
+    ),
+    "private-memory": (
+        SHARED,
+        "<access mode='private'/>",
+        "guest memory is not shared with the port; add <memoryBacking><source type='memfd'/>"
+        "<access mode='shared'/></memoryBacking>",
+    ),
+    "no-memory-backing": (
+        BACKING,
+        "",
+        "guest memory is not shared with the port; add <memoryBacking><source type='memfd'/>"
+        "<access mode='shared'/></memoryBacking>",
+    ),
+    "private-hugepages": (
+        BACKING,
+        "<memoryBacking><hugepages/></memoryBacking>",
+        "guest memory is not shared with the port; add <access mode='shared'/> to <memoryBacking>",
+    ),
+    "one-private-cell": (
+        "<os>",
+        "<cpu><numa><cell id='0' memAccess='private'/><cell id='1'/></numa></cpu><os>",
+        "<cell id='0' memAccess='private'>: must be memAccess='shared'",
+    ),
+    "no-uuid": (
+        f"<uuid>{UUID}</uuid>",
+        "",
+        "no <uuid> as libvirt writes it: give the domain one, socket paths contain it",
+    ),
+    "uuid-is-a-path": (
+        f"<uuid>{UUID}</uuid>",
+        "<uuid>../../etc</uuid>",
+        "no <uuid> as libvirt writes it: give the domain one, socket paths contain it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_refused(name: str) -> None:
+    before, after, message = WRONG[name]
+    xml = edited(DEMO, before, after)
+    assert fatal(xml)[0] == message
+    with pytest.raises(DomainError) as refused:
+        parse_domain(xml.encode(), RUN)
+    assert str(refused.value) == f"domain 'vdpa-demo': {message}"
+    assert "\n" not in message
+
+
+def test_memory_shared_cell_by_cell_will_do() -> None:
+    cells = "<cpu><numa><cell id='0' memAccess='shared'/><cell id='1' memAccess='shared'/></numa></cpu><os>"
+    assert fatal(edited(edited(DEMO, BACKING, ""), "<os>", cells)) == []
+
+
+def test_no_reconnect_is_only_advised_against() -> None:
+    xml = edited(DEMO, "<reconnect enabled='yes' timeout='1'/>", "")
+    spec, (problem,) = check_domain(xml.encode(), RUN)
+    assert spec is not None
+    assert len(spec.ports) == 1
+    assert not problem.fatal
+    assert "<reconnect enabled='yes' timeout='1'/>" in problem.text
+    parse_domain(xml.encode(), RUN)
+
+
+def test_a_problem_names_the_line_of_its_element() -> None:
+    for before, after in (
+        ("<model type='virtio'/>", "<model type='e1000'/>"),
+        ("driver='ifcvf'", "driver='e1000'"),
+        ("<access mode='shared'/>", "<access mode='private'/>"),
+    ):
+        xml = edited(DEMO, before, after)
+        assert check_domain(xml.encode(), RUN)[1][0].line == line_with(xml, after)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    xml = edited(edited(DEMO, SHARED, ""), "mode='client'", "mode='peer'")
+    assert len(fatal(xml)) == 2
+
+
+@pytest.mark.parametrize(
+    ("xml", "message"),
+    [
+        ("", "domain XML, line 1: Document is empty, line 1, column 1"),
+        (
+            "<domain>\n<name>",
+            "domain XML, line 2: Premature end of data in tag name line 2, line 2, column 7",
+        ),
+        ("<network/>", "domain XML begins with <network>, not <domain>"),
+    ],
+)
+def test_not_a_domain(xml: str, message: str) -> None:
+    with pytest.raises(DomainError) as refused:
+        parse_domain(xml.encode(), RUN)
+    assert str(refused.value) == message
+
+
+def test_entities_are_not_expanded() -> None:
+    bomb = f'<!DOCTYPE domain [<!ENTITY e SYSTEM "file:///etc/passwd">]>{DEMO[DEMO.index("<domain") :]}'
+    bomb = edited(bomb, "<name>vdpa-demo</name>", "<name>&e;</name>")
+    spec, _ = check_domain(bomb.encode(), RUN)
+    assert spec is None or "root" not in spec.name
+
+
+def test_identity_survives_what_else_is_wrong() -> None:
+    assert domain_identity(DEMO.encode()) == ("vdpa-demo", UUID)
+    assert domain_identity(DEMO.replace("</devices>", "").encode()) == ("vdpa-demo", UUID)
+    assert domain_identity(b"no XML") == ("", "")

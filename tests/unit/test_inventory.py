@@ -1,0 +1,86 @@
+"""The inventory: a VF is lent once, whichever way it is asked for."""
+
+import pytest
+
+from libvirt_vdpa.config import PoolConfig
+from libvirt_vdpa.inventory import Holder, Inventory, InventoryError
+
+A = Holder("a", "uuid-a", "52:54:00:00:00:01")
+B = Holder("b", "uuid-b", "52:54:00:00:00:02")
+VF0 = "ifcvf,vfio-user=/vf0.sock"
+VF1 = "ifcvf,vfio-user=/vf1.sock"
+
+
+@pytest.fixture
+def inventory() -> Inventory:
+    inventory = Inventory([PoolConfig("default", "ifcvf", 2)])
+    inventory.set_pool("default", [(VF0, 1), (VF1, 1)])
+    return inventory
+
+
+def test_each_vf_of_a_pool_is_lent_once(inventory: Inventory) -> None:
+    assert inventory.lend("any", "default", None, 1, A).device == VF0
+    assert inventory.lend("ifcvf", "default", None, 1, B).device == VF1
+    with pytest.raises(InventoryError) as refused:
+        inventory.lend("any", "default", None, 1, Holder("c", "uuid-c", "mac"))
+    assert str(refused.value) == (
+        "pool 'default' has no free VF: 2 of 2 lent to domain 'a' (52:54:00:00:00:01), "
+        "domain 'b' (52:54:00:00:00:02)"
+    )
+    inventory.give_back(VF0, A)
+    assert inventory.lend("any", "default", None, 1, B).device == VF0
+
+
+def test_only_the_holder_gives_back(inventory: Inventory) -> None:
+    inventory.lend("any", "default", None, 1, A)
+    inventory.give_back(VF0, B)
+    assert next(iter(inventory)).holder == A
+
+
+def test_a_named_vf_of_a_pool_is_taken_from_it(inventory: Inventory) -> None:
+    inventory.lend("ifcvf", None, "vfio-user=/vf0.sock", 1, A)
+    assert inventory.lend("any", "default", None, 1, B).device == VF1
+    with pytest.raises(InventoryError, match=r"in use by domain 'a'"):
+        inventory.lend("ifcvf", None, "vfio-user=/vf0.sock", 1, B)
+
+
+def test_a_vf_of_no_pool(inventory: Inventory) -> None:
+    vf = inventory.lend("ifcvf", None, "vfio-user=/x.sock", 4, A)
+    assert (vf.device, vf.pool, vf.queue_pairs) == ("ifcvf,vfio-user=/x.sock", None, None)
+    with pytest.raises(InventoryError, match="in use"):
+        inventory.lend("ifcvf", None, "vfio-user=/x.sock", 4, B)
+    inventory.give_back(vf.device, A)
+    assert [vf.device for vf in inventory] == [VF0, VF1]
+    inventory.lend("ifcvf", None, "vfio-user=/x.sock", 4, B)
+
+
+def test_what_does_not_fit_is_refused(inventory: Inventory) -> None:
+    for driver, pool, device, queue_pairs, message in (
+        ("any", "other", None, 1, "metadata attribute pool='other': not configured; configured: default"),
+        ("mlx5", "default", None, 1, "metadata attribute driver='mlx5': pool 'default' has 'ifcvf' VFs"),
+        ("any", "default", None, 4, "<driver queues='4'>: the VF has 1 queue pair; lower queues"),
+        ("ifcvf", None, "vf=1", 1, "device 'ifcvf,vf=1': names no VF; it needs one of vfio-user, pci"),
+        ("nix", None, "pci=1", 1, "device 'nix,pci=1': no driver 'nix'; use one of: ifcvf"),
+    ):
+        with pytest.raises(InventoryError) as refused:
+            inventory.lend(driver, pool, device, queue_pairs, A)
+        assert str(refused.value) == message
+    assert all(vf.holder is None for vf in inventory)
+
+
+def test_a_pool_with_a_problem_lends_nothing_and_says_why(inventory: Inventory) -> None:
+    inventory.pools["default"].problem = "virt-vdpa-nic ended"
+    with pytest.raises(InventoryError, match="pool 'default' has no usable VF: virt-vdpa-nic ended"):
+        inventory.lend("any", "default", None, 1, A)
+
+
+def test_vfs_of_adopted_ports_stay_held_when_their_pool_appears() -> None:
+    inventory = Inventory([PoolConfig("default", "ifcvf", 2)])
+    inventory.hold(VF1, A)
+    with pytest.raises(InventoryError, match=r"is held by domain 'a'"):
+        inventory.hold(VF1, B)
+    inventory.set_pool("default", [(VF0, 1), (VF1, 1)])
+    assert [(vf.device, vf.pool, vf.holder) for vf in inventory] == [
+        (VF0, "default", None),
+        (VF1, "default", A),
+    ]

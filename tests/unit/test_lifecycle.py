@@ -1,0 +1,286 @@
+"""Hook operations on stand-ins for ports: what is lent, started, ended and undone, and in which words."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from libvirt_vdpa.client import ControlError
+from libvirt_vdpa.config import Config, PoolConfig
+from libvirt_vdpa.inventory import Holder, Inventory
+from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError
+from libvirt_vdpa.metadata import xml_folder
+from libvirt_vdpa.ports import Record, State
+from libvirt_vdpa.supervisor import PortError, Supervisor
+
+DEMO = (xml_folder() / "vdpa-demo.xml").read_bytes()
+SERVER = (xml_folder() / "vdpa-server.xml").read_bytes()
+TWO_NICS = (xml_folder() / "vdpa-kvm.xml").read_bytes()
+DEMO_UUID = "7664d0a0-0001-4000-8000-000000000001"
+
+
+class StandInPort:
+    """A port without a process."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.state = State.IDLE
+        self.status: dict[str, object] = {"queue_pairs": 1, "front_end": False}
+        self.answers = True
+
+    async def query_status(self) -> dict[str, object]:
+        if not self.answers:
+            raise ControlError("no answer")
+        return self.status
+
+
+class StandInSupervisor:
+    """Keeps ports in memory. `on_start` decides what a start does."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self.ports: dict[tuple[str, str], StandInPort] = {}
+        self.released: list[str] = []
+        self.on_start: Callable[[StandInPort], Awaitable[None]] | None = None
+        self._inventory = inventory
+
+    def of_domain(self, uuid: str) -> list[StandInPort]:
+        return [port for port in self.ports.values() if port.record.uuid == uuid]
+
+    def add(self, record: Record) -> StandInPort:
+        self.ports[record.key] = StandInPort(record)
+        return self.ports[record.key]
+
+    async def start(self, port: StandInPort) -> None:
+        port.state = State.STARTING
+        if self.on_start is not None:
+            await self.on_start(port)
+        port.state = State.SERVING
+
+    def guest_left(self, port: StandInPort) -> None:
+        port.state = State.LINGERING
+
+    async def release(self, port: StandInPort) -> None:
+        await asyncio.sleep(0)
+        record = port.record
+        self.released.append(record.mac)
+        self.ports.pop(record.key, None)
+        self._inventory.give_back(record.device, Holder(record.domain, record.uuid, record.mac))
+
+
+class Bench:
+    """A lifecycle with two VFs."""
+
+    def __init__(self) -> None:
+        self.inventory = Inventory([PoolConfig("default", "ifcvf", 2)])
+        self.inventory.set_pool("default", [(f"ifcvf,vfio-user=/vf{n}.sock", 1) for n in range(2)])
+        self.supervisor = StandInSupervisor(self.inventory)
+        config = Config(run_folder=Path("/run/libvirt-vdpa"), hook_time_limit=1.0)
+        self.lifecycle = Lifecycle(config, self.inventory, cast(Supervisor, self.supervisor))
+
+    def hook(self, *operations: str, xml: bytes = DEMO) -> None:
+        async def run() -> None:
+            for operation in operations:
+                await self.lifecycle.hook(operation, "a-domain", xml)
+
+        asyncio.run(run())
+
+    def refused(self, operation: str, xml: bytes = DEMO) -> str:
+        with pytest.raises(LifecycleError) as refused:
+            self.hook(operation, xml=xml)
+        return str(refused.value)
+
+    @property
+    def states(self) -> list[State]:
+        return [port.state for port in self.supervisor.ports.values()]
+
+    @property
+    def lent(self) -> int:
+        return sum(vf.holder is not None for vf in self.inventory)
+
+    @property
+    def clean(self) -> bool:
+        return not self.supervisor.ports and not self.lent
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_a_domain_starts_and_ends(bench: Bench) -> None:
+    bench.hook("prepare")
+    (port,) = bench.supervisor.ports.values()
+    assert port.record.device == "ifcvf,vfio-user=/vf0.sock"
+    assert port.record.control == f"/run/libvirt-vdpa/{DEMO_UUID}/52:54:00:76:64:01.ctl"
+    assert (bench.states, bench.lent) == ([State.SERVING], 1)
+    bench.hook("start", "started")
+    assert bench.states == [State.SERVING]
+    bench.hook("stopped")
+    assert (bench.states, bench.lent) == ([State.LINGERING], 1)
+    bench.hook("release")
+    assert bench.clean
+
+
+def test_in_server_mode_the_port_starts_when_qemu_is_about_to_listen(bench: Bench) -> None:
+    async def reach_qemu(port: StandInPort) -> None:
+        port.status["front_end"] = True
+
+    bench.supervisor.on_start = reach_qemu
+    bench.hook("prepare", xml=SERVER)
+    assert bench.states == [State.IDLE]
+    bench.hook("start", "started", xml=SERVER)
+    assert bench.states == [State.SERVING]
+
+
+def test_in_server_mode_a_qemu_that_is_not_reached_is_not_started(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("libvirt_vdpa.lifecycle.CONNECTED_LIMIT", 0.05)
+    bench.hook("prepare", "start", xml=SERVER)
+    assert "the port has not reached QEMU on /run/libvirt-vdpa/" in bench.refused("started", SERVER)
+
+
+def test_a_start_that_fails_leaves_nothing_of_any_interface(bench: Bench) -> None:
+    async def fail(port: StandInPort) -> None:
+        if port.record.mac == "52:54:00:76:65:02":
+            raise PortError("no such VF")
+
+    bench.supervisor.on_start = fail
+    message = bench.refused("prepare", TWO_NICS)
+    assert message == "domain 'vdpa-kvm': interface 52:54:00:76:65:02: no such VF"
+    assert bench.clean
+    assert len(bench.supervisor.released) == 2
+
+
+def test_an_interface_that_gets_no_vf_takes_the_others_back(bench: Bench) -> None:
+    bench.hook("prepare")
+    message = bench.refused("prepare", TWO_NICS)
+    assert message.startswith("domain 'vdpa-kvm': interface 52:54:00:76:65:02: pool 'default' has no free VF")
+    assert bench.lent == 1
+
+
+def test_a_hook_that_is_gone_is_undone(bench: Bench) -> None:
+    async def run() -> None:
+        begun = asyncio.Event()
+
+        async def hang(_port: StandInPort) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        bench.supervisor.on_start = hang
+        hook = asyncio.create_task(bench.lifecycle.hook("prepare", "a-domain", TWO_NICS))
+        await begun.wait()
+        assert bench.lent == 2
+        hook.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await hook
+
+    asyncio.run(run())
+    assert bench.clean
+
+
+def test_a_prepare_that_takes_too_long_is_refused_and_undone(bench: Bench) -> None:
+    async def hang(_port: StandInPort) -> None:
+        await asyncio.Event().wait()
+
+    bench.supervisor.on_start = hang
+    assert (
+        bench.refused("prepare") == "domain 'a-domain': prepare took longer than 0.8 s; see virtvdpad's log"
+    )
+    assert bench.clean
+
+
+def test_queues_are_compared_with_those_of_a_vf_that_no_pool_describes(bench: Bench) -> None:
+    xml = DEMO.replace(b"pool='default'", b"device='vfio-user=/x.sock'")
+    xml = xml.replace(b"<model type='virtio'/>", b"<model type='virtio'/><driver queues='2'/>")
+    message = "interface 52:54:00:76:64:01: <driver queues='2'>: the VF has 1 queue pair; lower queues"
+    assert bench.refused("prepare", xml) == f"domain 'vdpa-demo': {message}"
+    assert bench.clean
+
+
+def test_ports_left_over_are_replaced_unless_a_qemu_uses_them(bench: Bench) -> None:
+    bench.hook("prepare", "prepare")
+    assert (bench.supervisor.released, bench.lent) == (["52:54:00:76:64:01"], 1)
+    (port,) = bench.supervisor.ports.values()
+    port.status["front_end"] = True
+    assert "still connected to a running QEMU" in bench.refused("prepare")
+    assert list(bench.supervisor.ports.values()) == [port]
+
+
+def test_start_without_prepare_is_refused(bench: Bench) -> None:
+    assert "interface 52:54:00:76:64:01: it was not prepared" in bench.refused("start")
+
+
+def test_migration_is_refused_and_allocates_nothing(bench: Bench) -> None:
+    assert bench.refused("migrate") == (
+        "domain 'a-domain': live migration of vDPA interfaces is not supported yet"
+    )
+    assert bench.clean
+
+
+def test_restore_only_looks(bench: Bench) -> None:
+    bench.hook("restore")
+    assert bench.clean
+    assert "not shared" in bench.refused("restore", DEMO.replace(b"'shared'", b"'private'"))
+
+
+def test_reconnect_keeps_what_is_there_and_makes_what_is_missing(bench: Bench) -> None:
+    bench.hook("prepare")
+    (port,) = bench.supervisor.ports.values()
+    bench.hook("reconnect")
+    assert list(bench.supervisor.ports.values()) == [port]
+    bench.supervisor.ports.clear()
+    bench.inventory.give_back(port.record.device, Holder("vdpa-demo", DEMO_UUID, "52:54:00:76:64:01"))
+    bench.hook("reconnect")
+    assert bench.states == [State.SERVING]
+
+
+def test_stopped_and_release_need_no_valid_xml(bench: Bench) -> None:
+    bench.hook("prepare")
+    broken = DEMO.replace(b"</devices>", b"").replace(b"'shared'", b"'private'")
+    bench.hook("stopped", "release", xml=broken)
+    assert bench.clean
+
+
+@pytest.mark.parametrize("operation", ["attach", "no-such", ""])
+def test_an_unknown_operation_does_nothing(bench: Bench, operation: str) -> None:
+    bench.hook(operation)
+    assert bench.clean
+
+
+def test_a_foreign_domain_is_not_even_parsed(bench: Bench) -> None:
+    bench.hook("prepare", "start", "release", xml=b"not XML")
+    assert bench.clean
+
+
+class TestReconcile:
+    """After a restart, or a hook that never came."""
+
+    def test_ports_of_domains_that_do_not_run_are_released(self, bench: Bench) -> None:
+        bench.hook("prepare")
+        bench.hook("prepare", xml=SERVER)
+        asyncio.run(bench.lifecycle.reconcile({DEMO_UUID}, bench.lifecycle.snapshot()))
+        assert [port.record.uuid for port in bench.supervisor.ports.values()] == [DEMO_UUID]
+
+    def test_a_domain_that_was_started_meanwhile_is_left_alone(self, bench: Bench) -> None:
+        bench.hook("prepare")
+        snapshot = bench.lifecycle.snapshot()
+        bench.hook("release", "prepare")
+        asyncio.run(bench.lifecycle.reconcile(set(), snapshot))
+        assert bench.states == [State.SERVING]
+
+    def test_a_port_that_a_qemu_uses_is_left_alone(self, bench: Bench) -> None:
+        bench.hook("prepare")
+        (port,) = bench.supervisor.ports.values()
+        port.status["front_end"] = True
+        asyncio.run(bench.lifecycle.reconcile(set(), bench.lifecycle.snapshot()))
+        assert bench.states == [State.SERVING]
+
+    def test_a_port_that_does_not_answer_is_no_reason_to_keep_it(self, bench: Bench) -> None:
+        bench.hook("prepare")
+        (port,) = bench.supervisor.ports.values()
+        port.answers = False
+        asyncio.run(bench.lifecycle.reconcile(set(), bench.lifecycle.snapshot()))
+        assert bench.clean

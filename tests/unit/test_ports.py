@@ -1,0 +1,152 @@
+"""A port's life: properties of the transition table, the stories it must tell, and the record."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from libvirt_vdpa.ports import (
+    ADOPTION,
+    TRANSITIONS,
+    Action,
+    Event,
+    PortLife,
+    PortLifeError,
+    Record,
+    RecordError,
+    State,
+)
+
+RECORD = Record(
+    domain="vdpa-demo",
+    uuid="7664d0a0-0001-4000-8000-000000000001",
+    mac="52:54:00:76:64:01",
+    device="ifcvf,vfio-user=/vf0.sock",
+    pool="default",
+    role="listen",
+    socket="/r/u/52:54:00:76:64:01.sock",
+    control="/r/u/52:54:00:76:64:01.ctl",
+    log="/l/x.log",
+)
+
+#: Events in order -> state and action at the end.
+STORIES = {
+    "start": ("start answered", State.SERVING, Action.NONE),
+    "failed start is not tried again": ("start died", State.IDLE, Action.NONE),
+    "hanging start is killed": ("start hung", State.STARTING, Action.KILL),
+    "undone while starting": ("start release", State.ENDING, Action.TERMINATE),
+    "died under a guest": ("start answered died", State.RETRYING, Action.RETRY_LATER),
+    "tried again": ("start answered died retry", State.RESTARTING, Action.SPAWN),
+    "back": ("start answered died retry answered", State.SERVING, Action.NONE),
+    "never gives up": ("start answered died retry died", State.RETRYING, Action.RETRY_LATER),
+    "hangs": ("start answered hung", State.SERVING, Action.KILL),
+    "hung and killed": ("start answered hung died", State.RETRYING, Action.RETRY_LATER),
+    "died after the guest": ("start answered guest-left died", State.IDLE, Action.NONE),
+    "guest left a dead port": ("start answered died guest-left", State.IDLE, Action.NONE),
+    "released": ("start answered guest-left release", State.ENDING, Action.TERMINATE),
+    "gone": ("start answered guest-left release died", State.GONE, Action.FORGET),
+    "does not end": ("start answered release hung", State.ENDING, Action.KILL),
+    "released without a process": ("release", State.GONE, Action.FORGET),
+    "released between two tries": ("start answered died release", State.GONE, Action.FORGET),
+    "adopted": ("found answered", State.SERVING, Action.NONE),
+    "adopted dead": ("lost retry", State.RESTARTING, Action.SPAWN),
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_story(story: str) -> None:
+    events, state, action = STORIES[story]
+    life = PortLife()
+    last = [life.feed(Event(name)) for name in events.split()][-1]
+    assert (life.state, last) == (state, action)
+
+
+def test_what_cannot_happen_is_a_bug() -> None:
+    with pytest.raises(PortLifeError, match="event 'answered' in state 'idle'"):
+        PortLife().feed(Event.ANSWERED)
+
+
+def test_every_state_is_in_the_table_and_can_be_reached() -> None:
+    assert set(TRANSITIONS) == set(State)
+    reached = {State.IDLE}
+    while more := {state for at in reached for state, _ in TRANSITIONS[at].values()} - reached:
+        reached |= more
+    assert reached == set(State)
+
+
+def test_libvirt_may_say_stopped_and_release_at_any_time() -> None:
+    for state, event in itertools.product(State, (Event.GUEST_LEFT, Event.RELEASE)):
+        assert event in TRANSITIONS[state], state
+
+
+def test_from_everywhere_release_leads_to_gone() -> None:
+    for state in State:
+        after, action = TRANSITIONS[state][Event.RELEASE]
+        if after is State.ENDING:
+            assert action is Action.TERMINATE or state is State.ENDING
+            after, action = TRANSITIONS[after][Event.DIED]
+        assert after is State.GONE
+        assert action is Action.FORGET or state is State.GONE
+
+
+def test_only_gone_forgets_and_only_starting_states_spawn() -> None:
+    for state, action in (pair for row in TRANSITIONS.values() for pair in row.values()):
+        assert (action is Action.FORGET) <= (state is State.GONE)
+        assert (action is Action.SPAWN) <= (state in {State.STARTING, State.RESTARTING})
+        assert (action is Action.RETRY_LATER) == (state is State.RETRYING)
+
+
+def test_a_process_may_die_wherever_there_is_one() -> None:
+    with_process = {State.STARTING, State.SERVING, State.RESTARTING, State.LINGERING, State.ENDING}
+    assert {state for state in State if Event.DIED in TRANSITIONS[state]} == with_process
+    assert {state for state in State if Event.HUNG in TRANSITIONS[state]} == with_process
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("alive", [True, False])
+def test_adoption_of_any_state_is_possible(state: State, alive: bool) -> None:
+    life = PortLife()
+    for event in ADOPTION[state][0 if alive else 1]:
+        life.feed(event)
+    if state in {State.SERVING, State.RETRYING, State.RESTARTING}:
+        assert life.state is (State.RESTARTING if alive else State.RETRYING)
+
+
+def test_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    socket = tmp_path / "52:54:00:76:64:01.sock"
+    record = dataclasses.replace(
+        RECORD, socket=str(socket), pid=12, start_time=34, features=1 << 63, pool=None
+    )
+    record.save()
+    assert Record.load(record.path) == record
+    assert record.path.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["52:54:00:76:64:01.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"version": 2}, "not a record of version 1"),
+        ({"pid": "12"}, "'pid' has the wrong type"),
+        ({"features": 1.5}, "'features' has the wrong type"),
+        ({"state": "happy"}, "there is no state 'happy'"),
+        ({"surprise": 1}, "has other members than a record"),
+        ({"socket": "/elsewhere/x.sock"}, "belongs to another path, /elsewhere/x.json"),
+    ],
+)
+def test_record_that_is_not_ours(tmp_path: Path, change: dict[str, object], reason: str) -> None:
+    record = dataclasses.replace(RECORD, socket=str(tmp_path / "x.sock"))
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**dataclasses.asdict(record), **change}))
+    with pytest.raises(RecordError, match=reason):
+        Record.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
+def test_record_that_is_garbage(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match=r"x\.json"):
+        Record.load(path)
