@@ -4,7 +4,6 @@ The examples are valid domains as they stand; this module only says which kernel
 what should be wrong about them. It builds no XML of its own.
 """
 
-from pathlib import Path
 from typing import Self
 
 from lxml import etree
@@ -29,17 +28,21 @@ class DomainXml:
     def __str__(self) -> str:
         return etree.tostring(self.root, pretty_print=True, encoding="unicode")
 
-    def write(self, folder: Path) -> Path:
-        """Write it where virsh can read it."""
-        path = folder / f"{self.name}.xml"
-        path.write_text(str(self))
-        return path
-
     def element(self, path: str) -> etree._Element:
         """The one element at a path."""
         found = self.root.find(path)
         assert found is not None, f"{self.name} has no {path}"
         return found
+
+    @property
+    def interface(self) -> etree._Element:
+        """The first interface."""
+        return self.element("devices/interface")
+
+    @property
+    def request(self) -> etree._Element:
+        """The first interface of our metadata."""
+        return self.element(f"metadata/{{{METADATA}}}domain/{{{METADATA}}}interface")
 
     def _set_text(self, parent: str, name: str, text: str) -> None:
         element = self.element(parent)
@@ -71,6 +74,12 @@ class DomainXml:
         self._set_text("os", "kernel", str(image.kernel))
         self._set_text("os", "initrd", str(image.initrd))
         self._set_text("os", "cmdline", f"{KERNEL_ARGUMENTS} vdpa.ip={address}")
+        return self
+
+    def without_vdpa(self) -> Self:
+        """Make it a domain that is none of our business: no metadata, no vhost-user interface."""
+        self.root.remove(self.element("metadata"))
+        self.element("devices").remove(self.interface)
         return self
 
     def rename(self, number: int) -> Self:

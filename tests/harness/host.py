@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import CACHE, CHECKOUT
 from tests.harness.processes import HarnessError, Process, run
 from tests.harness.procfs import Running, all_running
@@ -82,7 +83,8 @@ class Host:
         self._keep = keep
         self._services: list[Process] = []
         self._holder: Process | None = None
-        self._init_pid = 0
+        #: Pid of the host's first process, as seen from outside; 0 while there is none.
+        self.init_pid = 0
 
     def start(self) -> None:
         """Make the namespaces.
@@ -100,7 +102,7 @@ class Host:
 
     def _make_folders(self) -> None:
         etc = self.folder / "etc/libvirt"
-        (etc / "hooks").mkdir(parents=True)
+        etc.mkdir(parents=True, exist_ok=True)
         (etc / "qemu.conf").write_text(QEMU_CONF)
         (etc / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(host_uuid=uuid.uuid4()))
         (etc / "virtlogd.conf").write_text("")
@@ -121,17 +123,17 @@ class Host:
         self._holder.name = f"host {self.name}"
         self._holder.wait_for("namespaces", (self.folder / "ready").exists)
         holder = self._holder.pid
-        self._init_pid = int(Path(f"/proc/{holder}/task/{holder}/children").read_text())
+        self.init_pid = int(Path(f"/proc/{holder}/task/{holder}/children").read_text())
 
     @property
     def enter(self) -> list[str]:
         """The command prefix that runs a command in this host."""
-        return ["nsenter", "--target", str(self._init_pid), "--mount", "--uts", "--net", "--pid"]
+        return ["nsenter", "--target", str(self.init_pid), "--mount", "--uts", "--net", "--pid"]
 
     @property
     def end_command(self) -> str:
         """The shell command that ends a host that was kept."""
-        return f"kill -9 {self._init_pid}; rm -r {self.folder}"
+        return f"kill -9 {self.init_pid}; rm -r {self.folder}"
 
     def path(self, inside: str) -> Path:
         """Where a file of the host's /run, /var or /etc/libvirt is seen from outside."""
@@ -141,7 +143,7 @@ class Host:
         self, argv: Sequence[str | Path], *, check: bool = True, seconds: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the host to its end; as `processes.run`."""
-        return run([*self.enter, *argv], check=check, seconds=seconds)
+        return run(argv, prefix=self.enter, check=check, seconds=seconds)
 
     def spawn(self, name: str, argv: Sequence[str | Path], *, stdin: int = subprocess.DEVNULL) -> HostProcess:
         """Start a program in the host, with its output in /var/log/NAME.output; it ends with the host."""
@@ -152,7 +154,7 @@ class Host:
 
     def running(self, *names: str) -> list[Running]:
         """What runs in the host under one of these names; without names, everything but its init."""
-        namespace = str(Path(f"/proc/{self._init_pid}/ns/pid").readlink())
+        namespace = str(Path(f"/proc/{self.init_pid}/ns/pid").readlink())
         return [
             process
             for process in all_running()
@@ -163,10 +165,10 @@ class Host:
 
     def end(self) -> None:
         """End everything in the host, then remove its folder. Idempotent."""
-        if self._init_pid:
+        if self.init_pid:
             with suppress(ProcessLookupError):
-                os.kill(self._init_pid, signal.SIGKILL)
-            self._init_pid = 0
+                os.kill(self.init_pid, signal.SIGKILL)
+            self.init_pid = 0
         if self._holder is not None:
             self._holder.stop()
         for service in self._services:
@@ -216,3 +218,9 @@ class LibvirtHost(Host):
     def state(self, domain: str) -> str:
         """A domain's state as `virsh domstate` says it; "" when there is no such domain."""
         return self.virsh("domstate", domain, check=False).stdout.strip()
+
+    def define(self, domain: DomainXml) -> None:
+        """Define a domain as `virsh define` does."""
+        path = self.folder / f"{domain.name}.xml"
+        path.write_text(str(domain))
+        self.virsh("define", path)

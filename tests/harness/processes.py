@@ -51,6 +51,7 @@ def tail(log: Path, lines: int = 3) -> str:
 def run(
     argv: Sequence[str | Path],
     *,
+    prefix: Sequence[str] = (),
     check: bool = True,
     seconds: float = 60.0,
     text_in: str | None = None,
@@ -58,12 +59,13 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and collect its output.
 
+    :param prefix: words before the command that say where it runs; errors leave them out.
     :raise HarnessError: when it takes too long or, with `check`, exits non-zero.
     """
     command = [str(word) for word in argv]
     try:
         done = subprocess.run(
-            command,
+            [*prefix, *command],
             capture_output=True,
             text=True,
             timeout=seconds,

@@ -1,0 +1,39 @@
+"""./bench: times what matters to an operator, beside a peer measured in the same run.
+
+Owns the command line; each subject is a module with `measure(runs)` that prints a table.
+"""
+
+import argparse
+import sys
+
+from tests.bench import hooks
+from tests.harness.processes import HarnessError
+
+SUBJECTS = {
+    "hooks": (hooks.measure, "what the hook costs, and what hook and port add to virsh start"),
+}
+
+
+def main() -> int:
+    """Measure one subject; the exit code."""
+    parser = argparse.ArgumentParser(prog="./bench", description="Measure.")
+    subjects = parser.add_subparsers(metavar="SUBJECT", required=True)
+    for name, (measure, summary) in SUBJECTS.items():
+        subject = subjects.add_parser(name, help=summary, description=summary)
+        subject.add_argument(
+            "--runs", type=int, default=10, help="starts of each kind (default: %(default)s)"
+        )
+        subject.set_defaults(measure=measure)
+    options = parser.parse_args()
+    try:
+        options.measure(options.runs)
+    except HarnessError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

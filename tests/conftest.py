@@ -1,0 +1,35 @@
+"""What all tests share: `--full`, and the logs of a private host in the report of a test that failed."""
+
+from collections.abc import Generator
+
+import pytest
+
+from tests.harness.host import Host
+
+#: Characters of each log that a failed test shows.
+LOG_TAIL = 3000
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the long tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.skip(reason="only with --full"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    host = getattr(item, "funcargs", {}).get("host")
+    if report.failed and isinstance(host, Host) and host.logs.exists():
+        for log in sorted(host.logs.rglob("*.*")):
+            if log.is_file() and (text := log.read_text(errors="replace")[-LOG_TAIL:].strip()):
+                report.sections.append((str(log.relative_to(host.logs)), text))
+    return report

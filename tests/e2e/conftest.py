@@ -1,0 +1,26 @@
+"""A private host for each module, and the example domain for each test."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness.domain_xml import DomainXml
+from tests.harness.guest import guest_image
+from tests.harness.vdpa_host import GUEST_ADDRESS, VdpaHost
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[VdpaHost]:
+    with VdpaHost("e2e") as made:
+        made.set_address()
+        yield made
+
+
+@pytest.fixture
+def domain(host: VdpaHost) -> Iterator[DomainXml]:
+    """The example domain, ready to be edited and defined; gone, with its port, after the test."""
+    made = DomainXml.example().boot(guest_image(), GUEST_ADDRESS)
+    yield made
+    host.remove(made)
+    assert not host.lent()
+    assert not host.running("virt-vdpa-port", "qemu-system-x86_64")

@@ -1,0 +1,70 @@
+"""./demo does what the README promises, and leaves nothing behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness.guest import CHECKOUT
+from tests.harness.leftovers import Machine
+from tests.harness.processes import wait_for
+
+pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
+
+DEMO = [sys.executable, "-m", "tests.demo"]
+
+
+def test_report(tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    before = Machine.look()
+    done = subprocess.run(
+        [*DEMO, "--report", report_file], cwd=CHECKOUT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(report_file.read_text())
+    assert (report["state"], report["driver"]) == ("running", "ifcvf")
+    assert report["ping"] == {"sent": 20, "received": 20}
+    assert report["ping_while_vf_stopped"]["received"] == 0
+    assert "VIRTIO_F_VERSION_1" in report["features"]
+    assert report["leftovers"] == []
+    assert not before.leftovers()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_runs_on_after_a_signal(number: signal.Signals, tmp_path: Path) -> None:
+    before = Machine.look()
+    output = tmp_path / "output"
+    with output.open("w") as written:
+        demo = subprocess.Popen(
+            DEMO,
+            cwd=CHECKOUT,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        wait_for("the guest to be started", lambda: "the guest boots" in output.read_text(), 60)
+        demo.send_signal(number)
+        demo.wait(20)
+    finally:
+        demo.kill()
+        demo.wait()
+    wait_for("everything to end", lambda: not processes_and_mounts(before), 10)
+    if number == signal.SIGKILL:
+        # Nobody was left to remove the files.
+        for folder in Path("/tmp").glob(f"libvirt-vdpa-{demo.pid}-*"):
+            shutil.rmtree(folder)
+    else:
+        assert demo.returncode == 1
+        assert "demo: interrupted" in output.read_text()
+    assert not before.leftovers()
+
+
+def processes_and_mounts(before: Machine) -> list[str]:
+    """Leftovers that are not files."""
+    return [found for found in before.leftovers() if not found.startswith("file ")]

@@ -1,0 +1,40 @@
+"""A guest that was saved goes on where it was, with a VF again."""
+
+import pytest
+
+from tests.harness.domain_xml import DomainXml
+from tests.harness.vdpa_host import VdpaHost
+
+pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
+
+
+def test_managed_save(host: VdpaHost, domain: DomainXml) -> None:
+    host.start_guest(domain)
+    features = host.port(domain)["features"]
+    with host.console(domain) as console:
+        console.run("touch /before")
+    host.virsh("managedsave", domain.name)
+    assert host.state(domain.name) == "shut off"
+    assert not host.lent()
+
+    host.virsh("start", domain.name)
+    host.wait_for_ping(seconds=20)
+    assert host.ping(count=20) == (20, 20)
+    assert host.port(domain)["features"] == features
+    with host.console(domain) as console:
+        console.run("[ -e /before ]")
+
+
+def test_saved_guest_is_not_restored_without_a_vf(host: VdpaHost, domain: DomainXml) -> None:
+    host.start_guest(domain)
+    host.virsh("managedsave", domain.name)
+    host.daemon.stop()
+    try:
+        done = host.virsh("start", domain.name, check=False)
+        assert done.returncode != 0
+        assert "virtvdpad is not running" in done.stderr
+    finally:
+        host.start_daemon()
+    # What was saved is not lost by that.
+    host.virsh("start", domain.name)
+    host.wait_for_ping(seconds=20)

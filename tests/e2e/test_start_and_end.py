@@ -1,0 +1,99 @@
+"""A domain starts, its guest has a VF as its NIC, and gives it back however it ends."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.harness.domain_xml import DomainXml
+from tests.harness.processes import wait_for
+from tests.harness.vdpa_host import RUN_FOLDER, VdpaHost
+
+pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
+
+
+def test_guest_reaches_the_network_through_its_vf(host: VdpaHost, domain: DomainXml) -> None:
+    before = host.ask_nic("query-devices")["vfs"][0]
+    host.start_guest(domain)
+    assert host.ping(count=20) == (20, 20)
+    after = host.ask_nic("query-devices")["vfs"][0]
+    for counter in ("rx_packets", "tx_packets"):
+        assert after[counter] - before[counter] >= 20
+
+    port = host.port(domain)
+    assert port["state"] == "serving"
+    assert port["front_end"]
+    assert port["socket"] == domain.socket
+    assert port["mac"] == domain.mac
+    assert "VIRTIO_F_VERSION_1" in port["features"]
+    assert host.lent() == [port["device"]]
+
+
+def test_two_guests_have_a_vf_each(host: VdpaHost, domain: DomainXml) -> None:
+    other = DomainXml(str(domain)).rename(2)
+    host.define(domain)
+    host.define(other)
+    try:
+        for each in (domain, other):
+            host.virsh("start", each.name)
+        assert len(host.lent()) == 2
+        # The other guest's VF has a TAP of its own, where nobody has an address.
+        host.wait_for_ping()
+        with host.console(other) as console:
+            assert "NO-CARRIER" not in console.run("ip link show eth0")
+        assert host.port(domain)["pid"] != host.port(other)["pid"]
+    finally:
+        host.remove(other)
+    assert host.ping(count=3) == (3, 3)
+
+
+def destroy(host: VdpaHost, domain: DomainXml) -> None:
+    host.virsh("destroy", domain.name)
+
+
+def shut_down(host: VdpaHost, domain: DomainXml) -> None:
+    host.virsh("shutdown", domain.name)
+
+
+def power_off(host: VdpaHost, domain: DomainXml) -> None:
+    with host.console(domain) as console:
+        console.send("poweroff\n")
+
+
+def kill_qemu(host: VdpaHost, domain: DomainXml) -> None:
+    (qemu,) = host.running("qemu-system-x86_64")
+    host.kill(qemu.inner_pid)
+
+
+@pytest.mark.parametrize("end", [destroy, shut_down, power_off, kill_qemu])
+def test_vf_is_given_back(
+    host: VdpaHost, domain: DomainXml, end: Callable[[VdpaHost, DomainXml], None]
+) -> None:
+    host.start_guest(domain)
+    end(host, domain)
+    host.wait_for_state(domain, "shut off")
+    wait_for("the port to be forgotten", lambda: not host.ports(), 10)
+    assert not host.running("virt-vdpa-port")
+    assert not host.path(f"{RUN_FOLDER}/{domain.uuid}").exists()
+    assert not host.lent()
+
+
+def test_domain_starts_again(host: VdpaHost, domain: DomainXml) -> None:
+    host.define(domain)
+    for _ in range(2):
+        host.virsh("start", domain.name)
+        assert host.port(domain)["state"] == "serving"
+        host.virsh("destroy", domain.name)
+
+
+def test_foreign_domain_is_none_of_our_business(host: VdpaHost, domain: DomainXml) -> None:
+    domain.without_vdpa()
+    host.define(domain)
+    # It must start even where virtvdpad does not run.
+    host.daemon.stop()
+    try:
+        host.virsh("start", domain.name)
+        assert host.state(domain.name) == "running"
+        assert not host.running("virt-vdpa-port")
+        host.virsh("destroy", domain.name)
+    finally:
+        host.start_daemon()
