@@ -1,0 +1,294 @@
+"""`virt-vdpa-nic`: a NIC in software whose VFs are IFCVF functions behind vfio-user sockets.
+
+Composes TAP, engine, register model and server into VFs, and a control socket that tells about them and
+stops them. One process serves several VFs in one loop; their packets move in a thread for each.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from datapath.control import Arguments, CommandError, ControlServer
+from datapath.emulation.engine import NOT_RUNG, QUEUES, Engine
+from datapath.emulation.ifcvf import BARS, PAGE, Ifcvf
+from datapath.emulation.server import DOORBELLS, Session, VfServer
+from datapath.emulation.tap import TapError, open_tap
+
+PROGRAM = "virt-vdpa-nic"
+DRIVER = "ifcvf"
+MTU = 1500
+MAX_VFS = 64
+
+
+def log(text: str) -> None:
+    """One line on standard error."""
+    print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+
+
+def doorbell_pages() -> int:
+    """A memfd that backs the BAR of the doorbells, nothing rung; it cannot shrink under the engine."""
+    fd = os.memfd_create("ifcvf-doorbells", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, BARS[DOORBELLS])
+    for index in range(QUEUES):
+        os.pwrite(fd, NOT_RUNG.to_bytes(2, "little"), index * PAGE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+class Vf:
+    """One VF: everything from its TAP to its socket."""
+
+    def __init__(
+        self,
+        index: int,
+        options: argparse.Namespace,
+        selector: selectors.BaseSelector,
+    ) -> None:
+        """Make it and serve it.
+
+        :raise TapError: when its TAP cannot be had.
+        :raise OSError: when its socket cannot be had.
+        """
+        self.index = index
+        self.mac: bytes = options.mac[index]
+        self.tap: str = options.tap[index]
+        with contextlib.ExitStack() as undo:
+            tap_fd = open_tap(self.tap, MTU, options.bridge)
+            undo.callback(os.close, tap_fd)
+            doorbell_fd = None
+            if options.doorbell == "mapped":
+                doorbell_fd = doorbell_pages()
+                undo.callback(os.close, doorbell_fd)
+            self.engine = Engine(tap_fd, doorbell_fd, options.prefetch)
+            undo.callback(self.engine.close)
+            self.device = Ifcvf(self.engine, self.mac, MTU)
+            selector.register(self.engine.fault_fd, selectors.EVENT_READ, self._fault)
+            undo.callback(selector.unregister, self.engine.fault_fd)
+            self.server = VfServer(
+                selector,
+                options.folder / f"vf{index}.sock",
+                lambda: Session(self.device, self.engine, doorbell_fd),
+                self._log,
+            )
+            undo.callback(self.server.close)
+            self._resources = undo.pop_all()
+
+    def close(self) -> None:
+        """Disconnect the client and give everything back."""
+        self._resources.close()
+
+    def describe(self) -> dict[str, object]:
+        """What query-devices tells about it."""
+        receive, transmit = (self.engine.count(index) for index in range(QUEUES))
+        return {
+            "index": self.index,
+            "socket": str(self.server.path),
+            "mac": self.mac.hex(":"),
+            "tap": self.tap,
+            "driver": DRIVER,
+            "queue_pairs": QUEUES // 2,
+            "state": self._state(),
+            "failure": self.device.net.failure,
+            "rx_packets": receive.packets,
+            "rx_bytes": receive.bytes,
+            "rx_dropped": receive.dropped,
+            "tx_packets": transmit.packets,
+            "tx_bytes": transmit.bytes,
+            "tx_dropped": transmit.dropped,
+            "kicks": receive.kicks + transmit.kicks,
+            "interrupts": receive.interrupts + transmit.interrupts,
+        }
+
+    def _state(self) -> str:
+        if self.device.net.failure is not None:
+            return "broken"
+        if not self.device.net.link_up:
+            return "stopped"
+        if self.device.net.running:
+            return "running"
+        return "attached" if self.server.attached else "idle"
+
+    def _log(self, text: str) -> None:
+        log(f"vf{self.index}: {text}")
+
+    def _fault(self, _mask: int) -> None:
+        os.eventfd_read(self.engine.fault_fd)
+        reason = self.engine.fault()
+        if reason is not None:
+            self._log(f"stopped, needs a reset: {reason}")
+            self.device.net.fail(reason)
+
+
+class Nic:
+    """All VFs and the control socket."""
+
+    def __init__(self, options: argparse.Namespace, selector: selectors.BaseSelector) -> None:
+        """Make all of it, the control socket last: when that answers, every VF does.
+
+        :raise TapError: when a TAP cannot be had.
+        :raise OSError: when a socket cannot be had.
+        """
+        self._selector = selector
+        self._quit = False
+        with contextlib.ExitStack() as undo:
+            self._vfs = []
+            for index in range(options.vfs):
+                self._vfs.append(Vf(index, options, selector))
+                undo.callback(self._vfs[-1].close)
+            commands = {
+                "query-devices": self._query_devices,
+                "vf-stop": lambda arguments: self._set_link(arguments, False),
+                "vf-start": lambda arguments: self._set_link(arguments, True),
+                "quit": self.quit,
+            }
+            undo.callback(ControlServer(selector, options.control, commands).close)
+            self._resources = undo.pop_all()
+
+    def run(self) -> None:
+        """Serve until told to quit."""
+        while not self._quit:
+            for key, mask in self._selector.select():
+                if key.fd in self._selector.get_map():  # an earlier callback may have dropped it
+                    key.data(mask)
+
+    def close(self) -> None:
+        """Disconnect everybody, remove all sockets and TAPs."""
+        self._resources.close()
+
+    def quit(self, _arguments: Arguments | None = None) -> object:
+        """End the process, in good order."""
+        self._quit = True
+        return {}
+
+    def _query_devices(self, _arguments: Arguments) -> object:
+        return {"vfs": [vf.describe() for vf in self._vfs]}
+
+    def _set_link(self, arguments: Arguments, up: bool) -> object:
+        number = arguments.get("vf")
+        if type(number) is not int or not 0 <= number < len(self._vfs):
+            raise CommandError(f"vf: {number!r} is not a VF number from 0 to {len(self._vfs) - 1}")
+        self._vfs[number].device.net.set_link(up)
+        return {}
+
+
+def _mac(text: str) -> bytes:
+    if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a MAC address like 02:00:00:00:00:01")
+    mac = bytes.fromhex(text.replace(":", ""))
+    if mac[0] & 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is a multicast address")
+    return mac
+
+
+def _vfs(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_VFS:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 to {MAX_VFS}")
+    return int(text)
+
+
+def _fill(given: list[str], pattern: str, count: int) -> list[str]:
+    """Names for `count` VFs: those given, a single pattern with %d expanded, then the default pattern."""
+    if len(given) == 1 and "%d" in given[0]:
+        given, pattern = [], given[0]
+    return given + [pattern.replace("%d", str(index)) for index in range(len(given), count)]
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(PROGRAM, description="A NIC in software with IFCVF virtual functions.")
+    parser.add_argument(
+        "--folder", type=Path, required=True, metavar="DIR", help="where vf0.sock, vf1.sock … appear"
+    )
+    parser.add_argument("--vfs", type=_vfs, default=1, metavar="N", help="number of VFs (default: 1)")
+    parser.add_argument(
+        "--mac", type=_mac, action="append", default=[], help="of the next VF (default: derived from DIR)"
+    )
+    parser.add_argument(
+        "--tap",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="TAP of the next VF, or one pattern such as demo%%d (default: vdpa%%d)",
+    )
+    parser.add_argument("--bridge", metavar="NAME", help="bridge to put the TAPs into")
+    parser.add_argument(
+        "--doorbell",
+        choices=["eventfd", "mapped"],
+        default="eventfd",
+        help="how clients may notify besides by message (default: eventfd)",
+    )
+    parser.add_argument(
+        "--prefetch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="receive descriptors to fetch ahead of use, as hardware may (default: 0)",
+    )
+    parser.add_argument("--control", type=Path, metavar="PATH", help="control socket (default: DIR/control)")
+    options = parser.parse_args(arguments)
+    for name, given in (("--mac", options.mac), ("--tap", options.tap)):
+        if len(given) > options.vfs:
+            parser.error(f"{name} is given {len(given)} times for {options.vfs} VFs")
+    if not 0 <= options.prefetch <= 0xFFFF:
+        parser.error(f"--prefetch: {options.prefetch} is not a number from 0 to 65535")
+    options.tap = _fill(options.tap, "vdpa%d", options.vfs)
+    options.mac += [_derived_mac(options.folder, n) for n in range(len(options.mac), options.vfs)]
+    options.control = options.control or options.folder / "control"
+    return options
+
+
+def _derived_mac(folder: Path, index: int) -> bytes:
+    """A locally administered address that is the same whenever the NIC of this folder starts."""
+    digest = hashlib.sha256(str(folder.absolute()).encode()).digest()
+    return b"\x02" + digest[:4] + bytes([index])
+
+
+@contextlib.contextmanager
+def _signals(selector: selectors.BaseSelector, nic: Nic) -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the loop."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: nic.quit() and None)
+    selector.register(reader, selectors.EVENT_READ, lambda mask: reader.recv(64) and None)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        selector.unregister(reader)
+        reader.close()
+        writer.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; the exit code."""
+    options = parse_arguments(arguments)
+    try:
+        with contextlib.ExitStack() as stack:
+            selector = stack.enter_context(selectors.DefaultSelector())
+            nic = Nic(options, selector)
+            stack.callback(nic.close)
+            stack.enter_context(_signals(selector, nic))
+            log(f"{options.vfs} VFs in {options.folder}, TAPs {', '.join(options.tap)}")
+            nic.run()
+    except TapError as error:
+        log(str(error))
+        return 1
+    except OSError as error:
+        log(f"{error.filename or options.folder}: {error.strerror}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,378 @@
+"""Serves one emulated VF as a vfio-user device, to one client at a time.
+
+`Session` answers the messages of one client: it owns what the client gave, memory and eventfds, and takes
+it from the VF when the client goes. `VfServer` owns the sockets. The wire format is `datapath.vfio_user`.
+A client that breaks the protocol is disconnected; one that asks for what cannot be gets an errno.
+"""
+
+import contextlib
+import errno
+import os
+import selectors
+import socket
+import traceback
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from datapath.control import listen
+from datapath.emulation.engine import Engine
+from datapath.emulation.ifcvf import NOTIFY, REGION_SIZES, Ifcvf
+from datapath.vfio import DeviceFlag, DmaFlag, Irq, IrqFlag, Region, RegionFlag, SetIrqsFlag
+from datapath.vfio_user import (
+    MAX_FDS,
+    Area,
+    Command,
+    Decoder,
+    DeviceInfo,
+    DmaMap,
+    DmaUnmap,
+    IoFd,
+    IrqInfo,
+    Message,
+    ProtocolError,
+    RegionAccess,
+    RegionInfo,
+    RegionIoFds,
+    SetIrqs,
+    UnmapFlag,
+    Version,
+)
+
+Log = Callable[[str], None]
+#: Region of the doorbells.
+DOORBELLS = Region(NOTIFY.bar)
+DOORBELL_SIZE = 2
+PAGE = 4096
+ASSIGN = SetIrqsFlag.DATA_EVENTFD | SetIrqsFlag.ACTION_TRIGGER
+DISABLE = SetIrqsFlag.DATA_NONE | SetIrqsFlag.ACTION_TRIGGER
+FIRE = {DISABLE, SetIrqsFlag.DATA_BOOL | SetIrqsFlag.ACTION_TRIGGER}
+
+
+class RefusedError(Exception):
+    """A command that is answered with an errno."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(os.strerror(number))
+        self.errno = number
+
+
+def _require(condition: bool, number: int = errno.EINVAL) -> None:
+    if not condition:
+        raise RefusedError(number)
+
+
+class Session:
+    """What one client does to the VF."""
+
+    def __init__(self, device: Ifcvf, engine: Engine, doorbell_fd: int | None) -> None:
+        self._device = device
+        self._engine = engine
+        self._doorbell_fd = doorbell_fd
+        self._negotiated = False
+        #: ERR and REQ: accepted, never signalled.
+        self._other_irqs: dict[int, int] = {}
+        self._handlers: dict[int, Callable[[Message], Message]] = {
+            Command.DMA_MAP: self._dma_map,
+            Command.DMA_UNMAP: self._dma_unmap,
+            Command.GET_INFO: self._get_info,
+            Command.GET_REGION_INFO: self._get_region_info,
+            Command.GET_REGION_IO_FDS: self._get_region_io_fds,
+            Command.GET_IRQ_INFO: self._get_irq_info,
+            Command.SET_IRQS: self._set_irqs,
+            Command.REGION_READ: self._region_read,
+            Command.REGION_WRITE: self._region_write,
+            Command.DEVICE_RESET: self._device_reset,
+        }
+
+    def handle(self, message: Message) -> Message:
+        """Carry a command out; returns the answer, to be sent if it is wanted.
+
+        :raise ProtocolError: when the conversation cannot go on. Descriptors are taken over in any case.
+        """
+        kept = contextlib.ExitStack()
+        for fd in message.fds:
+            kept.callback(os.close, fd)
+        with kept:
+            if message.is_reply:
+                raise ProtocolError("a reply to a command that was not sent")
+            if not self._negotiated:
+                return self._version(message)
+            try:
+                answer = self._handlers.get(message.command, self._unknown)(message)
+            except RefusedError as refusal:
+                return message.error(refusal.errno)
+            except ProtocolError:  # a payload that is malformed: the next message may not be
+                return message.error(errno.EINVAL)
+            except OSError as error:
+                return message.error(error.errno or errno.EIO)
+            if message.command == Command.SET_IRQS:
+                kept.pop_all()  # the vectors have them now
+            return answer
+
+    def close(self) -> None:
+        """Take back all that the client gave; the VF is as after power-on."""
+        self._device.reset()
+        self._device.vectors.clear()
+        self._engine.unmap_all()
+        for fd in self._other_irqs.values():
+            os.close(fd)
+        self._other_irqs.clear()
+
+    def _version(self, message: Message) -> Message:
+        if message.command != Command.VERSION:
+            raise ProtocolError(f"command {message.command} before VERSION")
+        proposed = Version.unpack(message.payload)
+        if proposed.major != Version().major:
+            raise ProtocolError(f"the client speaks version {proposed.major}.{proposed.minor}")
+        self._negotiated = True
+        return message.reply(Version().pack())
+
+    def _unknown(self, message: Message) -> Message:
+        raise RefusedError(errno.EINVAL if message.command == Command.VERSION else errno.ENOSYS)
+
+    # Memory
+
+    def _dma_map(self, message: Message) -> Message:
+        request = DmaMap.unpack(message.payload)
+        _require(bool(request.flags & (DmaFlag.READ | DmaFlag.WRITE)) and len(message.fds) <= 1)
+        fd = message.fds[0] if message.fds else None
+        writable = bool(request.flags & DmaFlag.WRITE)
+        self._engine.map(request.address, request.size, fd, request.offset, writable)
+        return message.reply()
+
+    def _dma_unmap(self, message: Message) -> Message:
+        request = DmaUnmap.unpack(message.payload)
+        _require(not request.flags & ~UnmapFlag.ALL, errno.EOPNOTSUPP)
+        if request.flags & UnmapFlag.ALL:
+            _require(request.address == 0 and request.size == 0)
+            self._engine.unmap_all()
+        else:
+            self._engine.unmap(request.address, request.size)
+        return message.reply(request.pack())
+
+    # Regions
+
+    def _get_info(self, message: Message) -> Message:
+        DeviceInfo.unpack(message.payload)
+        return message.reply(DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, len(Region), len(Irq)).pack())
+
+    def _get_region_info(self, message: Message) -> Message:
+        request = RegionInfo.unpack(message.payload)
+        _require(request.index < len(Region) and request.argsz >= RegionInfo.LAYOUT.size)
+        size = REGION_SIZES.get(Region(request.index), 0)
+        flags = RegionFlag.READ | RegionFlag.WRITE if size else RegionFlag(0)
+        if request.index != DOORBELLS or self._doorbell_fd is None:
+            return message.reply(RegionInfo(request.index, flags, size).pack_reply(request.argsz))
+        areas = tuple(Area(offset, PAGE) for offset in self._device.doorbell_offsets())
+        info = RegionInfo(request.index, flags | RegionFlag.MMAP, size, areas=areas)
+        payload = info.pack_reply(request.argsz)
+        # The descriptor goes along with the areas only: a client keeps one for each region.
+        return message.reply(payload, (self._doorbell_fd,) if request.argsz >= info.full_size else ())
+
+    def _get_region_io_fds(self, message: Message) -> Message:
+        request = RegionIoFds.unpack(message.payload)
+        _require(request.index < len(Region) and request.argsz >= RegionIoFds.LAYOUT.size)
+        offsets = self._device.doorbell_offsets()
+        if request.index != DOORBELLS or self._doorbell_fd is not None:
+            offsets = []
+        entries = tuple(IoFd(offset, DOORBELL_SIZE, index) for index, offset in enumerate(offsets))
+        offer = RegionIoFds(request.index, entries)
+        fits = request.argsz >= offer.full_size
+        return message.reply(
+            offer.pack_reply(request.argsz), self._engine.kick_fds[: len(entries)] if fits else ()
+        )
+
+    def _region_read(self, message: Message) -> Message:
+        request = RegionAccess.unpack(message.payload)
+        region = self._accessed(request)
+        data = self._device.read(region, request.offset, request.count)
+        return message.reply(RegionAccess(request.offset, region, request.count, data).pack())
+
+    def _region_write(self, message: Message) -> Message:
+        request = RegionAccess.unpack(message.payload)
+        region = self._accessed(request)
+        _require(len(request.data) == request.count)
+        self._device.write(region, request.offset, request.data)
+        return message.reply(RegionAccess(request.offset, region, request.count).pack())
+
+    @staticmethod
+    def _accessed(request: RegionAccess) -> Region:
+        _require(request.region < len(Region))
+        region = Region(request.region)
+        _require(request.count > 0 and request.offset + request.count <= REGION_SIZES.get(region, 0))
+        return region
+
+    # Interrupts
+
+    def _irq_count(self, index: int) -> int:
+        """How many interrupts there are of a kind; no INTx, as the interrupt pin is 0."""
+        _require(index < len(Irq))
+        counts = {Irq.MSIX: len(self._device.vectors), Irq.ERR: 1, Irq.REQ: 1}
+        return counts.get(Irq(index), 0)
+
+    def _get_irq_info(self, message: Message) -> Message:
+        request = IrqInfo.unpack(message.payload)
+        count = self._irq_count(request.index)
+        return message.reply(IrqInfo(request.index, IrqFlag.EVENTFD if count else 0, count).pack())
+
+    def _set_irqs(self, message: Message) -> Message:
+        request = SetIrqs.unpack(message.payload)
+        fds = message.fds
+        count = self._irq_count(request.index)
+        _require(request.start + request.count <= count and len(fds) in (0, request.count))
+        if request.flags == DISABLE and request.count == 0:
+            _require(request.start == 0 and not fds)
+            self._assign(request.index, 0, (None,) * count)
+        elif request.flags == ASSIGN:
+            _require(request.count > 0)
+            self._assign(request.index, request.start, fds or (None,) * request.count)
+        elif request.flags in FIRE and request.index == Irq.MSIX:
+            _require(not fds)
+            self._fire(request)
+        else:  # masking is the client's: it takes the eventfd of a masked vector away
+            raise RefusedError(errno.EINVAL)
+        return message.reply()
+
+    def _assign(self, index: int, start: int, fds: tuple[int, ...] | tuple[None, ...]) -> None:
+        if index == Irq.MSIX:
+            self._device.vectors.assign(start, fds)
+            return
+        for fd in fds:
+            if index in self._other_irqs:
+                os.close(self._other_irqs.pop(index))
+            if fd is not None:
+                self._other_irqs[index] = fd
+
+    def _fire(self, request: SetIrqs) -> None:
+        """Signal vectors as if the device did: a loopback test."""
+        wanted = request.data if request.flags & SetIrqsFlag.DATA_BOOL else b"\1" * request.count
+        for vector, on in enumerate(wanted, request.start):
+            if on:
+                self._device.vectors.signal(vector)
+
+    def _device_reset(self, message: Message) -> Message:
+        self._device.reset()
+        return message.reply()
+
+
+class VfServer:
+    """The socket of a VF, in a `selectors` loop whose keys' data is called with the event mask."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        path: Path,
+        open_session: Callable[[], Session],
+        log: Log,
+    ) -> None:
+        """Listen.
+
+        :raise OSError: when the path cannot be bound.
+        """
+        self.path = path
+        self._selector = selector
+        self._open_session = open_session
+        self._log = log
+        self._connection: socket.socket | None = None
+        self._session: Session | None = None
+        self._decoder = Decoder()
+        self._backlog: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._listener = listen(path)
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    @property
+    def attached(self) -> bool:
+        """Whether a client is connected."""
+        return self._connection is not None
+
+    def close(self) -> None:
+        """Disconnect, stop listening, remove the socket."""
+        self._disconnect("the NIC ends")
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
+
+    def _accept(self, _mask: int) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # the client left again, or descriptors ran out: either way nobody to serve
+            return
+        if self._connection is not None:
+            # One VF, one owner. Closing at once tells the other more than silence would.
+            self._log("a second client was turned away: one is connected")
+            connection.close()
+            return
+        connection.setblocking(False)
+        self._connection = connection
+        self._session = self._open_session()
+        self._selector.register(connection, selectors.EVENT_READ, self._ready)
+        self._log("a client has connected")
+
+    def _ready(self, mask: int) -> None:
+        try:
+            if mask & selectors.EVENT_WRITE:
+                self._flush()
+            if mask & selectors.EVENT_READ:
+                self._receive()
+        except ProtocolError as error:
+            self._disconnect(f"the client broke the protocol: {error}")
+        except OSError as error:
+            self._disconnect(f"the client is gone: {error.strerror}")
+        except Exception as error:
+            # A mistake of ours, which one client has found: it must not end the other VFs.
+            traceback.print_exc()
+            self._disconnect(f"cannot serve the client: {error!r}")
+
+    def _receive(self) -> None:
+        """Take messages until none is left, or until the client has replies to read first."""
+        assert self._connection is not None
+        assert self._session is not None
+        while not self._backlog:
+            try:
+                data, fds, flags, _ = socket.recv_fds(
+                    self._connection, self._decoder.wanted, MAX_FDS, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return
+            messages = self._decoder.feed(data, tuple(fds))
+            if flags & socket.MSG_CTRUNC:
+                raise ProtocolError(f"more than {MAX_FDS} descriptors with one message")
+            if not data:
+                self._disconnect("the client has disconnected")
+                return
+            for message in messages:
+                answer = self._session.handle(message)
+                if message.wants_reply:
+                    self._backlog.append((answer.pack(), answer.fds))
+                    self._flush()
+
+    def _flush(self) -> None:
+        """Send what there is to send; what the client does not take now, later."""
+        assert self._connection is not None
+        while self._backlog:
+            data, fds = self._backlog[0]
+            try:
+                sent = socket.send_fds(self._connection, [data], fds, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                break
+            if sent < len(data):
+                self._backlog[0] = (data[sent:], ())
+            else:
+                self._backlog.popleft()
+        events = selectors.EVENT_WRITE if self._backlog else selectors.EVENT_READ
+        if self._selector.get_key(self._connection).events != events:
+            self._selector.modify(self._connection, events, self._ready)
+
+    def _disconnect(self, reason: str) -> None:
+        if self._connection is None or self._session is None:
+            return
+        self._log(reason)
+        self._selector.unregister(self._connection)
+        self._connection.close()
+        self._connection = None
+        self._session.close()
+        self._session = None
+        self._backlog.clear()
+        for fd in self._decoder.abandon():
+            os.close(fd)
