@@ -189,6 +189,7 @@ def describe(port: Port) -> dict[str, object]:
         "pid": record.pid,
         "restarts": port.restarts,
         "problem": port.problem,
+        "session": status.get("state"),
         "front_end": status.get("front_end", False),
         "features": status.get("feature_names", []),
         "queue_pairs": status.get("queue_pairs"),

@@ -21,6 +21,8 @@ ROLES = {"client": "listen", "server": "connect"}
 SHARED_MEMORY = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
 #: Attributes of an interface's <driver> that a vDPA port does not serve yet, when they say 'on'.
 UNSERVED = ("iommu", "packed")
+#: Attributes of an interface's <driver> that size its rings; libvirt sees to powers of two.
+QUEUE_SIZES = ("rx_queue_size", "tx_queue_size")
 #: Both become names of files, so they must have exactly this form.
 UUID_FORM = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAC_FORM = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
@@ -45,6 +47,8 @@ class PortSpec:
     role: str
     socket_path: Path
     queue_pairs: int
+    #: Largest ring in descriptors, as far as the XML says.
+    queue_size: int
     line: int
 
 
@@ -165,6 +169,7 @@ class InterfaceCheck:
         """The port; of use only when there are no fatal problems."""
         request = self.request
         queues = attribute_of(self.element, "driver", "queues")
+        sizes = [attribute_of(self.element, "driver", name) for name in QUEUE_SIZES]
         return PortSpec(
             mac=self.mac,
             alias=request.alias,
@@ -176,6 +181,7 @@ class InterfaceCheck:
             role=ROLES.get(self.mode, ""),
             socket_path=self.path,
             queue_pairs=int(queues) if queues.isdecimal() else 1,
+            queue_size=max([int(size) for size in sizes if size.isdecimal()], default=0),
             line=request.line,
         )
 

@@ -17,7 +17,7 @@ from libvirt_vdpa.client import ControlClient, ControlError
 from libvirt_vdpa.config import PoolConfig
 from libvirt_vdpa.inventory import Inventory
 from libvirt_vdpa.ports import write_atomically
-from libvirt_vdpa.process import Process, ProgramError, find_program, last_words, log_size
+from libvirt_vdpa.process import Process, ProgramError, find_program, log_size
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class EmulatedNic:
                     delay = RETRY_FIRST
                     self._tried.set()
                     await ended.wait()
-                problem = last_words(self._log, mark).removeprefix(f"{PROGRAM}: ") or f"{PROGRAM} ended"
+                problem = self._process.obituary(PROGRAM, self._log, mark)
             except (ProgramError, OSError) as error:
                 problem = str(error)
             self._inventory.pools[self.pool.name].problem = problem

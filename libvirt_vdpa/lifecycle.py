@@ -197,7 +197,7 @@ class Lifecycle:
             role=wanted.role,
             socket=str(wanted.socket_path),
             control=str(wanted.socket_path.with_suffix(".ctl")),
-            log=str(self._config.log_folder / f"{spec.name}-{wanted.mac}.log"),
+            log=str(self._config.log_folder / f"{spec.name.replace('/', '_')}-{wanted.mac}.log"),
         )
         try:
             return self._supervisor.add(record)
@@ -214,6 +214,10 @@ class Lifecycle:
         queue_pairs = port.status.get("queue_pairs")
         if isinstance(queue_pairs, int) and wanted.queue_pairs > queue_pairs:
             raise refusal(spec, wanted.mac, too_many_queues(wanted.queue_pairs, queue_pairs))
+        size = port.status.get("max_queue_size")
+        if isinstance(size, int) and wanted.queue_size > size:
+            text = f"<driver> asks for rings of {wanted.queue_size}: the VF's have at most {size} descriptors"
+            raise refusal(spec, wanted.mac, text)
 
     def _port(self, spec: DomainSpec, wanted: PortSpec) -> Port:
         port = self._supervisor.ports.get((spec.uuid, wanted.mac))

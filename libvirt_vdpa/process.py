@@ -54,6 +54,8 @@ class Process:
     def __init__(self, pid: int, started: int, pidfd: int, child: subprocess.Popen[bytes] | None) -> None:
         self.pid = pid
         self.start_time = started
+        #: How it ended: an exit code, or a signal's number, negated. Not known of a process that was found.
+        self.exit_code: int | None = None
         self._pidfd = pidfd
         self._child = child
         self._watched = False
@@ -119,9 +121,19 @@ class Process:
         os.close(self._pidfd)
         self._pidfd = -1
         if self._child is not None:
-            self._child.poll()
+            self.exit_code = self._child.poll()
             # Not our concern any more; keeps subprocess from warning that it still runs.
             self._child.returncode = self._child.returncode or 0
+
+    def obituary(self, program: str, log: Path, since: int) -> str:
+        """Why it ended: its last words in its log, unless a signal took it before it could say any.
+
+        :param since: size of the log when the process was started.
+        """
+        if self.exit_code is not None and self.exit_code < 0:
+            return f"{program} was killed by {signal.Signals(-self.exit_code).name}"
+        words = last_words(log, since).removeprefix(f"{program}: ")
+        return words or f"{program} ended without a word (exit code {self.exit_code})"
 
 
 def log_size(log: Path) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from libvirt_vdpa.client import ControlClient, ControlError
 from libvirt_vdpa.config import SocketConfig
 from libvirt_vdpa.ports import ADOPTION, Action, Event, PortLife, Record, RecordError, State
-from libvirt_vdpa.process import Process, ProgramError, find_program, last_words, log_size, start_time
+from libvirt_vdpa.process import Process, ProgramError, find_program, log_size, start_time
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ RETRY_FIRST = 0.1
 RETRY_LAST = 5.0
 #: Seconds of service after which a process that dies is tried again at once.
 STEADY = 10.0
+#: States of a port process in which a front-end is there.
+CONNECTED = ("connected", "running")
 
 
 class PortError(Exception):
@@ -78,7 +80,7 @@ class Port:
         ACTIONS[action](self)
         if self.state is not State.GONE:
             self.record = replace(self.record, state=self.state.value)
-            self.record.save()
+            self._save()
         # Whoever waits is woken once; a new event is for those who wait next.
         self._transition.set()
         self._transition = asyncio.Event()
@@ -185,6 +187,12 @@ class Port:
 
     # What happens by itself
 
+    def _save(self) -> None:
+        try:
+            self.record.save()
+        except OSError as error:
+            logger.error("%s: its record cannot be written: %s", self.record.label, error)
+
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:
             self._process.send(number)
@@ -195,16 +203,28 @@ class Port:
             self._timer = None
 
     def _ended(self) -> None:
-        self._process = None
+        process, self._process = self._process, None
         if self._attendant is not None:
             self._attendant.cancel()
             self._attendant = None
-        words = last_words(Path(self.record.log), self._log_mark)
-        self.problem = words.removeprefix(f"{PROGRAM}: ").removeprefix(f"{self.record.label}: ")
+        assert process is not None
+        words = process.obituary(PROGRAM, Path(self.record.log), self._log_mark)
+        self.problem = words.removeprefix(f"{self.record.label}: ")
         if self.state is not State.ENDING:
-            logger.warning("%s: %s ended: %s", self.record.label, PROGRAM, self.problem or "no reason given")
+            logger.warning("%s: the process ended: %s", self.record.label, self.problem)
+        self.status = {}
         self.record = self.record.with_process(None, None)
         self.feed(Event.DIED)
+
+    def _heard(self, name: str, data: dict[str, object]) -> None:
+        """An event of the process: whether a front-end is there."""
+        if name == "PORT_STATE":
+            logger.info(
+                "%s: %s%s", self.record.label, data["state"], f" ({data['reason']})" if data["reason"] else ""
+            )
+            self.status["state"] = data["state"]
+            self.status["front_end"] = data["state"] in CONNECTED
+            self._changed(self)
 
     def _attend(self) -> None:
         self._attendant = asyncio.create_task(self._look_after(), name=f"port {self.record.label}")
@@ -221,6 +241,7 @@ class Port:
             self.feed(Event.HUNG)
             return
         self._client = client
+        client.listen(self._heard)
         try:
             self._serve_begins()
             while True:
@@ -335,7 +356,7 @@ class Supervisor:
         port.feed(Event.START)
         await port.settled(State.SERVING, State.IDLE, State.GONE)
         if port.state is not State.SERVING:
-            raise PortError(port.problem or f"{PROGRAM} ended without a reason; see {port.record.log}")
+            raise PortError(port.problem or f"{PROGRAM} ended; see {port.record.log}")
 
     def guest_left(self, port: Port) -> None:
         """QEMU is gone: whatever happens to the process now, nobody needs another."""

@@ -43,7 +43,7 @@ def ports_text(answer: dict[str, Any]) -> str:
             port["domain"],
             port["mac"],
             port["state"],
-            "connected" if port["front_end"] else "",
+            port["session"],
             port["device"],
             port["pid"],
             port["restarts"],

@@ -53,6 +53,7 @@ def test_demo() -> None:
             role="listen",
             socket_path=RUN / UUID / f"{MAC}.sock",
             queue_pairs=1,
+            queue_size=0,
             line=line_with(DEMO, METADATA),
         ),
     )
@@ -71,9 +72,12 @@ def test_server_mode_makes_us_connect() -> None:
 
 def test_named_device_and_queues() -> None:
     xml = edited(DEMO, "pool='default'", "device='vfio-user=/run/vf0.sock'")
-    xml = edited(xml, "<model type='virtio'/>", "<model type='virtio'/><driver queues='4'/>")
+    xml = edited(
+        xml, "<model type='virtio'/>", "<model type='virtio'/><driver queues='4' rx_queue_size='1024'/>"
+    )
     (port,) = parse_domain(xml.encode(), RUN).ports
-    assert (port.pool, port.device, port.queue_pairs) == (None, "vfio-user=/run/vf0.sock", 4)
+    assert (port.pool, port.device) == (None, "vfio-user=/run/vf0.sock")
+    assert (port.queue_pairs, port.queue_size) == (4, 1024)
 
 
 def test_mac_in_capitals_is_the_same_mac() -> None:

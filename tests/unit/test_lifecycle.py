@@ -200,6 +200,16 @@ def test_queues_are_compared_with_those_of_a_vf_that_no_pool_describes(bench: Be
     assert bench.clean
 
 
+def test_rings_larger_than_the_vfs_are_refused(bench: Bench) -> None:
+    async def describe(port: StandInPort) -> None:
+        port.status["max_queue_size"] = 256
+
+    bench.supervisor.on_start = describe
+    xml = DEMO.replace(b"<model type='virtio'/>", b"<model type='virtio'/><driver rx_queue_size='512'/>")
+    assert "asks for rings of 512: the VF's have at most 256 descriptors" in bench.refused("prepare", xml)
+    assert bench.clean
+
+
 def test_ports_left_over_are_replaced_unless_a_qemu_uses_them(bench: Bench) -> None:
     bench.hook("prepare", "prepare")
     assert (bench.supervisor.released, bench.lent) == (["52:54:00:76:64:01"], 1)

@@ -1,0 +1,60 @@
+"""Following libvirt: its test driver has one running domain, in this process and without a daemon."""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+
+import libvirt
+import pytest
+
+from libvirt_vdpa.events import DomainWatcher
+
+URI = "test:///default"
+
+
+class Recorder:
+    """Notes with which running domains it was called."""
+
+    def __init__(self) -> None:
+        self.calls: asyncio.Queue[set[str]] = asyncio.Queue()
+
+    def snapshot(self) -> Mapping[str, int]:
+        return {"some-uuid": 1}
+
+    async def reconcile(self, running: set[str], snapshot: Mapping[str, int]) -> None:
+        assert snapshot == {"some-uuid": 1}
+        self.calls.put_nowait(running)
+
+
+@pytest.fixture
+def domain() -> Iterator[libvirt.virDomain]:
+    # The test driver's state is shared in this process as long as a connection is open.
+    connection = libvirt.open(URI)
+    domain = connection.lookupByName("test")
+    yield domain
+    connection.close()
+
+
+def test_reconciles_when_connected_and_when_a_domain_stops(domain: libvirt.virDomain) -> None:
+    async def run() -> None:
+        recorder = Recorder()
+        watcher = DomainWatcher(URI, recorder, asyncio.get_running_loop())
+        watcher.start()
+        async with asyncio.timeout(10):
+            assert await recorder.calls.get() == {domain.UUIDString()}
+            domain.destroy()
+            assert await recorder.calls.get() == set()
+        watcher.stop()
+
+    asyncio.run(run())
+
+
+def test_waits_for_a_libvirt_that_is_not_there() -> None:
+    async def run() -> None:
+        recorder = Recorder()
+        watcher = DomainWatcher("test:///no/such/file.xml", recorder, asyncio.get_running_loop())
+        watcher.start()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(recorder.calls.get(), 0.5)
+        watcher.stop()
+
+    asyncio.run(run())
