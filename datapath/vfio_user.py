@@ -338,10 +338,14 @@ class RegionInfo:
         return self.LAYOUT.pack(self.argsz, self.flags, self.index, 0, self.size, self.offset)
 
     def pack_reply(self, room: int) -> bytes:
-        """The reply to a client with room for so many bytes; without capabilities if they do not fit."""
-        flags = self.flags | (RegionFlag.CAPS if self.areas is not None else 0)
+        """The reply to a client with room for so many bytes; without capabilities if they do not fit.
+
+        The flag goes with them: QEMU refuses one without a place (hw/vfio-user/device.c), and asks again
+        by `argsz` alone.
+        """
         if self.areas is None or room < self.full_size:
-            return self.LAYOUT.pack(self.full_size, flags, self.index, 0, self.size, self.offset)
+            return self.LAYOUT.pack(self.full_size, self.flags, self.index, 0, self.size, self.offset)
+        flags = self.flags | RegionFlag.CAPS
         parts = [
             self.LAYOUT.pack(self.full_size, flags, self.index, self.LAYOUT.size, self.size, self.offset),
             self.CAPABILITY.pack(self.SPARSE_MMAP, 1, 0),

@@ -4,6 +4,7 @@ Nothing of ours is in the guest's way but the VF: what works here works by the s
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +45,13 @@ class Machine:
         wait_for("the guest's driver", lambda: self.nic.query(0)["state"] == "running", 60)
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+@contextmanager
+def booted(folder: Path, *options: str) -> Iterator[Machine]:
+    """A NIC with further `options` and a guest on its VF, whose shell answers."""
     qemu = find_qemu()
     if qemu is None:
         pytest.skip(f"no QEMU with vfio-user-pci (10.1 or later) here; {VARIABLE} may name one")
-    folder = tmp_path_factory.mktemp("guest")
-    with NetworkNamespace() as namespace, EmulatedNic(folder / "nic", namespace, 1) as nic:
+    with NetworkNamespace() as namespace, EmulatedNic(folder / "nic", namespace, 1, *options) as nic:
         namespace.run("ip", "address", "add", f"{OURS}/24", "dev", "vf0")
         socket: Path = nic.folder / "vf0.sock"
         with (
@@ -58,6 +59,12 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
             Console(guest.terminal) as console,
         ):
             yield Machine(nic, guest, console)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    with booted(tmp_path_factory.mktemp("guest")) as running:
+        yield running
 
 
 def test_the_guests_own_driver_binds_the_vf(machine: Machine) -> None:
@@ -106,3 +113,10 @@ def test_a_reset_of_the_machine_resets_the_vf(machine: Machine) -> None:
     machine.wait_running()
     wait_for("the guest's address", lambda: GUEST in machine.console.run("ip address show eth0"), 30)
     machine.ping()
+
+
+def test_a_mapped_doorbell_serves_a_guest(tmp_path: Path) -> None:
+    """QEMU maps the page of notifications into the guest: no message and no event tells of a kick."""
+    with booted(tmp_path, "--doorbell=mapped") as machine:
+        machine.wait_running()
+        machine.ping()

@@ -216,6 +216,7 @@ def test_a_partly_mappable_region_is_asked_for_twice() -> None:
     assert len(second.reply.fds) == 1
     # Our own device tells the same client the same.
     ours = RegionInfo(Region.BAR1, access, 0x4000, 0, whole.areas)
+    assert ours.pack_reply(RegionInfo.LAYOUT.size) == first.reply.payload
     assert ours.pack_reply(needed.argsz) == second.reply.payload
 
 

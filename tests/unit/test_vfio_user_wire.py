@@ -114,7 +114,7 @@ def test_sparse_areas_need_room_in_the_reply() -> None:
     )
     small = RegionInfo.unpack(info.pack_reply(32))
     assert (small.argsz, small.areas) == (32 + 16 + 32, None)
-    assert small.flags & RegionFlag.CAPS
+    assert not small.flags & RegionFlag.CAPS
     full = RegionInfo.unpack(info.pack_reply(small.argsz))
     assert full.areas == info.areas
 
