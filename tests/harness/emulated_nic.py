@@ -33,6 +33,8 @@ def ask(control: Path, command: str, **arguments: Any) -> Any:
 
 def answers(control: Path) -> bool:
     """Whether a control socket is served."""
+    if not control.is_socket():
+        return False
     try:
         ask(control, "query-commands")
     except (QMPError, OSError):
@@ -109,7 +111,18 @@ class PortProcess(Process):
         return self.log.read_text().splitlines()
 
     def holdings(self) -> tuple[int, int]:
-        """How many descriptors and mappings it has: the same before and after a connection."""
-        descriptors = len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
-        mappings = len(Path(f"/proc/{self.pid}/maps").read_text().splitlines())
-        return descriptors, mappings
+        """How many descriptors and mappings it has, once it has seen who left: the same before and after
+        a connection."""
+
+        def look() -> tuple[int, int]:
+            descriptors = len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+            return descriptors, len(Path(f"/proc/{self.pid}/maps").read_text().splitlines())
+
+        seen = [look()]
+
+        def quiet() -> bool:
+            seen.append(look())
+            return len(set(seen[-5:])) == 1 and len(seen) > 5
+
+        wait_for("a port that rests", quiet, 10)
+        return seen[-1]

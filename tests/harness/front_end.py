@@ -112,6 +112,11 @@ class FrontEnd(abc.ABC):
         for index, queue in enumerate(self.queues):
             self.set_up_ring(index, queue.used_index)
         self.driver_ok()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until all that was said so far has been carried out: messages are handled in order."""
+        self.tell(Request.GET_FEATURES)
 
     def stop(self, *, status_first: bool = False) -> list[int]:
         """STOP as QEMU 8.1 sends it, or with the status before the bases, as 7.2 does; the bases."""

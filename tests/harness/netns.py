@@ -13,11 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from tests.harness.processes import run, wait_for
+from tests.harness.processes import HarnessError, run
 
 T = TypeVar("T")
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
+
+
+#: Links in it carry what a test sends, and none of the kernel's own IPv6.
+SET_UP = "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6 && echo ready && exec sleep infinity"
 
 
 class NetworkNamespace:
@@ -25,11 +29,16 @@ class NetworkNamespace:
 
     def __init__(self) -> None:
         self._holder = subprocess.Popen(
-            ["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL, start_new_session=True
+            ["unshare", "--net", "sh", "-c", SET_UP],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         self.path = Path(f"/proc/{self._holder.pid}/ns/net")
-        ours = Path("/proc/self/ns/net").readlink()
-        wait_for("a network namespace", lambda: self.path.readlink() != ours, 5)
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline() != b"ready\n":
+            self.close()
+            raise HarnessError("cannot make a network namespace: are you root?")
 
     @property
     def prefix(self) -> list[str]:
@@ -76,7 +85,7 @@ class NetworkNamespace:
     def close(self) -> None:
         """End the namespace."""
         self._holder.kill()
-        self._holder.wait()
+        self._holder.communicate()
 
     def __enter__(self) -> Self:
         return self
