@@ -319,8 +319,14 @@ class VfioUserFunction(PciFunction):
             raise self._channel.lose(f"malformed answer to {command.name}: {error}") from error
 
     def _negotiate(self) -> Capabilities:
+        try:
+            payload = self._channel.command_without_fds(Command.VERSION, Version().pack())
+        except DeviceLostError as error:
+            raise DeviceError(
+                f"{self.name}: hung up before it told its version; does another client hold it?"
+            ) from error
         with self._understanding(Command.VERSION):
-            version = Version.unpack(self._channel.command_without_fds(Command.VERSION, Version().pack()))
+            version = Version.unpack(payload)
         if version.major != MAJOR or version.minor > MINOR:
             raise DeviceError(
                 f"{self.name}: the device speaks vfio-user {version.major}.{version.minor},"
