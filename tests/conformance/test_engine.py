@@ -1,0 +1,497 @@
+"""The packet engine of the emulated NIC, driven through its C interface by a driver that keeps the rules."""
+
+import contextlib
+import itertools
+import os
+import struct
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from datapath.emulation.engine import NOT_RUNG, QUEUES, QueueSetup
+from datapath.vdpa import RingState
+from tests.harness.nic_engine import (
+    HEADER,
+    MEMORY_SIZE,
+    RX,
+    RX_DATA,
+    TABLES,
+    TX,
+    TX_DATA,
+    Bench,
+    bench,
+    wait_for,
+)
+from tests.harness.virtqueue import AVAIL_F_NO_INTERRUPT, Buffer
+
+PACKET = bytes(range(256)) * 5
+PAGE = 4096
+
+
+def header(buffers: int) -> bytes:
+    """The header of a received packet that fills so many buffers."""
+    return bytes(10) + struct.pack("<H", buffers)
+
+
+def read16(b: Bench, address: int) -> int:
+    return int(struct.unpack("<H", b.memory.read(address, 2))[0])
+
+
+def threads() -> set[str]:
+    return {path.name for path in Path("/proc/self/task").iterdir()}
+
+
+def test_a_packet_is_sent() -> None:
+    with bench() as b:
+        b.run()
+        b.send(PACKET)
+        assert b.receive_from_wire() == PACKET
+        assert b.tx.wait_used() == [(0, 0)]
+        count = b.engine.count(TX)
+        assert (count.packets, count.bytes, count.dropped) == (1, len(PACKET), 0)
+
+
+def test_a_packet_is_received() -> None:
+    with bench() as b:
+        b.run()
+        [at] = b.offer(2048)
+        b.wire.send(PACKET)
+        assert b.rx.wait_used() == [(0, HEADER + len(PACKET))]
+        assert b.memory.read(at, HEADER + len(PACKET)) == header(1) + PACKET
+        assert b.engine.count(RX).packets == 1
+
+
+@pytest.mark.parametrize("cuts", [(12,), (5, 12), (1, 2, 3, 20), (40,)])
+def test_header_and_packet_may_be_cut_anywhere(cuts: tuple[int, ...]) -> None:
+    whole = bytes(HEADER) + PACKET
+    places = [0, *cuts, len(whole)]
+    with bench() as b:
+        b.run()
+        b.memory.write(TX_DATA, whole)
+        b.tx.add(*(Buffer(TX_DATA + a, z - a) for a, z in itertools.pairwise(places)))
+        b.kick(TX)
+        assert b.receive_from_wire() == PACKET
+        b.rx.add(
+            *(Buffer(RX_DATA + a, z - a, writable=True) for a, z in itertools.pairwise(places))
+        )
+        b.kick(RX)
+        b.wire.send(PACKET)
+        assert b.rx.wait_used() == [(0, len(whole))]
+        assert b.memory.read(RX_DATA, len(whole)) == header(1) + PACKET
+
+
+def test_indirect_descriptors() -> None:
+    with bench() as b:
+        b.run()
+        b.memory.write(TX_DATA, bytes(HEADER) + PACKET)
+        b.tx.add_indirect(TABLES, [Buffer(TX_DATA, HEADER), Buffer(TX_DATA + HEADER, len(PACKET))])
+        b.kick(TX)
+        assert b.receive_from_wire() == PACKET
+        pieces = [Buffer(RX_DATA, 700, writable=True), Buffer(RX_DATA + PAGE, 1000, writable=True)]
+        b.rx.add_indirect(TABLES + PAGE, pieces)
+        b.kick(RX)
+        b.wire.send(PACKET)
+        assert b.rx.wait_used() == [(0, HEADER + len(PACKET))]
+        whole = b.memory.read(RX_DATA, 700) + b.memory.read(RX_DATA + PAGE, 1000)
+        assert whole[: HEADER + len(PACKET)] == header(1) + PACKET
+
+
+def test_a_packet_fills_several_mergeable_buffers() -> None:
+    with bench() as b:
+        b.run()
+        places = b.offer(500, 500, 500, 500)
+        b.wire.send(PACKET)
+        assert b.rx.wait_used(3) == [(0, 500), (1, 500), (2, HEADER + len(PACKET) - 1000)]
+        whole = b"".join(b.memory.read(at, 500) for at in places[:3])
+        assert whole[: HEADER + len(PACKET)] == header(3) + PACKET
+        b.wire.send(b"short")
+        assert b.rx.wait_used() == [(3, HEADER + 5)]
+        assert b.memory.read(places[3], HEADER + 5) == header(1) + b"short"
+
+
+def test_a_packet_waits_for_enough_buffers() -> None:
+    with bench() as b:
+        b.run()
+        b.offer(800)
+        b.wire.send(PACKET)
+        b.wire.send(b"next")
+        # The engine asks for a notification of new buffers once it knows that it needs one.
+        wait_for(lambda: b.engine.count(RX).kicks == 1 and read16(b, b.rx.used) == 0, "a wish for buffers")
+        assert b.rx.collect() == []
+        b.offer(800, 800)
+        assert b.rx.wait_used(3) == [(0, 800), (1, HEADER + len(PACKET) - 800), (2, HEADER + 4)]
+
+
+def test_a_packet_that_fits_nowhere_is_dropped() -> None:
+    with bench(mergeable=False) as b:
+        b.run()
+        [at] = b.offer(500)
+        b.wire.send(PACKET)
+        b.wire.send(b"short")
+        assert b.rx.wait_used() == [(0, HEADER + 5)]
+        assert b.memory.read(at, HEADER + 5) == header(1) + b"short"
+        assert b.engine.count(RX).dropped == 1
+
+
+def test_a_packet_larger_than_all_buffers_together_is_dropped() -> None:
+    with bench(size=4) as b:
+        b.run()
+        b.offer(200, 200, 200, 200)
+        b.wire.send(PACKET)
+        b.wire.send(b"short")
+        assert b.rx.wait_used() == [(0, HEADER + 5)]
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_indices_wrap_around(event_idx: bool) -> None:
+    with bench(size=8, start=65530, event_idx=event_idx) as b:
+        b.run()
+        for number in range(20):
+            packet = b"%d" % number
+            b.send(packet)
+            assert b.receive_from_wire() == packet
+            [(head, _)] = b.tx.wait_used()
+            assert head == number % 8
+            b.set_used_event(b.tx)
+            [at] = b.offer(256)
+            b.wire.send(packet)
+            assert b.rx.wait_used() == [(number % 8, HEADER + len(packet))]
+            assert b.memory.read(at, HEADER + len(packet)) == header(1) + packet
+            b.set_used_event(b.rx)
+        assert b.engine.stop_queue(TX) == RingState(14, 14)
+        assert b.engine.stop_queue(RX) == RingState(14, 14)
+
+
+def test_no_interrupt_where_the_driver_wants_none() -> None:
+    with bench() as b:
+        b.memory.write(b.tx.avail, struct.pack("<H", AVAIL_F_NO_INTERRUPT))
+        b.run()
+        b.send(b"one")
+        wait_for(lambda: b.tx.used_index == 1, "the buffer back")
+        b.memory.write(b.tx.avail, struct.pack("<H", 0))
+        b.send(b"two")
+        wait_for(lambda: b.engine.count(TX).interrupts == 1, "an interrupt for the second")
+        assert b.tx.used_index == 2
+
+
+def test_event_idx_delays_interrupts() -> None:
+    with bench(event_idx=True) as b:
+        b.run()
+        b.send(b"first")  # tells the driver where the engine stands, whatever it asked for
+        wait_for(lambda: b.engine.count(TX).interrupts == 1, "the first interrupt")
+        b.memory.write(b.tx.avail + 4 + 2 * b.tx.size, struct.pack("<H", 3))
+        for number in range(2, 6):
+            b.send(b"%d" % number)
+            wait_for(lambda number=number: b.tx.used_index == number, "the buffer back")  # type: ignore[misc]
+        # used_event 3: an interrupt when the fourth buffer comes back, none before and none after.
+        assert b.engine.count(TX).interrupts == 2
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_sleeping_engine_wants_to_be_notified(event_idx: bool) -> None:
+    with bench(event_idx=event_idx) as b:
+        b.run()
+        b.send(b"a", b"b", b"c")
+        b.tx.wait_used(3)
+        if event_idx:
+            avail_event = b.tx.used + 4 + 8 * b.tx.size
+            wait_for(lambda: read16(b, avail_event) == 3, "avail_event to follow")
+        else:
+            wait_for(lambda: read16(b, b.tx.used) == 0, "NO_NOTIFY to be cleared")
+
+
+def test_a_ring_is_not_looked_at_before_it_is_notified() -> None:
+    with bench() as b:
+        b.tx.add(Buffer(TX_DATA, HEADER + 60))
+        b.run()
+        b.offer(256)
+        b.wire.send(b"x")
+        b.rx.wait_used()  # the engine is awake, and has other work
+        assert b.tx.used_index == 0
+        b.kick(TX)
+        b.tx.wait_used()
+
+
+def test_a_notification_that_comes_early_counts_later() -> None:
+    with bench() as b:
+        b.start(TX, b.tx)
+        b.send(PACKET)
+        wait_for(lambda: b.engine.count(TX).kicks == 1, "the kick seen")
+        assert b.tx.used_index == 0
+        b.engine.run(True)
+        assert b.tx.wait_used() == [(0, 0)]
+
+
+def test_nothing_moves_while_stopped() -> None:
+    with bench() as b:
+        b.run()
+        b.offer(256)
+        b.engine.run(False)
+        b.wire.send(b"lost")
+        wait_for(lambda: b.engine.count(RX).dropped == 1, "the packet dropped")
+        b.engine.run(True)
+        b.wire.send(b"seen")
+        assert b.rx.wait_used() == [(0, HEADER + 4)]
+        assert b.memory.read(RX_DATA + HEADER, 4) == b"seen"
+
+
+def test_a_queue_goes_on_where_it_was_stopped() -> None:
+    with bench() as b:
+        b.run()
+        b.send(b"one", b"two")
+        b.tx.wait_used(2)
+        state = b.engine.stop_queue(TX)
+        assert state == RingState(2, 2)
+        b.tx.add(Buffer(TX_DATA, HEADER + 3))
+        b.kick(TX)
+        with pytest.raises(OSError, match="busy"):
+            b.start(RX, b.rx)
+        b.start(TX, b.tx, state=state)
+        b.kick(TX)
+        assert b.tx.wait_used() == [(2, 0)]
+
+
+def test_prefetched_buffers_are_fetched_and_not_used() -> None:
+    with bench(prefetch=4) as b:
+        b.run()
+        b.offer(*[256] * 6)
+        b.wire.send(b"x")
+        b.rx.wait_used()
+        b.kick(RX)
+        wait_for(lambda: b.engine.count(RX).kicks == 2, "the kick seen")
+        state = b.engine.stop_queue(RX)
+        assert (state.used, state.avail) in [(1, 4), (1, 5)]  # 4 ahead, once it has looked again
+        # What an IFCVF driver does: both from the used index, so that the rest is fetched again.
+        b.start(RX, b.rx, state=RingState(state.used, state.used))
+        for number in range(1, 6):
+            b.wire.send(b"%d" % number)
+            assert b.rx.wait_used() == [(number, HEADER + 1)]
+
+
+def test_packets_wait_for_a_congested_uplink() -> None:
+    packets = [b"%d" % number for number in range(200)]
+    with bench() as b:
+        b.run()
+        for number, packet in enumerate(packets):
+            at = TX_DATA + 64 * number
+            b.memory.write(at, bytes(HEADER) + packet)
+            b.tx.add(Buffer(at, HEADER + len(packet)))
+        b.kick(TX)
+        assert [b.receive_from_wire() for _ in packets] == packets
+        assert b.engine.count(TX).dropped == 0
+
+
+def test_a_lost_uplink_loses_packets_only() -> None:
+    with bench() as b:
+        b.run()
+        b.offer(256)
+        b.wire.close()
+        b.send(b"into the void")
+        assert b.tx.wait_used() == [(0, 0)]
+        assert b.engine.count(TX).dropped == 1
+        assert b.engine.fault() is None
+
+
+def test_an_empty_packet_is_dropped() -> None:
+    with bench() as b:
+        b.run()
+        b.send(b"")
+        assert b.tx.wait_used() == [(0, 0)]
+        assert b.engine.count(TX).dropped == 1
+
+
+def second_memory(b: Bench, iova: int, *, writable: bool = True) -> int:
+    """Map another file where the first memory ends."""
+    fd = os.memfd_create("more")
+    os.ftruncate(fd, MEMORY_SIZE)
+    b.engine.map(iova, MEMORY_SIZE, fd, 0, writable)
+    return fd
+
+
+def test_a_buffer_may_span_two_mappings() -> None:
+    whole = bytes(HEADER) + PACKET
+    at = MEMORY_SIZE - 600
+    with bench() as b:
+        fd = second_memory(b, MEMORY_SIZE)
+        b.run()
+        b.memory.write(at, whole[:600])
+        os.pwrite(fd, whole[600:], 0)
+        b.tx.add(Buffer(at, len(whole)))
+        b.kick(TX)
+        assert b.receive_from_wire() == PACKET
+        b.rx.add(Buffer(at, len(whole), writable=True))
+        b.kick(RX)
+        b.wire.send(PACKET)
+        assert b.rx.wait_used() == [(0, len(whole))]
+        assert b.memory.read(at, 600) + os.pread(fd, len(whole) - 600, 0) == header(1) + PACKET
+        os.close(fd)
+
+
+def test_only_packet_buffers_are_logged() -> None:
+    log = MEMORY_SIZE  # one bit for a page: 128 bytes would do
+    with bench() as b:
+        fd = second_memory(b, log)
+        os.pwrite(fd, b"\x01", 0)  # somebody else's bit
+        b.engine.set_log(True, log, log + MEMORY_SIZE // PAGE // 8)
+        b.run()
+        [first, second] = b.offer(2048, 2048)
+        b.send(PACKET)
+        b.tx.wait_used()
+        b.wire.send(PACKET)
+        b.rx.wait_used()
+        logged = os.pread(fd, MEMORY_SIZE // PAGE // 8, 0)
+        pages = [n for n in range(8 * len(logged)) if logged[n // 8] >> n % 8 & 1]
+        assert pages == [0, first // PAGE]
+        b.engine.set_log(False, 0, 0)
+        b.wire.send(PACKET)
+        b.rx.wait_used()
+        assert os.pread(fd, len(logged), 0) == logged
+        assert second // PAGE not in pages
+        os.close(fd)
+
+
+@pytest.mark.parametrize("end", [0, RX_DATA // PAGE // 8])
+def test_writes_beyond_the_log_are_passed_over(end: int) -> None:
+    with bench() as b:
+        fd = second_memory(b, MEMORY_SIZE)
+        b.engine.set_log(True, MEMORY_SIZE, MEMORY_SIZE + end)
+        b.run()
+        b.offer(2048)
+        b.wire.send(PACKET)
+        b.rx.wait_used()
+        assert not any(os.pread(fd, PAGE, 0))
+        os.close(fd)
+
+
+def test_a_log_that_is_not_mapped_is_passed_over() -> None:
+    with bench() as b:
+        b.engine.set_log(True, 1 << 44, (1 << 44) + PAGE)
+        b.run()
+        b.offer(2048)
+        b.wire.send(PACKET)
+        b.rx.wait_used()
+        assert b.engine.fault() is None
+
+
+def test_mapped_doorbells() -> None:
+    doorbells = os.memfd_create("doorbells")
+    os.ftruncate(doorbells, QUEUES * PAGE)
+    for queue in (RX, TX):
+        os.pwrite(doorbells, struct.pack("<H", NOT_RUNG), queue * PAGE)
+    with bench(doorbell_fd=doorbells) as b:
+        b.run()
+        b.memory.write(TX_DATA, bytes(HEADER) + PACKET)
+        b.tx.add(Buffer(TX_DATA, HEADER + len(PACKET)))
+        os.pwrite(doorbells, struct.pack("<H", TX), TX * PAGE)
+        assert b.receive_from_wire() == PACKET
+        assert os.pread(doorbells, 2, TX * PAGE) == struct.pack("<H", NOT_RUNG)
+        assert b.engine.count(TX).kicks == 1
+    os.close(doorbells)
+
+
+def switches(thread: str) -> int:
+    """How often a thread has been scheduled."""
+    text = Path(f"/proc/self/task/{thread}/status").read_text()
+    return sum(int(line.split()[1]) for line in text.splitlines() if "ctxt_switches" in line)
+
+
+def test_an_idle_engine_sleeps() -> None:
+    before = threads()
+    with bench() as b:
+        [thread] = threads() - before
+        b.run()
+        b.send(b"a")
+        b.tx.wait_used()
+        b.offer(256)
+        wait_for(lambda: b.engine.count(RX).kicks == 1, "the kick seen")
+
+        def is_asleep() -> bool:
+            seen = switches(thread)
+            return not threading.Event().wait(0.1) and switches(thread) == seen
+
+        wait_for(is_asleep, "a thread that does not run")
+
+
+def test_calls_get_through_under_load() -> None:
+    """The engine never sleeps here, and yet each call is served after at most a batch."""
+    with bench(size=1024) as b:
+        b.run()
+        done = threading.Event()
+
+        def load() -> None:
+            while not done.is_set():
+                b.tx.set_avail_index(b.tx.used_index + 1000)
+                with contextlib.suppress(BlockingIOError):
+                    b.kick(TX)
+                with contextlib.suppress(BlockingIOError):
+                    while b.wire.recv(100):
+                        pass
+
+        b.wire.setblocking(False)
+        for index in range(1024):
+            b.tx.describe(index, Buffer(TX_DATA, HEADER + 60))
+            b.memory.write(b.tx.avail + 4 + 2 * index, struct.pack("<H", index))
+        thread = threading.Thread(target=load)
+        thread.start()
+        try:
+            wait_for(lambda: b.engine.count(TX).packets > 1000, "load")
+            begin = time.monotonic()
+            for _ in range(100):
+                fd = second_memory(b, MEMORY_SIZE)
+                os.close(fd)
+                b.engine.unmap(MEMORY_SIZE, MEMORY_SIZE)
+            assert time.monotonic() - begin < 5
+        finally:
+            done.set()
+            thread.join()
+        assert b.engine.fault() is None
+
+
+@pytest.mark.parametrize(
+    ("iova", "size", "offset", "error"),
+    [
+        (MEMORY_SIZE - PAGE, 2 * PAGE, 0, "exists"),
+        (0, PAGE, 0, "exists"),
+        (MEMORY_SIZE, 0, 0, "Invalid"),
+        (MEMORY_SIZE, 100, 0, "Invalid"),
+        (MEMORY_SIZE + 1, PAGE, 0, "Invalid"),
+        (MEMORY_SIZE, PAGE, 1, "Invalid"),
+        (MEMORY_SIZE, PAGE, MEMORY_SIZE, "Invalid"),
+        (MEMORY_SIZE, MEMORY_SIZE + PAGE, 0, "Invalid"),
+        ((1 << 64) - PAGE, 2 * PAGE, 0, "Invalid"),
+        (MEMORY_SIZE, PAGE, (1 << 64) - PAGE, "Invalid"),
+    ],
+)
+def test_bad_mappings_are_refused(iova: int, size: int, offset: int, error: str) -> None:
+    with bench() as b, pytest.raises(OSError, match=error):
+        b.engine.map(iova, size, b.memory.fd, offset, writable=True)
+
+
+def test_unmapping_is_exact() -> None:
+    with bench() as b:
+        for iova, size in ((0, PAGE), (PAGE, MEMORY_SIZE - PAGE), (MEMORY_SIZE, MEMORY_SIZE)):
+            with pytest.raises(FileNotFoundError):
+                b.engine.unmap(iova, size)
+        b.engine.unmap(0, MEMORY_SIZE)
+        b.engine.map(0, MEMORY_SIZE, b.memory.fd, 0, writable=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": 0}, {"size": 3}, {"size": 2048}, {"descriptors": 8}, {"avail": 1}, {"used": 2}],
+    ids=str,
+)
+def test_a_queue_that_cannot_be_is_refused(change: dict[str, int]) -> None:
+    with bench() as b, pytest.raises(OSError, match="Invalid"):
+        b.start(TX, b.tx, **change)
+
+
+def test_setup_is_what_the_header_says() -> None:
+    """Catches a field that is added on one side only."""
+    from datapath.native._native import ffi
+
+    native = {name for name, _ in ffi.typeof("struct ring_setup").fields}
+    python = {*QueueSetup.__dataclass_fields__, "avail_index", "used_index", "prefetch"} - {"state"}
+    assert native == python
