@@ -7,18 +7,23 @@ The daemon works without libvirt: the thread waits for it, and comes back after 
 
 import asyncio
 import logging
+import math
 import threading
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Protocol
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Any, Protocol, TypeVar
 
 import libvirt
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 #: Seconds between two tries to reach libvirt, and between keep-alive messages to it.
 RECONNECT_INTERVAL = 2.0
 KEEPALIVE_INTERVAL = 5
 KEEPALIVE_COUNT = 3
+#: Seconds until a second look at ports whose domain does not run, but whose QEMU has not left.
+LOOK_AGAIN_INTERVAL = 5.0
 #: Milliseconds after which libvirt's event loop looks whether there is something else to do.
 TICK = 500
 
@@ -28,7 +33,7 @@ class Reconciler(Protocol):
 
     def snapshot(self) -> Mapping[str, int]: ...
 
-    def reconcile(self, running: set[str], snapshot: Mapping[str, int]) -> Coroutine[Any, Any, None]: ...
+    def reconcile(self, running: set[str], snapshot: Mapping[str, int]) -> Coroutine[Any, Any, bool]: ...
 
 
 class DomainWatcher:
@@ -41,6 +46,8 @@ class DomainWatcher:
         self._stopping = threading.Event()
         #: Set when a domain has stopped or libvirt has just been reached: there may be ports to release.
         self._due = threading.Event()
+        #: When there may be ports to release though nothing has happened; by the monotonic clock.
+        self._look_again = math.inf
         self._lost = threading.Event()
         self._complained = False
         self._thread = threading.Thread(target=self._run, name="libvirt", daemon=True)
@@ -92,7 +99,7 @@ class DomainWatcher:
             logger.info("libvirt (%s): connected", self._uri)
             self._complained = False
             while not self._stopping.is_set() and not self._lost.is_set():
-                if self._due.is_set():
+                if self._due.is_set() or time.monotonic() >= self._look_again:
                     self._due.clear()
                     self._reconcile(connection)
                 libvirt.virEventRunDefaultImpl()
@@ -109,20 +116,23 @@ class DomainWatcher:
 
     def _reconcile(self, connection: libvirt.virConnect) -> None:
         """Compare the ports with the running domains, as they were not before the snapshot."""
-        snapshot = self._in_loop(self._reconciler.snapshot)
+        self._look_again = math.inf
+        snapshot = self._in_loop(self._snapshot())
         if not snapshot:
             return
         running = {
             domain.UUIDString()
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         }
-        asyncio.run_coroutine_threadsafe(self._reconciler.reconcile(running, snapshot), self._loop).result()
+        if not self._in_loop(self._reconciler.reconcile(running, snapshot)):
+            self._look_again = time.monotonic() + LOOK_AGAIN_INTERVAL
 
-    def _in_loop(self, function: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:
-        async def call() -> Mapping[str, int]:
-            return function()
+    async def _snapshot(self) -> Mapping[str, int]:
+        return self._reconciler.snapshot()
 
-        return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
+    def _in_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """Have something done in the event loop, and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 def keep_alive(connection: libvirt.virConnect) -> None:

@@ -75,27 +75,34 @@ class Lifecycle:
         domains = {uuid for uuid, _ in self._supervisor.ports}
         return {uuid: self._last_operation.get(uuid, -1) for uuid in domains}
 
-    async def reconcile(self, running: Collection[str], snapshot: Mapping[str, int]) -> None:
+    async def reconcile(self, running: Collection[str], snapshot: Mapping[str, int]) -> bool:
         """Release the ports of domains that do not run and whose end no hook has told us.
 
         :param running: UUIDs of the domains that ran at some time after `snapshot` was taken.
+        :return: whether that is done; False when a QEMU still uses such a port.
         """
+        done = True
         for uuid, number in snapshot.items():
             if uuid in running:
                 continue
             async with self._exclusive(uuid):
                 if self._last_operation.get(uuid, -1) == number:
-                    await self._release_unused(uuid)
+                    done &= await self._release_unused(uuid)
+        return done
 
-    async def _release_unused(self, uuid: str) -> None:
+    async def _release_unused(self, uuid: str) -> bool:
+        """Release a domain's ports that no QEMU uses; whether those were all."""
+        done = True
         for port in self._supervisor.of_domain(uuid):
             if await has_front_end(port):
                 logger.warning(
-                    "%s: libvirt knows no running domain, but QEMU is connected", port.record.label
+                    "%s: libvirt does not run the domain, but QEMU is connected", port.record.label
                 )
+                done = False
             else:
                 logger.info("%s: the domain does not run; the port is released", port.record.label)
                 await self._supervisor.release(port)
+        return done
 
     def _exclusive(self, uuid: str) -> asyncio.Lock:
         """The lock of a domain; it exists as long as somebody uses it."""

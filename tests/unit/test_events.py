@@ -16,13 +16,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: asyncio.Queue[set[str]] = asyncio.Queue()
+        #: What reconcile says.
+        self.done = True
 
     def snapshot(self) -> Mapping[str, int]:
         return {"some-uuid": 1}
 
-    async def reconcile(self, running: set[str], snapshot: Mapping[str, int]) -> None:
+    async def reconcile(self, running: set[str], snapshot: Mapping[str, int]) -> bool:
         assert snapshot == {"some-uuid": 1}
         self.calls.put_nowait(running)
+        return self.done
 
 
 @pytest.fixture
@@ -43,6 +46,24 @@ def test_reconciles_when_connected_and_when_a_domain_stops(domain: libvirt.virDo
             assert await recorder.calls.get() == {domain.UUIDString()}
             domain.destroy()
             assert await recorder.calls.get() == set()
+        watcher.stop()
+
+    asyncio.run(run())
+
+
+def test_looks_again_when_there_is_something_left(
+    domain: libvirt.virDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("libvirt_vdpa.events.LOOK_AGAIN_INTERVAL", 0.01)
+
+    async def run() -> None:
+        recorder = Recorder()
+        recorder.done = False
+        watcher = DomainWatcher(URI, recorder, asyncio.get_running_loop())
+        watcher.start()
+        async with asyncio.timeout(10):
+            await recorder.calls.get()
+            await recorder.calls.get()
         watcher.stop()
 
     asyncio.run(run())

@@ -271,7 +271,7 @@ class TestReconcile:
     def test_ports_of_domains_that_do_not_run_are_released(self, bench: Bench) -> None:
         bench.hook("prepare")
         bench.hook("prepare", xml=SERVER)
-        asyncio.run(bench.lifecycle.reconcile({DEMO_UUID}, bench.lifecycle.snapshot()))
+        assert asyncio.run(bench.lifecycle.reconcile({DEMO_UUID}, bench.lifecycle.snapshot()))
         assert [port.record.uuid for port in bench.supervisor.ports.values()] == [DEMO_UUID]
 
     def test_a_domain_that_was_started_meanwhile_is_left_alone(self, bench: Bench) -> None:
@@ -285,7 +285,7 @@ class TestReconcile:
         bench.hook("prepare")
         (port,) = bench.supervisor.ports.values()
         port.status["front_end"] = True
-        asyncio.run(bench.lifecycle.reconcile(set(), bench.lifecycle.snapshot()))
+        assert not asyncio.run(bench.lifecycle.reconcile(set(), bench.lifecycle.snapshot()))
         assert bench.states == [State.SERVING]
 
     def test_a_port_that_does_not_answer_is_no_reason_to_keep_it(self, bench: Bench) -> None:
