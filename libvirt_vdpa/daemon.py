@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Mapping
@@ -231,6 +232,12 @@ def make_folders(config: Config) -> None:
         raise DaemonError(f"{error.filename}: {error.strerror}") from None
 
 
+def raise_descriptor_limit() -> None:
+    """Allow ourselves all that we may have: each port takes two descriptors of the daemon."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="virtvdpad", description="Serves vDPA ports to libvirt's guests.")
@@ -255,6 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
         file = options.config or (CONFIG_FILE if CONFIG_FILE.exists() else None)
         config = read_config(file) if file else Config()
         make_folders(config)
+        raise_descriptor_limit()
         held = lock(config.run_folder)
         asyncio.run(serve(config))
         os.close(held)

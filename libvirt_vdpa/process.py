@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 #: Bytes of a log that are searched for a process's last words.
 LOG_TAIL = 4096
@@ -37,15 +38,26 @@ def find_program(name: str) -> str:
     return found
 
 
+class _Stat(NamedTuple):
+    """What is used of /proc/PID/stat (proc(5))."""
+
+    state: str
+    start_time: int
+
+
+def _stat(pid: int) -> _Stat:
+    # The command name, in parentheses, may contain anything; the state, field 3, follows it.
+    values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return _Stat(values[0], int(values[22 - 3]))
+
+
 def start_time(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None when it is not there or has ended."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = _stat(pid)
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # proc(5): the command name, in parentheses, may contain anything; the state follows it.
-    values = stat.rpartition(")")[2].split()
-    return None if values[0] in "ZX" else int(values[19])
+    return None if stat.state in "ZX" else stat.start_time
 
 
 class Process:
@@ -78,10 +90,13 @@ class Process:
                 )
         except OSError as error:
             raise ProgramError(f"{error.filename or arguments[0]}: {error.strerror}") from None
-        # A child stays a zombie until it is reaped, so both calls find it however short its life.
-        stat = Path(f"/proc/{child.pid}/stat").read_text()
-        started = int(stat.rpartition(")")[2].split()[19])
-        return cls(child.pid, started, os.pidfd_open(child.pid), child)
+        try:
+            # A child stays a zombie until it is reaped, so both find it however short its life.
+            return cls(child.pid, _stat(child.pid).start_time, os.pidfd_open(child.pid), child)
+        except OSError as error:
+            child.kill()
+            child.wait()
+            raise ProgramError(f"{arguments[0]}: {error.strerror}") from None
 
     @classmethod
     def find(cls, pid: int, started: int) -> "Process | None":
@@ -133,7 +148,8 @@ class Process:
         if self.exit_code is not None and self.exit_code < 0:
             return f"{program} was killed by {signal.Signals(-self.exit_code).name}"
         words = last_words(log, since).removeprefix(f"{program}: ")
-        return words or f"{program} ended without a word (exit code {self.exit_code})"
+        code = "" if self.exit_code is None else f" (exit code {self.exit_code})"
+        return words or f"{program} ended without a word{code}"
 
 
 def log_size(log: Path) -> int:

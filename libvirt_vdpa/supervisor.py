@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 PROGRAM = "virt-vdpa-port"
 #: Seconds until a started process must answer.
-START_LIMIT = 8.0
+START_LIMIT = 7.0
 #: Seconds between looks at whether a process has become ready.
 READY_INTERVAL = 0.01
 #: Seconds between two questions to a port that serves, and until it must have answered each.
@@ -35,6 +35,10 @@ RETRY_FIRST = 0.1
 RETRY_LAST = 5.0
 #: Seconds of service after which a process that dies is tried again at once.
 STEADY = 10.0
+#: Mode of a domain's folder: QEMU's user passes through to the sockets. Where QEMU makes a socket itself
+#: it may do that, and remove nothing but its own.
+PASS_THROUGH = 0o711
+MAKE_SOCKETS = 0o1771
 #: States of a port process in which a front-end is there.
 CONNECTED = ("connected", "running")
 
@@ -62,7 +66,10 @@ class Port:
         self._timer: asyncio.TimerHandle | None = None
         self._delay = 0.0
         self._served_since: float | None = None
+        #: Size of the log when the process was started or found.
         self._log_mark = 0
+        #: Why we have ended the process ourselves, until it has.
+        self._killed_for = ""
         self._transition = asyncio.Event()
 
     @property
@@ -104,6 +111,7 @@ class Port:
     async def adopt(self) -> None:
         """Take up, after a restart of the daemon, where the record says that the port was."""
         before = State(self.record.state)
+        self._log_mark = log_size(Path(self.record.log))
         self._process = await self._find_process()
         alive, dead = ADOPTION[before]
         if self._process is None:
@@ -209,7 +217,8 @@ class Port:
             self._attendant = None
         assert process is not None
         words = process.obituary(PROGRAM, Path(self.record.log), self._log_mark)
-        self.problem = words.removeprefix(f"{self.record.label}: ")
+        self.problem = self._killed_for or words.removeprefix(f"{self.record.label}: ")
+        self._killed_for = ""
         if self.state is not State.ENDING:
             logger.warning("%s: the process ended: %s", self.record.label, self.problem)
         self.status = {}
@@ -219,11 +228,10 @@ class Port:
     def _heard(self, name: str, data: dict[str, object]) -> None:
         """An event of the process: whether a front-end is there."""
         if name == "PORT_STATE":
-            logger.info(
-                "%s: %s%s", self.record.label, data["state"], f" ({data['reason']})" if data["reason"] else ""
-            )
-            self.status["state"] = data["state"]
-            self.status["front_end"] = data["state"] in CONNECTED
+            state, reason = data.get("state"), data.get("reason")
+            logger.info("%s: %s%s", self.record.label, state, f" ({reason})" if reason else "")
+            self.status["state"] = state
+            self.status["front_end"] = state in CONNECTED
             self._changed(self)
 
     def _attend(self) -> None:
@@ -231,29 +239,32 @@ class Port:
 
     async def _look_after(self) -> None:
         """From the process's start, or its adoption, to its end: wait until it answers, then keep asking."""
-        client = None
         try:
             async with asyncio.timeout(START_LIMIT):
                 client = await self._ready_client()
         except TimeoutError:
-            self.problem = f"{PROGRAM} was not ready within {START_LIMIT:g} s"
-            logger.error("%s: %s", self.record.label, self.problem)
-            self.feed(Event.HUNG)
+            self._give_up(f"{PROGRAM} was not ready within {START_LIMIT:g} s")
+            return
+        except OSError as error:
+            self._give_up(f"{error.filename}: {error.strerror}")
             return
         self._client = client
-        client.listen(self._heard)
         try:
+            client.listen(self._heard)
             self._serve_begins()
             while True:
                 await asyncio.sleep(WATCH_INTERVAL)
                 await self.query_status()
         except ControlError as error:
-            self.problem = f"{PROGRAM} does not answer: {error}"
-            logger.error("%s: %s; it is killed", self.record.label, self.problem)
-            self.feed(Event.HUNG)
+            self._give_up(f"{PROGRAM} does not answer: {error}")
         finally:
             self._client = None
             await client.close()
+
+    def _give_up(self, reason: str) -> None:
+        logger.error("%s: %s; it is killed", self.record.label, reason)
+        self._killed_for = reason
+        self.feed(Event.HUNG)
 
     async def _ready_client(self) -> ControlClient:
         """A connection to a process that answers and whose socket is in place."""
@@ -336,13 +347,12 @@ class Supervisor:
         """
         folder = record.path.parent
         try:
-            folder.mkdir(exist_ok=True)
-            # Others may pass through to the sockets. Where QEMU makes its own socket it may do that,
-            # and remove nothing but that.
-            folder.chmod(0o711)
+            if not folder.is_dir():
+                folder.mkdir()
+                folder.chmod(PASS_THROUGH)
             if record.role == "connect":
                 os.chown(folder, -1, self._owner.gid)
-                folder.chmod(0o1771)
+                folder.chmod(MAKE_SOCKETS)
             record.save()
         except OSError as error:
             raise PortError(f"{error.filename}: {error.strerror}") from None
