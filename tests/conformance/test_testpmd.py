@@ -10,6 +10,7 @@ import pytest
 
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
 from tests.harness.netns import NetworkNamespace
+from tests.harness.processes import wait_for
 from tests.harness.testpmd import Testpmd
 
 pytestmark = pytest.mark.dpdk
@@ -19,9 +20,10 @@ FRAMES = 2000
 WINDOW = 32
 #: Destination, source and EtherType (for experiments, RFC 7042) of what is sent to the VF.
 STATION = bytes.fromhex("020000000001")
-HEADER_OUT = b"\xff" * 6 + STATION + b"\x88\xb5"
+PEER = bytes.fromhex("020000000002")
+HEADER_OUT = PEER + STATION + b"\x88\xb5"
 #: What macswap makes of the addresses.
-HEADER_BACK = STATION + b"\xff" * 6 + b"\x88\xb5"
+HEADER_BACK = STATION + PEER + b"\x88\xb5"
 #: Seconds for a frame to come back, the front-end's start included.
 PATIENCE = 20.0
 
@@ -55,10 +57,20 @@ def next_frame(wire: socket.socket, header: bytes, peer: Testpmd) -> bytes:
     pytest.fail(f"no frame came from the VF within {PATIENCE:g} s; testpmd: {peer.log.read_text()[-300:]}")
 
 
+def wait_for_buffers(port: PortProcess) -> None:
+    """Wait until the front-end has receive buffers for a window of frames: others would be dropped."""
+
+    def offered() -> bool:
+        rings = port.wait_state("running", PATIENCE)["rings"]
+        return bool(rings) and (rings[0]["avail"] or 0) - rings[0]["used"] >= WINDOW
+
+    wait_for("receive buffers", offered, PATIENCE)
+
+
 def test_frames_come_back_in_order(port: PortProcess, wire: socket.socket, tmp_path: Path) -> None:
     payloads = [number.to_bytes(4, "big") + bytes(number % 1000 + 46) for number in range(FRAMES)]
     with Testpmd(tmp_path, port.socket, "macswap") as peer:
-        port.wait_state("running", PATIENCE)
+        wait_for_buffers(port)
         for begin in range(0, FRAMES, WINDOW):
             window = payloads[begin : begin + WINDOW]
             for payload in window:
@@ -83,7 +95,7 @@ def test_next_front_end_is_served(port: PortProcess, wire: socket.socket, tmp_pa
         folder = tmp_path / str(round_number)
         folder.mkdir()
         with Testpmd(folder, port.socket, "macswap") as peer:
-            port.wait_state("running", PATIENCE)
+            wait_for_buffers(port)
             wire.send(HEADER_OUT + b"hello" + bytes(46))
             assert next_frame(wire, HEADER_BACK, peer).startswith(b"hello")
             # As a crash would: the port, not the front-end, cleans up.

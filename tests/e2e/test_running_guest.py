@@ -37,7 +37,7 @@ def test_guest_reboots(host: VdpaHost, guest: DomainXml) -> None:
     port = host.port(guest)
     with host.console(guest) as console:
         console.run("touch /before")
-        console.send("reboot\n")
+        console.send("reboot -f\n")
     wait_for("the guest to go down", lambda: host.ping()[1] == 0, 10)
     host.wait_for_ping()
     with host.console(guest) as console:

@@ -4,7 +4,7 @@ Owns the image and what its /init understands:
 
 - `vdpa.ip=ADDRESS/LENGTH` on the kernel command line: the address of eth0;
 - a shell on the serial console (console.py talks to it);
-- the ACPI power button (`virsh shutdown`), `poweroff` and `reboot` do what they say.
+- the ACPI power button (`virsh shutdown`), `poweroff -f` and `reboot -f` work.
 
 The kernel package is unpacked, not installed. It comes from the machine's own package sources, under
 whatever versioned name `linux-image-cloud-amd64` depends on today.
@@ -48,7 +48,7 @@ KERNEL_ARGUMENTS = (
 )
 
 INIT = """#!/bin/busybox sh
-export PATH=/sbin:/bin PS1='guest# '
+export PATH=/bin PS1='guest# '
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -66,13 +66,9 @@ acpid
 while :; do setsid cttyhack /bin/sh; done
 """
 
-#: busybox's own poweroff and reboot want an init that listens to them; ours is the script above.
-SCRIPTS = {
-    "init": INIT,
-    "sbin/poweroff": "#!/bin/busybox sh\nexec busybox poweroff -f\n",
-    "sbin/reboot": "#!/bin/busybox sh\nexec busybox reboot -f\n",
-    "etc/acpi/PWRF/00000080": "#!/bin/busybox sh\nexec busybox poweroff -f\n",
-}
+#: What acpid runs when the power button is pressed. busybox's poweroff without -f asks an init to do it;
+#: ours is the script above.
+POWER_BUTTON = "#!/bin/busybox sh\nexec poweroff -f\n"
 
 
 @dataclass(frozen=True)
@@ -148,13 +144,13 @@ def make_initrd(modules: Path, initrd: Path) -> None:
     """Pack busybox, the modules and /init into an initramfs (uncompressed: the guest is emulated)."""
     with tempfile.TemporaryDirectory(prefix="initrd-", dir=initrd.parent) as scratch_name:
         root = Path(scratch_name) / "root"
-        for name in ("bin", "dev", "etc/acpi/PWRF", "modules", "proc", "sbin", "sys", "var/log", "var/run"):
+        for name in ("bin", "dev", "etc/acpi/PWRF", "modules", "proc", "sys", "var/log", "var/run"):
             (root / name).mkdir(parents=True)
         shutil.copy(BUSYBOX, root / "bin/busybox")
         for module in MODULES:
             shutil.copy(modules / Path(module).name, root / "modules")
         (root / "modules/order").write_text("".join(f"{Path(module).name}\n" for module in MODULES))
-        for path, text in SCRIPTS.items():
+        for path, text in (("init", INIT), ("etc/acpi/PWRF/00000080", POWER_BUTTON)):
             (root / path).write_text(text)
             (root / path).chmod(0o755)
         names = "".join(f"{path.relative_to(root)}\n" for path in sorted(root.rglob("*")))

@@ -61,6 +61,9 @@ class VdpaHost(LibvirtHost):
         command = [str(BIN / "virtvdpad"), f"--config={self.configuration}"]
         self.daemon = self.spawn("virtvdpad", command)
         self.daemon.wait_for("an answer", self._daemon_answers, 20)
+        for pool in self.virt_vdpa("status")["pools"]:
+            if pool["problem"]:
+                raise HarnessError(f"pool '{pool['name']}': {pool['problem']}")
 
     def _daemon_answers(self) -> bool:
         socket = self.path(f"{RUN_FOLDER}/virtvdpad.sock")
