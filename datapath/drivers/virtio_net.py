@@ -267,6 +267,8 @@ class VirtioNetDevice(VdpaDevice):
     def _initialise(self, features: int) -> None:
         """From reset up to the rings (section 3.1.1, steps 1 to 6 and the beginning of 7)."""
         self._registers.reset()
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._config_fd)  # what the device said of the run before
         self._registers.add_status(Status.ACKNOWLEDGE)
         self._registers.add_status(Status.DRIVER)
         self._registers.accept_features(features)
@@ -283,7 +285,7 @@ class VirtioNetDevice(VdpaDevice):
         self._registers.enable_queue(index, True)
 
     def _notify(self, index: int, ring: Ring) -> None:
-        """Forward the guest's notifications, after one of ours: entries may be waiting already."""
+        """Forward the guest's notifications, and add one of ours: entries may be waiting already."""
         doorbell = self._registers.doorbell(index)
         try:
             self._relay.add(index, ring.kick, doorbell)

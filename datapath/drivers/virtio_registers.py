@@ -16,8 +16,8 @@ from datapath.virtio import NO_VECTOR, Common, NetConfig, PciCapability, Status
 
 #: Seconds between two looks at a register that is waited for.
 POLL_INTERVAL = 0.001
-#: Seconds that a device has to finish a reset.
-RESET_DEADLINE = 1.0
+#: Seconds that a device has to finish a reset. DPDK waits for ever.
+RESET_DEADLINE = 3.0
 #: Structures that a driver cannot do without.
 REQUIRED = (PciCapability.COMMON, PciCapability.NOTIFY, PciCapability.DEVICE)
 

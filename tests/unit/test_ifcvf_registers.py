@@ -343,6 +343,16 @@ def test_events(device: IfcvfDevice, function: FakeFunction, rings: dict[int, Ri
         device.suspend()
 
 
+def test_what_a_device_said_before_a_start_is_forgotten(
+    device: IfcvfDevice, function: FakeFunction, rings: dict[int, Ring]
+) -> None:
+    device.start(FEATURES, pair(rings))
+    os.eventfd_write(function.eventfds[0], 1)
+    device.suspend()
+    device.start(FEATURES, pair(rings))
+    assert device.take_event() is None
+
+
 @pytest.mark.parametrize(
     ("index", "size", "text"),
     [
