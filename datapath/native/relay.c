@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <sys/timerfd.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -144,6 +145,20 @@ static int watch(struct relay *relay, int fd, uint64_t event)
     return epoll_ctl(relay->epoll_fd, EPOLL_CTL_ADD, fd, &wanted) < 0 ? -errno : 0;
 }
 
+/*
+ * Whether a front-end may give a descriptor of this kind. Some character devices (/dev/random) always have
+ * something to read, and would keep the thread busy at no cost to who gave them.
+ */
+static int check_kick(int fd)
+{
+    struct stat status;
+
+    if (fstat(fd, &status) < 0) {
+        return -errno;
+    }
+    return S_ISCHR(status.st_mode) ? -EPERM : 0;
+}
+
 /* Polled rings were `before`, are relay->polled: start or stop the timer at the edge. */
 static void arm_timer(struct relay *relay, unsigned int before)
 {
@@ -236,7 +251,10 @@ int relay_add(struct relay *relay, uint16_t ring, int kick_fd, int doorbell_fd, 
     if (entry->added) {
         error = -EBUSY;
     } else if (kick_fd >= 0) {
-        error = watch(relay, kick_fd, token(ring, entry->generation + 1));
+        error = check_kick(kick_fd);
+        if (!error) {
+            error = watch(relay, kick_fd, token(ring, entry->generation + 1));
+        }
     }
     if (!error) {
         entry->added = true;

@@ -212,6 +212,8 @@ def test_descriptors_that_cannot_be_waited_for(
 ) -> None:
     with (tmp_path / "plain").open("w") as plain, pytest.raises(PermissionError):
         relay.add(0, plain.fileno(), Doorbell(fd=eventfds[1]))
+    with Path("/dev/random").open("rb") as endless, pytest.raises(PermissionError):
+        relay.add(0, endless.fileno(), Doorbell(fd=eventfds[1]))
     with pytest.raises(OSError, match="Bad file descriptor"):
         relay.add(0, 9999, Doorbell(fd=eventfds[1]))
     relay.add(0, eventfds[0], Doorbell(fd=eventfds[1]))
