@@ -1,0 +1,151 @@
+"""An emulated VF under the recorded orders of QEMU's vfio-user client with a Linux guest: boot to traffic.
+
+The engine is replaced by one that takes notes, so this runs where there is no QEMU with a vfio-user client;
+tests/conformance/test_nic_under_qemu.py does the same with a real one.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+
+from datapath.emulation.engine import QUEUES, Engine, QueueSetup
+from datapath.emulation.ifcvf import PAGE, VECTORS, Ifcvf
+from datapath.emulation.server import Session
+from datapath.vdpa import RingState
+from datapath.vfio_user import Command, Decoder, Message
+from tests.harness.recordings import Recorded, recording
+
+BOOT = recording("vfio_user/qemu_boots_on_vf")
+#: As in the recording.
+MAC, MTU = bytes.fromhex("020000000001"), 1500
+GUEST_MEMORY = 192 << 20
+
+
+@dataclass
+class NotedEngine:
+    """What a packet engine would have been told."""
+
+    queues: dict[int, QueueSetup] = field(default_factory=dict)
+    maps: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    calls: dict[int, int | None] = field(default_factory=dict)
+    running: bool = False
+    kick_fds: tuple[int, ...] = field(
+        default_factory=lambda: tuple(os.eventfd(0, os.EFD_NONBLOCK) for _ in range(QUEUES))
+    )
+
+    def map(self, iova: int, size: int, fd: int | None, offset: int, writable: bool) -> None:
+        self.maps[iova] = (size, writable)
+
+    def unmap(self, iova: int, size: int) -> None:
+        assert self.maps.pop(iova)[0] == size
+
+    def unmap_all(self) -> None:
+        self.maps.clear()
+
+    def start_queue(self, index: int, setup: QueueSetup) -> None:
+        self.queues[index] = setup
+
+    def stop_queue(self, index: int) -> RingState:
+        self.queues.pop(index, None)
+        return RingState(0, 0)
+
+    def set_call(self, index: int, fd: int | None) -> None:
+        self.calls[index] = fd
+
+    def run(self, on: bool) -> None:
+        self.running = on
+
+    def set_log(self, on: bool, base: int, end: int) -> None:
+        assert not on
+
+    def reset(self) -> None:
+        self.queues.clear()
+        self.running = False
+
+
+@dataclass
+class Vf:
+    """An emulated VF and the session of its client."""
+
+    engine: NotedEngine
+    device: Ifcvf
+    session: Session
+
+    def play(self) -> Iterator[tuple[Message, Message, Recorded | None]]:
+        """Each recorded command with our answer, and the recorded one where it was kept."""
+        for at, recorded in enumerate(BOOT.messages):
+            if recorded.sender == "client":
+                fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(recorded.fds)]
+                (command,) = Decoder().feed(recorded.data, tuple(fds))
+                yield command, self.session.handle(command), reply_to(command, at)
+
+
+def reply_to(command: Message, at: int) -> Recorded | None:
+    """The recorded reply to the command at a place of the recording."""
+    header = command.pack()[:4]
+    replies = (m for m in BOOT.messages[at:] if m.sender == "server" and m.data[:4] == header)
+    return next(replies, None)
+
+
+@pytest.fixture
+def vf() -> Iterator[Vf]:
+    engine = NotedEngine()
+    device = Ifcvf(cast(Engine, engine), MAC, MTU)
+    session = Session(device, cast(Engine, engine), None)
+    yield Vf(engine, device, session)
+    session.close()
+    for fd in engine.kick_fds:
+        os.close(fd)
+
+
+def test_every_command_is_taken_and_answered_as_before(vf: Vf) -> None:
+    seen: set[int] = set()
+    for command, answer, recorded in vf.play():
+        assert not answer.is_error, command
+        if recorded is not None:
+            assert answer.pack() == recorded.data
+            seen.add(command.command)
+    assert seen == {
+        Command.VERSION,
+        Command.GET_INFO,
+        Command.GET_REGION_INFO,
+        Command.GET_IRQ_INFO,
+        Command.REGION_READ,
+    }
+
+
+def test_the_guests_driver_ends_with_a_running_device(vf: Vf) -> None:
+    for _ in vf.play():
+        pass
+    assert vf.device.net.running
+    assert vf.engine.running
+    assert sorted(vf.engine.queues) == [0, 1]
+    for queue in vf.engine.queues.values():
+        assert queue.size == 1024
+        assert queue.descriptors < queue.avail < queue.used < GUEST_MEMORY
+        assert (queue.event_idx, queue.indirect, queue.mergeable) == (True, True, True)
+        assert queue.state == RingState(0, 0)
+    # A vector each for the configuration and the two queues; the control queue's place is not used.
+    given = [vf.device.vectors[vector] for vector in range(VECTORS)]
+    assert [fd is not None for fd in given] == [True, True, True, False]
+    assert [vf.engine.calls[index] for index in (0, 1)] == given[1:3]
+
+
+def test_the_guest_kicks_each_queue_by_message(vf: Vf) -> None:
+    for _ in vf.play():
+        pass
+    for index, fd in enumerate(vf.engine.kick_fds):
+        assert os.eventfd_read(fd) > 0, f"queue {index} on page {index * PAGE:#x}"
+
+
+def test_memory_is_mapped_as_the_firmware_left_it(vf: Vf) -> None:
+    for _ in vf.play():
+        pass
+    writable = sum(size for iova, (size, may_write) in vf.engine.maps.items() if may_write and iova < 1 << 32)
+    assert GUEST_MEMORY - (256 << 10) < writable <= GUEST_MEMORY
+    vf.session.close()
+    assert not vf.engine.maps
+    assert not vf.engine.queues
