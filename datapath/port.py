@@ -12,8 +12,6 @@ import contextlib
 import json
 import os
 import selectors
-import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +20,7 @@ from pathlib import Path
 from datapath import virtio
 from datapath.control import Arguments, ControlServer
 from datapath.endpoint import Connector, Endpoint, EndpointError, Listener, NoMoreFrontEndsError, from_fd
+from datapath.loop import dispatch, ended_by_signals
 from datapath.vdpa import (
     DeviceError,
     DeviceEvent,
@@ -78,9 +77,7 @@ class Port:
         while not self._quit and self._failure is None:
             deadline = endpoint.deadline(self._connection is not None)
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            for key, mask in self._selector.select(timeout):
-                if key.fd in self._selector.get_map():  # an earlier callback may have dropped it
-                    key.data(mask)
+            dispatch(self._selector, timeout)
             if deadline is not None:
                 self._poll_endpoint(0)
         if self._failure is not None:
@@ -280,24 +277,6 @@ def _endpoint(options: argparse.Namespace) -> Endpoint:
     return Listener.bind(options.socket_path)
 
 
-@contextlib.contextmanager
-def _signals(selector: selectors.BaseSelector, port: Port) -> Iterator[None]:
-    """Let SIGTERM and SIGINT end the port's loop."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: port.quit() and None)
-    selector.register(reader, selectors.EVENT_READ, lambda mask: reader.recv(64) and None)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        selector.unregister(reader)
-        reader.close()
-        writer.close()
-
-
 def serve(options: argparse.Namespace) -> int:
     """Open the VF, offer it, serve.
 
@@ -311,7 +290,7 @@ def serve(options: argparse.Namespace) -> int:
         stack.callback(device.close)
         port = Port(device, options, selector)
         stack.callback(port.close)
-        stack.enter_context(_signals(selector, port))
+        stack.enter_context(ended_by_signals(selector, port.quit))
         endpoint = _endpoint(options)  # last: whoever finds the socket finds a port that answers
         stack.callback(endpoint.close)
         log(options.name, f"{device.name} serves {options.socket_path or f'descriptor {options.fd}'}")

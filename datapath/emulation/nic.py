@@ -11,10 +11,8 @@ import hashlib
 import os
 import re
 import selectors
-import signal
-import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from datapath.control import Arguments, CommandError, ControlServer
@@ -22,6 +20,7 @@ from datapath.emulation.engine import NOT_RUNG, QUEUES, Engine
 from datapath.emulation.ifcvf import BARS, PAGE, Ifcvf
 from datapath.emulation.server import DOORBELLS, Session, VfServer
 from datapath.emulation.tap import TapError, open_tap
+from datapath.loop import dispatch, ended_by_signals
 
 PROGRAM = "virt-vdpa-nic"
 DRIVER = "ifcvf"
@@ -156,9 +155,7 @@ class Nic:
     def run(self) -> None:
         """Serve until told to quit."""
         while not self._quit:
-            for key, mask in self._selector.select():
-                if key.fd in self._selector.get_map():  # an earlier callback may have dropped it
-                    key.data(mask)
+            dispatch(self._selector)
 
     def close(self) -> None:
         """Disconnect everybody, remove all sockets and TAPs."""
@@ -252,24 +249,6 @@ def _derived_mac(folder: Path, index: int) -> bytes:
     return b"\x02" + digest[:4] + bytes([index])
 
 
-@contextlib.contextmanager
-def _signals(selector: selectors.BaseSelector, nic: Nic) -> Iterator[None]:
-    """Let SIGTERM and SIGINT end the loop."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: nic.quit() and None)
-    selector.register(reader, selectors.EVENT_READ, lambda mask: reader.recv(64) and None)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        selector.unregister(reader)
-        reader.close()
-        writer.close()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit code."""
     options = parse_arguments(arguments)
@@ -278,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             selector = stack.enter_context(selectors.DefaultSelector())
             nic = Nic(options, selector)
             stack.callback(nic.close)
-            stack.enter_context(_signals(selector, nic))
+            stack.enter_context(ended_by_signals(selector, nic.quit))
             log(f"{options.vfs} VFs in {options.folder}, TAPs {', '.join(options.tap)}")
             nic.run()
     except TapError as error:
