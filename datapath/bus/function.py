@@ -62,6 +62,10 @@ class PciFunction(abc.ABC):
         """Write a little-endian register in one access of `width` bytes (1, 2, 4 or 8)."""
 
     @abc.abstractmethod
+    def config_space(self) -> bytes:
+        """A copy of the first 256 bytes of configuration space."""
+
+    @abc.abstractmethod
     def irq_count(self, index: Irq) -> int:
         """How many interrupts of a kind the function has; 0 if none that can signal an eventfd."""
 
@@ -109,11 +113,6 @@ class PciFunction(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Give the function back. Idempotent, raises nothing."""
-
-    def config_space(self) -> bytes:
-        """A copy of the first 256 bytes of configuration space."""
-        words = (self.read(Region.CONFIG, at, 4) for at in range(0, CONFIG_SIZE, 4))
-        return b"".join(word.to_bytes(4, "little") for word in words)
 
     def enable(self) -> None:
         """Let the function decode its BARs and reach memory, without legacy interrupts."""

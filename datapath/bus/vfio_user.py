@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
+from datapath.bus.function import CONFIG_SIZE, WIDTHS, PciFunction, RegionDescription
 from datapath.native._native import ffi
 from datapath.native.relay import Doorbell
 from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
@@ -217,18 +217,15 @@ class VfioUserFunction(PciFunction):
 
     def read(self, index: Region, offset: int, width: int) -> int:
         self._check_access(index, offset, width)
-        request = RegionAccess(offset, index, width)
-        with self._understanding(Command.REGION_READ):
-            payload = self._channel.command_without_fds(Command.REGION_READ, request.pack())
-            data = RegionAccess.unpack(payload).data
-            if len(data) != width:
-                raise ProtocolError(f"{len(data)} bytes instead of {width}")
-        return int.from_bytes(data, "little")
+        return int.from_bytes(self._read(index, offset, width), "little")
 
     def write(self, index: Region, offset: int, width: int, value: int) -> None:
         self._check_access(index, offset, width)
         request = RegionAccess(offset, index, width, value.to_bytes(width, "little"))
         self._channel.command_without_fds(Command.REGION_WRITE, request.pack())
+
+    def config_space(self) -> bytes:
+        return self._read(Region.CONFIG, 0, CONFIG_SIZE)
 
     # Interrupts
 
@@ -333,6 +330,15 @@ class VfioUserFunction(PciFunction):
                 f" this side {MAJOR}.{MINOR}"
             )
         return version.capabilities
+
+    def _read(self, index: Region, offset: int, size: int) -> bytes:
+        request = RegionAccess(offset, index, size)
+        with self._understanding(Command.REGION_READ):
+            payload = self._channel.command_without_fds(Command.REGION_READ, request.pack())
+            data = RegionAccess.unpack(payload).data
+            if len(data) != size:
+                raise ProtocolError(f"{len(data)} bytes instead of {size}")
+        return data
 
     def _region(self, index: Region) -> RegionInfo:
         if index not in self._regions:

@@ -97,6 +97,7 @@ def test_accesses_outside_a_region_are_not_sent(
 
 def test_config_space_and_enable(device: ScriptedDevice, function: VfioUserFunction) -> None:
     assert function.config_space() == bytes(range(256))
+    assert len(device.commands(Command.REGION_READ)) == 1
     function.enable()
     (written,) = device.commands(Command.REGION_WRITE)
     assert RegionAccess.unpack(written.payload) == RegionAccess(4, Region.CONFIG, 2, b"\x06\x05")

@@ -165,6 +165,10 @@ class FakeFunction(PciFunction):
         else:
             self._write_common(self._register(offset, width), value)
 
+    def config_space(self) -> bytes:
+        self._count()
+        return bytes(self.config)
+
     def irq_count(self, index: Irq) -> int:
         return self.vectors if index == Irq.MSIX else 0
 
