@@ -3,14 +3,13 @@
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
 from tests.harness.netns import NetworkNamespace
-from tests.harness.processes import wait_for
 from tests.harness.testpmd import Testpmd
 
 pytestmark = pytest.mark.dpdk
@@ -57,20 +56,27 @@ def next_frame(wire: socket.socket, header: bytes, peer: Testpmd) -> bytes:
     pytest.fail(f"no frame came from the VF within {PATIENCE:g} s; testpmd: {peer.log.read_text()[-300:]}")
 
 
-def wait_for_buffers(port: PortProcess) -> None:
-    """Wait until the front-end has receive buffers for a window of frames: others would be dropped."""
+def wait_until_forwarding(wire: socket.socket, peer: Testpmd) -> None:
+    """Greet a macswap peer until it answers: what it receives before it forwards, it drops."""
+    greeter = bytes.fromhex("020000000003")
+    wire.settimeout(0.1)
 
-    def offered() -> bool:
-        rings = port.wait_state("running", PATIENCE)["rings"]
-        return bool(rings) and (rings[0]["avail"] or 0) - rings[0]["used"] >= WINDOW
+    def answered() -> bool:
+        wire.send(PEER + greeter + b"\x88\xb5" + bytes(46))
+        with suppress(TimeoutError):
+            while not wire.recv(2048).startswith(greeter + PEER):
+                pass
+            return True
+        return False
 
-    wait_for("receive buffers", offered, PATIENCE)
+    peer.wait_for("an answer", answered, PATIENCE)
+    wire.settimeout(PATIENCE)
 
 
 def test_frames_come_back_in_order(port: PortProcess, wire: socket.socket, tmp_path: Path) -> None:
     payloads = [number.to_bytes(4, "big") + bytes(number % 1000 + 46) for number in range(FRAMES)]
     with Testpmd(tmp_path, port.socket, "macswap") as peer:
-        wait_for_buffers(port)
+        wait_until_forwarding(wire, peer)
         for begin in range(0, FRAMES, WINDOW):
             window = payloads[begin : begin + WINDOW]
             for payload in window:
@@ -95,7 +101,7 @@ def test_next_front_end_is_served(port: PortProcess, wire: socket.socket, tmp_pa
         folder = tmp_path / str(round_number)
         folder.mkdir()
         with Testpmd(folder, port.socket, "macswap") as peer:
-            wait_for_buffers(port)
+            wait_until_forwarding(wire, peer)
             wire.send(HEADER_OUT + b"hello" + bytes(46))
             assert next_frame(wire, HEADER_BACK, peer).startswith(b"hello")
             # As a crash would: the port, not the front-end, cleans up.

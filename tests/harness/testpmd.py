@@ -26,9 +26,8 @@ class Testpmd(Process):
         """
         device = f"net_virtio_user0,path={socket},queues={queue_pairs},queue_size={queue_size}"
         eal = ["--no-huge", "-m", str(MEMORY), "--no-pci", "--single-file-segments", "--lcores=0@0,1@1"]
-        # It would drop what comes before it forwards; and without an interval for statistics it would wait
-        # for the end of its standard input and quit.
-        application = ["--auto-start", "--no-flush-rx", "--stats-period=60", f"--forward-mode={mode}"]
+        # Without an interval for statistics it would wait for the end of its standard input and quit.
+        application = ["--auto-start", "--stats-period=60", f"--forward-mode={mode}"]
         buffers = [f"--total-num-mbufs={BUFFERS}", f"--rxq={queue_pairs}", f"--txq={queue_pairs}"]
         super().__init__(
             ["dpdk-testpmd", *eal, f"--vdev={device}", "--", *application, *buffers],
