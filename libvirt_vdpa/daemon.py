@@ -20,8 +20,8 @@ from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.config import CONFIG_FILE, Config, ConfigError, read_config
 from libvirt_vdpa.emulated import EmulatedNic, end_strays
 from libvirt_vdpa.events import DomainWatcher
-from libvirt_vdpa.inventory import Holder, Inventory, InventoryError
-from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError
+from libvirt_vdpa.inventory import Inventory, InventoryError
+from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError, holder_of
 from libvirt_vdpa.ports import Record
 from libvirt_vdpa.supervisor import Port, Supervisor
 
@@ -81,7 +81,7 @@ class Daemon:
         for port in self._supervisor.ports.values():
             record = port.record
             try:
-                self._inventory.hold(record.device, Holder(record.domain, record.uuid, record.mac))
+                self._inventory.hold(record.device, holder_of(record))
             except InventoryError as error:
                 logger.error("%s: %s", record.label, error)
         await end_strays(self._config.run_folder, self._config.pools, self._inventory)
@@ -97,7 +97,7 @@ class Daemon:
         self._api.event("PORT_STATE_CHANGE", describe(port))
 
     def _port_forgotten(self, record: Record) -> None:
-        self._inventory.give_back(record.device, Holder(record.domain, record.uuid, record.mac))
+        self._inventory.give_back(record.device, holder_of(record))
 
     # Commands of the control socket
 

@@ -6,7 +6,7 @@ depends on the host's VFs is inventory.py's.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ QUEUE_SIZES = ("rx_queue_size", "tx_queue_size")
 #: Both become names of files, so they must have exactly this form.
 UUID_FORM = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAC_FORM = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+#: Numbers of queues and descriptors, from 1.
+NUMBER_FORM = re.compile("[1-9][0-9]{0,4}")
 
 
 class DomainError(Exception):
@@ -49,7 +51,6 @@ class PortSpec:
     queue_pairs: int
     #: Largest ring in descriptors, as far as the XML says.
     queue_size: int
-    line: int
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,12 @@ def check_domain(xml: bytes, run_folder: Path) -> tuple[DomainSpec | None, list[
     for request in requests:
         element = find_interface(root, request, claimed, problems)
         if element is not None:
-            check = InterfaceCheck(root, element, request, uuid, run_folder)
+            check = InterfaceCheck(element, request, uuid, run_folder)
             problems += check.problems()
             ports.append(check.port())
     if requests:
         problems += memory_problems(root)
+    problems += forgotten_interfaces(root, claimed, run_folder)
     return DomainSpec(name, uuid, tuple(ports)), problems
 
 
@@ -137,6 +139,17 @@ def find_interface(
     return found[0]
 
 
+def forgotten_interfaces(
+    root: etree._Element, claimed: Collection[etree._Element], run_folder: Path
+) -> Iterator[Problem]:
+    """Interfaces whose socket is in our folder, though no metadata has us make it."""
+    for element in root.iterfind("devices/interface[@type='vhostuser']"):
+        path = attribute_of(element, "source", "path")
+        if element not in claimed and Path(path).is_relative_to(run_folder):
+            text = f"<source path='{path}'>: nobody makes this socket, no metadata names the interface"
+            yield Problem(line_of(element), mac_of(element), text, fatal=False)
+
+
 def mac_of(element: etree._Element) -> str:
     """An interface's MAC in lower case; empty when libvirt is to invent one."""
     return attribute_of(element, "mac", "address").lower()
@@ -153,7 +166,6 @@ class InterfaceCheck:
 
     def __init__(
         self,
-        root: etree._Element,
         element: etree._Element,
         request: InterfaceRequest,
         uuid: str,
@@ -168,8 +180,6 @@ class InterfaceCheck:
     def port(self) -> PortSpec:
         """The port; of use only when there are no fatal problems."""
         request = self.request
-        queues = attribute_of(self.element, "driver", "queues")
-        sizes = [attribute_of(self.element, "driver", name) for name in QUEUE_SIZES]
         return PortSpec(
             mac=self.mac,
             alias=request.alias,
@@ -180,27 +190,31 @@ class InterfaceCheck:
             announce=request.announce,
             role=ROLES.get(self.mode, ""),
             socket_path=self.path,
-            queue_pairs=int(queues) if queues.isdecimal() else 1,
-            queue_size=max([int(size) for size in sizes if size.isdecimal()], default=0),
-            line=request.line,
+            queue_pairs=self.number("queues", 1),
+            queue_size=max(self.number(name, 0) for name in QUEUE_SIZES),
         )
+
+    def number(self, attribute: str, default: int) -> int:
+        """A number of <driver>; the default when it is missing or none."""
+        text = attribute_of(self.element, "driver", attribute)
+        return int(text) if NUMBER_FORM.fullmatch(text) else default
 
     def problems(self) -> list[Problem]:
         """All that is wrong with the interface, in the order of CHECKS."""
         return [
-            Problem(line_of(at), self.mac or self.request.label, text, fatal)
+            Problem(line, self.mac or self.request.label, text, fatal)
             for check in CHECKS
-            for at, text, fatal in check(self)
+            for line, text, fatal in check(self)
         ]
 
-    def at(self, path: str) -> etree._Element:
-        """The child element that a message is about, or the interface when it is missing."""
+    def line(self, path: str = ".") -> int:
+        """Line of the child element that a message is about, or the interface's when it is missing."""
         child = self.element.find(path)
-        return child if child is not None else self.element
+        return line_of(child if child is not None else self.element)
 
 
-#: Element, text, fatal.
-Finding = tuple[etree._Element, str, bool]
+#: Line, text, fatal.
+Finding = tuple[int, str, bool]
 
 
 def check_driver_name(check: InterfaceCheck) -> Iterator[Finding]:
@@ -209,35 +223,35 @@ def check_driver_name(check: InterfaceCheck) -> Iterator[Finding]:
     if driver != ANY_DRIVER and driver not in DRIVERS:
         available = ", ".join(DRIVERS)
         text = f"metadata attribute driver='{driver}': not available in this version; available: {available}"
-        yield check.element, text, True
+        yield check.request.line, text, True
 
 
 def check_type(check: InterfaceCheck) -> Iterator[Finding]:
     """Only a vhostuser interface with a virtio model can be carried."""
     kind = check.element.get("type", "")
     if kind != "vhostuser":
-        yield check.element, f"<interface type='{kind}'>: must be type='vhostuser'", True
+        yield check.line(), f"<interface type='{kind}'>: must be type='vhostuser'", True
     model = attribute_of(check.element, "model", "type")
     if model != "virtio":
-        yield check.at("model"), f"<model type='{model}'/>: must be <model type='virtio'/>", True
+        yield check.line("model"), f"<model type='{model}'/>: must be <model type='virtio'/>", True
     if not MAC_FORM.fullmatch(check.mac):
         text = f"<mac address='{check.mac}'/>: give the interface a MAC, the socket path contains it"
-        yield check.at("mac"), text, True
+        yield check.line("mac"), text, True
 
 
 def check_source(check: InterfaceCheck) -> Iterator[Finding]:
     """The socket must be the one we serve, in one of the two roles."""
     if check.element.get("type") != "vhostuser":
         return
-    source = check.at("source")
+    line = check.line("source")
     kind = attribute_of(check.element, "source", "type")
     if kind != "unix":
-        yield source, f"<source type='{kind}'>: must be type='unix'", True
+        yield line, f"<source type='{kind}'>: must be type='unix'", True
     path = attribute_of(check.element, "source", "path")
     if path != str(check.path):
-        yield source, f"<source path='{path}'>: the path must be '{check.path}'", True
+        yield line, f"<source path='{path}'>: the path must be '{check.path}'", True
     if check.mode not in ROLES:
-        yield source, f"<source mode='{check.mode}'>: must be mode='client' or mode='server'", True
+        yield line, f"<source mode='{check.mode}'>: must be mode='client' or mode='server'", True
 
 
 def check_reconnect(check: InterfaceCheck) -> Iterator[Finding]:
@@ -249,23 +263,27 @@ def check_reconnect(check: InterfaceCheck) -> Iterator[Finding]:
         text = (
             "<reconnect enabled='yes'>: only mode='client' reconnects; remove <reconnect> or change the mode"
         )
-        yield check.at("source/reconnect"), text, True
+        yield check.line("source/reconnect"), text, True
     if not enabled and check.mode == "client":
         text = (
             "no <reconnect enabled='yes' timeout='1'/> in <source>: a restarted port would not be found again"
         )
-        yield check.at("source"), text, False
+        yield check.line("source"), text, False
 
 
 def check_queues(check: InterfaceCheck) -> Iterator[Finding]:
     """What <driver> asks for must be something that a port serves."""
     queues = attribute_of(check.element, "driver", "queues")
-    if queues and not (queues.isdecimal() and int(queues) > 0):
-        yield check.at("driver"), f"<driver queues='{queues}'>: must be a number of queue pairs from 1", True
+    if queues and not NUMBER_FORM.fullmatch(queues):
+        yield (
+            check.line("driver"),
+            f"<driver queues='{queues}'>: must be a number of queue pairs from 1",
+            True,
+        )
     for attribute in UNSERVED:
         if attribute_of(check.element, "driver", attribute) == "on":
             text = f"<driver {attribute}='on'>: vDPA ports do not serve it; remove it"
-            yield check.at("driver"), text, True
+            yield check.line("driver"), text, True
 
 
 #: The order in which an interface's problems are told.

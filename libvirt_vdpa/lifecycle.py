@@ -249,6 +249,11 @@ OPERATIONS: dict[str, Handler] = {
 }
 
 
+def holder_of(record: Record) -> Holder:
+    """The port as the inventory knows it."""
+    return Holder(record.domain, record.uuid, record.mac)
+
+
 def refusal(spec: DomainSpec, mac: str, text: str) -> LifecycleError:
     """A refusal that names domain and interface."""
     return LifecycleError(f"domain '{spec.name}': interface {mac}: {text}")

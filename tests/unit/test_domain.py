@@ -54,7 +54,6 @@ def test_demo() -> None:
             socket_path=RUN / UUID / f"{MAC}.sock",
             queue_pairs=1,
             queue_size=0,
-            line=line_with(DEMO, METADATA),
         ),
     )
 
@@ -289,10 +288,19 @@ def test_no_reconnect_is_only_advised_against() -> None:
     parse_domain(xml.encode(), RUN)
 
 
+def test_an_interface_without_metadata_in_our_folder_is_pointed_out() -> None:
+    _, (problem,) = check_domain(edited(DEMO, METADATA, "").encode(), RUN)
+    assert not problem.fatal
+    assert str(problem).startswith(
+        f"interface {MAC}: <source path='{RUN}/{UUID}/{MAC}.sock'>: nobody makes this"
+    )
+
+
 def test_a_problem_names_the_line_of_its_element() -> None:
     for before, after in (
         ("<model type='virtio'/>", "<model type='e1000'/>"),
         ("driver='ifcvf'", "driver='e1000'"),
+        ("driver='ifcvf'", "driver='mlx5'"),
         ("<access mode='shared'/>", "<access mode='private'/>"),
     ):
         xml = edited(DEMO, before, after)
