@@ -1,11 +1,12 @@
 """The IFCVF driver on an emulated NIC in a process of its own: frames, ring state, and what goes wrong."""
 
 import os
+import random
 import select
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from tests.harness.driven_vf import BASE, RX, TX, DrivenVf
 from tests.harness.emulated_nic import EmulatedNic, ask
 from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import wait_for
-from tests.harness.virtqueue import Buffer
+from tests.harness.virtqueue import Buffer, Virtqueue
 from tests.harness.wire import Wire
 
 #: Seconds that a stopped NIC gets to answer; 5 in production.
@@ -39,12 +40,16 @@ def namespace() -> Iterator[NetworkNamespace]:
         yield made
 
 
-@pytest.fixture(scope="module", params=["eventfd", "mapped"])
+#: Kinds of NIC that every test of the data path meets.
+KINDS = {"eventfd": ["--doorbell=eventfd"], "mapped": ["--doorbell=mapped", "--prefetch=3"]}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def nic(
     request: pytest.FixtureRequest, namespace: NetworkNamespace, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EmulatedNic]:
     folder = tmp_path_factory.mktemp(request.param)
-    with EmulatedNic(folder, namespace, 1, f"--doorbell={request.param}") as running:
+    with EmulatedNic(folder, namespace, 1, *KINDS[request.param]) as running:
         yield running
 
 
@@ -247,6 +252,53 @@ def test_buffers_fetched_ahead_are_not_lost(
         while vf.queues[RX].used_index < 8:
             numbers += vf.receive(1)
         assert numbers == list(range(len(numbers)))
+
+
+def test_stops_at_any_moment_lose_and_double_nothing(make_vf: MakeVf, wire: Wire) -> None:
+    """Whenever the VF or one ring is stopped: what the guest sends arrives once and in order.
+
+    So does what it receives, but for frames that meet no running ring.
+    """
+    chance = random.Random(2)
+    vf = make_vf(size=64, start=0xFF00)
+    vf.start()
+    received: list[int] = []
+    sent = 0
+    for _ in range(80):
+        burst = range(sent, sent + chance.randint(1, 24))
+        sent = burst.stop
+        vf.offer(min(len(burst), free_entries(vf.queues[RX])))
+        for number in burst:
+            vf.transmit(number, kick=chance.random() < 0.5)
+            wire.send(number)
+        vf.queues[TX].kick()
+        if chance.random() < 0.5:
+            vf.suspend()
+            vf.start()
+        else:
+            index = chance.choice((RX, TX))
+            vf.states[index] = vf.device.stop_ring(index)
+            vf.device.start_ring(index, vf.ring(index))
+        wire.expect(*burst)
+        vf.queues[TX].wait_used(len(burst) - len(vf.queues[TX].collect()))
+        received += what_is_there(vf)
+    assert vf.suspend()[TX] == RingState((0xFF00 + sent) & 0xFFFF, (0xFF00 + sent) & 0xFFFF)
+    received += what_is_there(vf)
+    assert received == sorted(set(received))
+    assert len(received) > sent / 2
+
+
+def free_entries(queue: Virtqueue) -> int:
+    return queue.size - ((queue.avail_index - queue.used_index) & 0xFFFF)
+
+
+def what_is_there(vf: DrivenVf) -> list[int]:
+    """The numbers of the frames that have been received by now."""
+    numbers = []
+    with suppress(TimeoutError):
+        while True:
+            numbers += vf.receive(1, deadline=0)
+    return numbers
 
 
 # Reports of the device
