@@ -86,10 +86,10 @@ def check_domain(xml: bytes, run_folder: Path) -> tuple[DomainSpec | None, list[
     try:
         root = etree.fromstring(xml, parser)
     except etree.XMLSyntaxError as error:
-        return None, [Problem(error.lineno or 1, "", f"domain XML, line {error.lineno}: {error.msg}")]
+        return None, [Problem(error.lineno or 1, "", f"domain XML: {error.msg}")]
     if root.tag != "domain":
         return None, [Problem(line_of(root), "", f"domain XML begins with <{root.tag}>, not <domain>")]
-    name = (root.findtext("name") or "").strip()
+    name = " ".join((root.findtext("name") or "").split())
     uuid = (root.findtext("uuid") or "").strip().lower()
     requests, problems = read_metadata(root)
     ports: list[PortSpec] = []

@@ -38,13 +38,15 @@ class Problem:
     line: int
     #: The interface it is about, as messages call it; empty when it is about the domain.
     interface: str
-    #: What is wrong and what to do, naming element or attribute; one line.
+    #: What is wrong and what to do, naming element or attribute.
     text: str
     #: False for a recommendation: the domain would start.
     fatal: bool = True
 
     def __str__(self) -> str:
-        return f"interface {self.interface}: {self.text}" if self.interface else self.text
+        text = f"interface {self.interface}: {self.text}" if self.interface else self.text
+        # One line, though a value that is quoted in it may have more.
+        return " ".join(text.split())
 
 
 @dataclass(frozen=True)

@@ -295,7 +295,7 @@ class TestVeto:
                 "queues='9'>: the VF has ",
             ),
             (f"<mac address='{MAC}'/>", "", f"mac='{MAC}': no interface of the domain has this MAC"),
-            ("</devices>", "", "domain XML, line "),
+            ("</devices>", "", "domain XML: Opening and ending tag mismatch"),
             ("pool='default'", "device='vfio-user=/no/vf.sock'", "/no/vf.sock"),
         ],
     )

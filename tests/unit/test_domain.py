@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from libvirt_vdpa.domain import DomainError, PortSpec, check_domain, domain_identity, parse_domain
 from libvirt_vdpa.metadata import xml_folder
@@ -315,10 +317,10 @@ def test_all_problems_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("xml", "message"),
     [
-        ("", "domain XML, line 1: Document is empty, line 1, column 1"),
+        ("", "domain XML: Document is empty, line 1, column 1"),
         (
             "<domain>\n<name>",
-            "domain XML, line 2: Premature end of data in tag name line 2, line 2, column 7",
+            "domain XML: Premature end of data in tag name line 2, line 2, column 7",
         ),
         ("<network/>", "domain XML begins with <network>, not <domain>"),
     ],
@@ -327,6 +329,26 @@ def test_not_a_domain(xml: str, message: str) -> None:
     with pytest.raises(DomainError) as refused:
         parse_domain(xml.encode(), RUN)
     assert str(refused.value) == message
+
+
+@given(
+    source=st.sampled_from([DEMO, KVM, SERVER]),
+    cuts=st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 40), st.binary(max_size=4)), min_size=1, max_size=4
+    ),
+)
+def test_whatever_is_broken_is_told_in_one_line(source: str, cuts: list[tuple[float, int, bytes]]) -> None:
+    xml = bytearray(source.encode())
+    for where, length, instead in cuts:
+        start = int(where * len(xml))
+        xml[start : start + length] = instead
+    message = ""
+    try:
+        parse_domain(bytes(xml), RUN)
+    except DomainError as error:
+        message = str(error)
+    assert "\n" not in message
+    domain_identity(bytes(xml))
 
 
 def test_entities_are_not_expanded() -> None:
