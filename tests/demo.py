@@ -23,7 +23,7 @@ from qemu.qmp import QMPError
 
 from tests.harness.domain_xml import DomainXml
 from tests.harness.emulated_nic import BIN
-from tests.harness.guest import guest_image
+from tests.harness.guest import CACHE, guest_image
 from tests.harness.leftovers import Machine
 from tests.harness.processes import HarnessError, wait_for
 from tests.harness.vdpa_host import GUEST_ADDRESS, RUN_FOLDER, VdpaHost
@@ -31,6 +31,8 @@ from tests.harness.vdpa_host import GUEST_ADDRESS, RUN_FOLDER, VdpaHost
 PINGS = 20
 #: Pings sent while the VF is stopped: each is waited for a second.
 PINGS_WHILE_STOPPED = 3
+#: Where the logs of a demo that failed are kept.
+LOGS = CACHE / "demo-logs"
 
 
 @dataclass
@@ -137,7 +139,7 @@ def describe(host: VdpaHost, domain: DomainXml, report: Report) -> str:
         "driver": report.driver,
         "VF": report.device.replace(RUN_FOLDER, "…"),
         "features": wrap(report.features),
-        "kicks": ", ".join(f"{name.removeprefix('kicks.')}: {count}" for name, count in kicks.items()),
+        "kicks": f"{kicks['kicks.0']} of the receive ring, {kicks['kicks.1']} of the transmit ring",
         "VF's packets": f"{vf['rx_packets']} to the guest, {vf['tx_packets']} from it",
     }
     return "\n".join(f"    {name:<14}{value}" for name, value in rows.items())
@@ -186,15 +188,17 @@ def run(options: argparse.Namespace, report: Report) -> None:
     try:
         host.start()
         show(host, report, step)
-        if not options.keep:
-            end_guest(host, report, step)
-    except BaseException:
+        if options.keep:
+            report.total_s = step.seconds
+            print(look_around(host, report))
+            return
+        end_guest(host, report, step)
+    except BaseException as error:
+        host.save_logs(LOGS)
         host.end()
+        if isinstance(error, HarnessError | QMPError):
+            raise HarnessError(f"{error}; the logs are in {LOGS}") from None
         raise
-    if options.keep:
-        report.total_s = step.seconds
-        print(look_around(host, report))
-        return
     host.end()
     report.leftovers = before.leftovers()
     step(f"the private host is ended; left on the machine: {', '.join(report.leftovers) or 'nothing'}")

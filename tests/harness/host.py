@@ -87,18 +87,14 @@ class Host:
         self.init_pid = 0
 
     def start(self) -> None:
-        """Make the namespaces.
+        """Make the namespaces. Whatever comes of it, `end` must be called.
 
         :raise HarnessError: when that does not work, such as for want of root.
         """
-        try:
-            if os.geteuid() != 0:
-                raise HarnessError("a private host needs root: namespaces, mounts and TAPs")
-            self._make_folders()
-            self._make_namespaces()
-        except BaseException:
-            self.end()
-            raise
+        if os.geteuid() != 0:
+            raise HarnessError("a private host needs root: namespaces, mounts and TAPs")
+        self._make_folders()
+        self._make_namespaces()
 
     def _make_folders(self) -> None:
         etc = self.folder / "etc/libvirt"
@@ -163,6 +159,13 @@ class Host:
             and (not names or process.name in names)
         ]
 
+    def save_logs(self, folder: Path) -> Path:
+        """Copy the host's logs to a folder that outlives it, instead of what is there."""
+        shutil.rmtree(folder, ignore_errors=True)
+        if self.logs.exists():
+            shutil.copytree(self.logs, folder)
+        return folder
+
     def end(self) -> None:
         """End everything in the host, then remove its folder. Idempotent."""
         if self.init_pid:
@@ -177,7 +180,11 @@ class Host:
             shutil.rmtree(self.folder)
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.end()
+            raise
         return self
 
     def __exit__(
@@ -193,12 +200,8 @@ class LibvirtHost(Host):
 
     def start(self) -> None:
         super().start()
-        try:
-            self.spawn("virtlogd", ["virtlogd"])
-            self.start_libvirtd()
-        except BaseException:
-            self.end()
-            raise
+        self.spawn("virtlogd", ["virtlogd"])
+        self.start_libvirtd()
 
     def start_libvirtd(self) -> None:
         """Start libvirtd (again) and wait until it answers."""

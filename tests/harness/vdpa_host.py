@@ -50,11 +50,7 @@ class VdpaHost(LibvirtHost):
         hook.parent.mkdir(parents=True)
         hook.symlink_to(HOOK)
         super().start()
-        try:
-            self.start_daemon()
-        except BaseException:
-            self.end()
-            raise
+        self.start_daemon()
 
     def start_daemon(self) -> None:
         """Start virtvdpad (again) and wait until it answers."""
