@@ -53,7 +53,6 @@ class EmulatedNic:
 
     async def start(self) -> None:
         """Begin to keep the NIC running; returns when it is, or when the first try has failed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._keeper = asyncio.create_task(self._keep(), name=f"pool {self.pool.name}")
         await self._tried.wait()
 
@@ -77,6 +76,7 @@ class EmulatedNic:
         while True:
             mark = log_size(self._log)
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 self._process = await self._adopt() or self._spawn()
                 ended = asyncio.Event()
                 self._process.watch(ended.set)
@@ -116,19 +116,15 @@ class EmulatedNic:
     async def _query_vfs(self) -> list[tuple[str, int | None]]:
         """Device string and queue pairs of each VF, as soon as the NIC answers."""
         while True:
-            try:
+            with contextlib.suppress(ControlError):
                 async with ControlClient(self.folder / "control") as client:
-                    answer = await client.query("query-devices")
-                break
-            except ControlError:
-                await asyncio.sleep(READY_INTERVAL)
-        vfs = answer.get("vfs")
-        found: list[tuple[str, int | None]] = []
-        for vf in vfs if isinstance(vfs, list) else []:
-            queue_pairs = vf.get("queue_pairs")
-            device = f"{self.pool.driver},vfio-user={vf['socket']}"
-            found.append((device, queue_pairs if isinstance(queue_pairs, int) else None))
-        return found
+                    return [self._vf(vf) for vf in vfs_of(await client.query("query-devices"))]
+            await asyncio.sleep(READY_INTERVAL)
+
+    def _vf(self, vf: dict[str, object]) -> tuple[str, int | None]:
+        queue_pairs = vf.get("queue_pairs")
+        device = f"{self.pool.driver},vfio-user={vf.get('socket')}"
+        return device, queue_pairs if isinstance(queue_pairs, int) else None
 
     def _spawn(self) -> Process:
         process = Process.spawn([find_program(PROGRAM), *self._arguments()], self._log)
@@ -168,6 +164,12 @@ async def end_strays(run_folder: Path, pools: Iterable[PoolConfig], inventory: I
             logger.info("pool '%s': no longer configured; its NIC is ended", folder.name)
             await end(found[0])
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def vfs_of(answer: dict[str, object]) -> list[dict[str, object]]:
+    """The VFs in a NIC's answer to query-devices."""
+    vfs = answer.get("vfs")
+    return [vf for vf in vfs if isinstance(vf, dict)] if isinstance(vfs, list) else []
 
 
 def in_use(folder: Path, inventory: Inventory) -> bool:

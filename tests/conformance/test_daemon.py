@@ -72,8 +72,9 @@ class DaemonHost:
         self.daemon: subprocess.Popen[bytes] | None = None
         self.configure()
 
-    def configure(self, limit: float = 10) -> None:
-        self.configuration.write_text(CONFIGURATION.format(folder=self.folder, limit=limit))
+    def configure(self, limit: float = 10, more: str = "") -> None:
+        """Write the configuration, with more lines for the pool."""
+        self.configuration.write_text(CONFIGURATION.format(folder=self.folder, limit=limit) + more)
 
     def start(self) -> None:
         """Start the daemon and wait until it answers."""
@@ -302,6 +303,13 @@ class TestVeto:
     def test_prepare(self, host: DaemonHost, before: str, after: str, message: str) -> None:
         assert message in host.veto(host.domain().edited(before, after), "prepare")
         assert host.is_clean()
+
+    def test_a_nic_that_does_not_start_is_told_of(self, idle: DaemonHost) -> None:
+        idle.configure(more='bridge = "no-such-bridge"')
+        idle.start()
+        assert "pool 'default' has no usable VF: " in (said := idle.veto(idle.domain(), "prepare"))
+        assert "no-such-bridge" in said
+        assert idle.is_clean()
 
     def test_migration(self, host: DaemonHost) -> None:
         assert host.veto(host.domain(), "migrate") == (
