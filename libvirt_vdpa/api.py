@@ -70,13 +70,17 @@ class Connection(AsyncProtocol[Message]):
                 with contextlib.suppress(asyncio.CancelledError):
                     await self._worker
 
+    def drop(self) -> None:
+        """End the connection soon."""
+        self._schedule_disconnect()
+
     def event(self, message: Message) -> None:
         """Tell the client of an event, once it has negotiated."""
         if self.runstate is not Runstate.RUNNING or not self._negotiated:
             return
         if self._outgoing.qsize() >= MAX_UNREAD:
             logger.warning("a client of the control socket does not read; it is dropped")
-            self._schedule_disconnect()
+            self.drop()
             return
         self._outgoing.put_nowait(message)
 
@@ -187,7 +191,7 @@ class ApiServer:
             self._listener.close()
         tasks = list(self._connections)
         for connection in self._connections.values():
-            connection._schedule_disconnect()
+            connection.drop()
         if tasks:
             await asyncio.wait(tasks)
 

@@ -23,10 +23,13 @@ from libvirt_vdpa.metadata import xml_folder
 from libvirt_vdpa.process import start_time
 from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import wait_for
+from tests.harness.procfs import all_running
 
 PROGRAMS = Path(sys.executable).parent
 HOOK = Path(__file__).resolve().parents[2] / "hooks" / "qemu"
 MAC = "52:54:00:76:64:01"
+#: What the daemon starts and does not end.
+SERVANTS = ("virt-vdpa-port", "virt-vdpa-nic")
 CONFIGURATION = """
 run-folder = "{folder}"
 log-folder = "{folder}/log"
@@ -100,13 +103,12 @@ class DaemonHost:
         return code
 
     def close(self) -> None:
-        """End all, by pid: the daemon, then whatever the records say that it has left."""
+        """End all: the daemon, then whatever it has left, found by its command line."""
         if self.daemon is not None:
             self.stop(signal.SIGKILL)
-        for path in (*self.folder.glob("*-*/*.json"), *self.folder.glob("nics/*/nic.json")):
-            record = json.loads(path.read_text())
-            if record["pid"] is not None and start_time(record["pid"]) == record["start_time"]:
-                end_process(record["pid"])
+        for process in all_running():
+            if process.name in SERVANTS and any(str(self.folder) in word for word in process.argv):
+                end_process(process.pid)
         shutil.rmtree(self.folder)
 
     def ask(self, command: str, path: Path | None = None, arguments: dict[str, object] | None = None) -> Any:
