@@ -46,6 +46,8 @@ from datapath.vfio_user import (
 
 #: Seconds that a device has to answer a command.
 DEADLINE = 5.0
+#: Seconds to look whether the answer to a command that missed its deadline has come by now.
+LATE_TIME = 0.001
 #: Flag of an ioeventfd that signals only when one certain value is written (linux/kvm.h).
 KVM_IOEVENTFD_FLAG_DATAMATCH = 1
 
@@ -94,7 +96,7 @@ class Channel:
         """
         deadline = time.monotonic() + self._deadline
         if self._late is not None:
-            _close_all(self._await(self._late, 0).fds)
+            _close_all(self._await(self._late, time.monotonic() + LATE_TIME).fds)
         self._next_id = (self._next_id + 1) & 0xFFFF
         request = Message(self._next_id, command, payload=payload, fds=fds)
         self._send(request, deadline)
@@ -133,7 +135,7 @@ class Channel:
             raise self.lose(f"connection lost at {_name(message)}: {error.strerror}") from error
 
     def _await(self, request: Message, deadline: float) -> Message:
-        """The reply to `request`; whatever else arrives is refused or dropped."""
+        """The reply to `request`; whatever else arrives meanwhile is refused or dropped."""
         while True:
             for message in self._receive(request, deadline):
                 if message.is_reply and message.id == request.id and message.command == request.command:
@@ -146,8 +148,10 @@ class Channel:
 
     def _receive(self, request: Message, deadline: float) -> list[Message]:
         try:
-            # 0 would mean a non-blocking socket, which reports a missing reply by another exception.
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError  # also of a device that sends, but not this
+            self._socket.settimeout(left)
             data, fds, _, _ = socket.recv_fds(
                 self._socket, self._decoder.wanted, MAX_FDS, socket.MSG_CMSG_CLOEXEC
             )

@@ -21,6 +21,7 @@ from datapath.vfio_user import (
     DeviceInfo,
     DmaMap,
     DmaUnmap,
+    HeaderFlag,
     IoFd,
     Message,
     RegionAccess,
@@ -308,6 +309,17 @@ def test_a_silent_device_costs_one_deadline(device: ScriptedDevice, function: Vf
     assert time.monotonic() - start < DEADLINE, "each command waits again"
     device.send(late[0].reply().pack())
     assert function.read(Region.BAR0, 0, 4) == 0x03020100, "the late reply was not taken as such"
+
+
+def test_a_device_that_talks_of_other_things_misses_its_deadline_too(
+    device: ScriptedDevice, function: VfioUserFunction
+) -> None:
+    chatter = Message(1, 12, HeaderFlag.NO_REPLY).pack() * 500_000
+    device.answers[Command.DEVICE_RESET] = lambda message: chatter
+    start = time.monotonic()
+    with pytest.raises(DeviceError, match="no answer to DEVICE_RESET"):
+        function.reset()
+    assert time.monotonic() - start < 3 * DEADLINE
 
 
 def test_a_silent_listener(tmp_path: Path) -> None:

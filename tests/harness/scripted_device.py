@@ -86,21 +86,17 @@ class ScriptedDevice:
         self._client.shutdown(socket.SHUT_RDWR)
 
     def _serve(self) -> None:
-        try:
+        # Until the client hangs up or this object is closed.
+        with contextlib.suppress(OSError):
             self._client, _ = self._listener.accept()
-        except OSError:
-            return
-        decoder = Decoder()
-        while True:
-            try:
+            decoder = Decoder()
+            while True:
                 data, fds, _, _ = socket.recv_fds(self._client, decoder.wanted, MAX_FDS)
-            except OSError:
-                return
-            if not data:
-                return
-            for message in decoder.feed(data, tuple(fds)):
-                self.received.append(message)
-                self._answer(message)
+                if not data:
+                    return
+                for message in decoder.feed(data, tuple(fds)):
+                    self.received.append(message)
+                    self._answer(message)
 
     def _answer(self, message: Message) -> None:
         assert self._client is not None
