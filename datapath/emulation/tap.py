@@ -29,7 +29,7 @@ def open_tap(name: str, mtu: int, bridge: str | None = None) -> int:
     :raise TapError: when it cannot be made.
     """
     if not 0 < len(name.encode()) <= MAX_NAME or "/" in name:
-        raise TapError(f"TAP '{name}': an interface name has 1 to {MAX_NAME} bytes and no '/'")
+        raise TapError(f"TAP {name}: an interface name has 1 to {MAX_NAME} bytes and no '/'")
     with contextlib.ExitStack() as undo:
         try:
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
