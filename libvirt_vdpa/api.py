@@ -31,6 +31,8 @@ MAX_COMMAND = 8 * 1024 * 1024
 MAX_COMMANDS = 16
 #: Messages that a client may leave unread before it is dropped.
 MAX_UNREAD = 1024
+#: Seconds that a client has to read what is left for it when its connection ends.
+FLUSH_LIMIT = 1.0
 #: Seconds of rest after a connection that could not be accepted.
 ACCEPT_PAUSE = 0.1
 
@@ -96,6 +98,14 @@ class Connection(AsyncProtocol[Message]):
             self._worker.cancel()
         await super()._bh_disconnect()
 
+    async def _bh_flush_writer(self) -> None:
+        try:
+            async with asyncio.timeout(FLUSH_LIMIT):
+                await super()._bh_flush_writer()
+        except TimeoutError:
+            assert self._writer is not None
+            self._writer.transport.abort()
+
     async def _do_recv(self) -> Message:
         """The next command.
 
@@ -134,7 +144,9 @@ class Connection(AsyncProtocol[Message]):
             reply = await self._execute(command)
             if "id" in command:
                 reply["id"] = command["id"]
-            await self._outgoing.put(Message(reply))
+            self._outgoing.put_nowait(Message(reply))
+            # A client that does not read gets no further answers, rather than all our memory.
+            await self._outgoing.join()
 
     async def _execute(self, command: Message) -> dict[str, object]:
         name = command.get("execute")

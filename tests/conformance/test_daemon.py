@@ -507,6 +507,16 @@ class TestControlSocket:
                 pass
         assert host.answers()
 
+    def test_a_client_that_does_not_read_holds_nobody_up(self, host: DaemonHost) -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(host.socket))
+            client.sendall(b'{"execute":"qmp_capabilities"}')
+            client.settimeout(1)
+            with pytest.raises(TimeoutError):
+                client.sendall(b'{"execute":"query-commands"}' * 100_000)
+            host.hook(host.domain(), "prepare")
+            assert host.stop() == 0
+
     @pytest.mark.parametrize(
         "arguments",
         [{}, {"domain": 1, "operation": "prepare", "xml": ""}, {"domain": "a", "operation": "prepare"}],
