@@ -48,6 +48,11 @@ MSIX_TABLE = Structure(0, 3 * PAGE, 16 * VECTORS)
 MSIX_PENDING = Structure(0, 3 * PAGE + PAGE // 2, 8)
 NOTIFY = Structure(2, 0, (QUEUES + 1) * PAGE)
 
+#: Bytes of the window into BARs that configuration space has, and what of its capability can be written
+#: after id and link: BAR number, offset and length.
+WINDOW_SIZE = 4
+WINDOW_WRITABLE = struct.pack("<xxB3xII", 0xFF, 0xFFFFFFFF, 0xFFFFFFFF)
+
 #: Registers in BAR 4, 32 bits each.
 LOGGING_CONTROL, LOG_BASE, LOG_END, MQ = 0x00, 0x10, 0x18, 0x28
 LOGGING_ON = 1
@@ -143,6 +148,10 @@ class Ifcvf:
         self._config.virtio_capability(PciCapability.ISR, ISR)
         self._config.virtio_capability(PciCapability.DEVICE, DEVICE)
         self._config.virtio_capability(PciCapability.NOTIFY, NOTIFY, struct.pack("<I", PAGE))
+        nowhere = Structure(0, 0, 0)
+        self._window_at = self._config.virtio_capability(
+            PciCapability.PCI_ACCESS, nowhere, bytes(WINDOW_SIZE), WINDOW_WRITABLE
+        )
         net = self.net
         self._registers = (
             _Registers(COMMON, net.read_common, net.write_common),
@@ -161,25 +170,46 @@ class Ifcvf:
     def read(self, region: Region, offset: int, size: int) -> bytes:
         """Read a range that lies within the region; memory that is not decoded reads as ones."""
         if region is Region.CONFIG:
-            return self._config.read(offset, size)
+            window = self._window(offset, size)
+            return self._config.read(offset, size) if window is None else self._read_bar(*window, size)
         if not self._config.command & PciCommand.MEMORY:
             return b"\xff" * size
-        found = self._find(region, offset, size)
-        return bytes(size) if found is None else found.read(offset - found.where.offset, size)
+        return self._read_bar(region, offset, size)
 
     def write(self, region: Region, offset: int, data: bytes) -> None:
         """Write a range that lies within the region."""
         if region is Region.CONFIG:
             self._config.write(offset, data)
             self.net.set_bus_master(bool(self._config.command & PciCommand.MASTER))
+            window = self._window(offset, len(data))
+            if window is not None:
+                self._write_bar(*window, data)
         elif self._config.command & PciCommand.MEMORY:
-            found = self._find(region, offset, len(data))
-            if found is not None:
-                found.write(offset - found.where.offset, data)
+            self._write_bar(region, offset, data)
 
     def doorbell_offsets(self) -> list[int]:
         """Where in BAR 2 each served queue is notified."""
         return [index * PAGE for index in range(QUEUES)]
+
+    def _window(self, offset: int, size: int) -> tuple[Region, int] | None:
+        """Where an access to the window of configuration space leads (virtio 1.3 section 4.1.4.9).
+
+        Only one that has the width which the driver has set: a dump of the space reads no registers.
+        """
+        capability = self._config.read(self._window_at, 16 + WINDOW_SIZE)
+        bar, at, length = struct.unpack_from("<4xB3xII", capability)
+        if offset != self._window_at + 16 or size != length or size not in (1, 2, 4):
+            return None
+        return (Region(bar), at) if bar in BARS and at % size == 0 and at + size <= BARS[bar] else None
+
+    def _read_bar(self, region: Region, offset: int, size: int) -> bytes:
+        found = self._find(region, offset, size)
+        return bytes(size) if found is None else found.read(offset - found.where.offset, size)
+
+    def _write_bar(self, region: Region, offset: int, data: bytes) -> None:
+        found = self._find(region, offset, len(data))
+        if found is not None:
+            found.write(offset - found.where.offset, data)
 
     def _find(self, region: Region, offset: int, size: int) -> _Registers | None:
         for registers in self._registers:

@@ -71,8 +71,8 @@ class ConfigSpace:
         self._allow(0x3C, b"\xff")  # interrupt line
         self._initial = bytes(self._data)
 
-    def capability(self, number: int, body: bytes, writable: bytes = b"") -> None:
-        """Append a capability: its id, the link to the next, and `body`."""
+    def capability(self, number: int, body: bytes, writable: bytes = b"") -> int:
+        """Append a capability: its id, the link to the next, and `body`. Returns where it is."""
         at = self._end
         self._put(self._link, bytes([at]))
         self._put(at, bytes([number, 0]) + body)
@@ -80,11 +80,14 @@ class ConfigSpace:
         self._link = at + 1
         self._end = (at + 2 + len(body) + 3) & ~3
         self._initial = bytes(self._data)
+        return at
 
-    def virtio_capability(self, kind: PciCapability, where: Structure, extra: bytes = b"") -> None:
-        """Append a virtio structure's place (virtio 1.3 section 4.1.4)."""
+    def virtio_capability(
+        self, kind: PciCapability, where: Structure, extra: bytes = b"", writable: bytes = b""
+    ) -> int:
+        """Append a virtio structure's place (virtio 1.3 section 4.1.4). Returns where it is."""
         body = struct.pack("<BBBxxxII", 16 + len(extra), kind, where.bar, where.offset, where.size)
-        self.capability(CAPABILITY_VENDOR, body + extra)
+        return self.capability(CAPABILITY_VENDOR, body + extra, writable)
 
     def msix_capability(self, vectors: int, table: Structure, pending: Structure) -> None:
         """Append MSI-X (PCI Local Bus 3.0 section 6.8.2)."""

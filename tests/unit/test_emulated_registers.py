@@ -143,6 +143,41 @@ def test_msix_capability(function: Function) -> None:
     assert function.read(Region.CONFIG, at + 2, 2) == 0xC000 | VECTORS - 1
 
 
+def test_window_of_configuration_space(function: Function) -> None:
+    """Registers without BARs (section 4.1.4.9), as firmware reads them."""
+    space = function.device.read(Region.CONFIG, 0, 256)
+    at = space[0x34]
+    while (space[at], space[at + 3]) != (9, PciCapability.PCI_ACCESS):
+        at = space[at + 1]
+    assert space[at + 2] == 20
+    function.command(PciCommand(0))
+
+    def aim(bar: int, offset: int, length: int) -> None:
+        function.write(Region.CONFIG, at + 4, 1, bar)
+        function.write(Region.CONFIG, at + 8, 4, offset)
+        function.write(Region.CONFIG, at + 12, 4, length)
+
+    aim(0, Common.NUM_QUEUES, 2)
+    assert function.read(Region.CONFIG, at + 16, 2) == 3
+    aim(0, Common.QUEUE_SELECT, 2)
+    function.write(Region.CONFIG, at + 16, 2, 1)
+    assert function.read(Region.CONFIG, at + 16, 2) == 1
+    for bar, offset, length in (
+        (0, 0x4000, 2),
+        (0, 0xFFFFFFFE, 2),
+        (1, 0, 2),
+        (255, 0, 2),
+        (0, 1, 2),
+        (0, 0, 3),
+    ):
+        aim(bar, offset, length)
+        assert function.read(Region.CONFIG, at + 16, length) == 0
+    function.device.net.set_link(False)
+    aim(0, 0x1000, 1)
+    function.device.read(Region.CONFIG, 0, 256)  # a dump does not clear the ISR byte
+    assert function.read(Region.CONFIG, at + 16, 1) == 2
+
+
 @pytest.mark.parametrize("number", BARS)
 def test_bars_can_be_sized(function: Function, number: int) -> None:
     at = 0x10 + 4 * number
