@@ -148,7 +148,7 @@ class VdpaDevice(abc.ABC):
 
     @abc.abstractmethod
     def take_event(self) -> DeviceEvent | None:
-        """The next event, or None. Never blocks; does not raise."""
+        """The next event, or None when there is none. Does not wait for one, and does not raise."""
 
     @abc.abstractmethod
     def statistics(self) -> dict[str, int]:

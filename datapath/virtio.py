@@ -51,6 +51,8 @@ class Feature(IntEnum):
     F_NOTIFICATION_DATA = 38
     F_NOTIF_CONFIG_DATA = 39
     F_RING_RESET = 40
+    NET_F_GUEST_USO4 = 54
+    NET_F_GUEST_USO6 = 55
     NET_F_HOST_USO = 56
     NET_F_HASH_REPORT = 57
     NET_F_RSS = 60

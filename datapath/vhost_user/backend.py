@@ -162,7 +162,7 @@ class Backend:
                 if not ring.running:
                     placed = ring.translate(self.memory)
                     self.device.start_ring(ring.index, placed)
-                    ring.placed = placed
+                    ring.begin(placed)
 
     def _may_run(self) -> bool:
         if self.acked is None:
@@ -174,7 +174,7 @@ class Backend:
         placed = {ring.index: ring.translate(self.memory) for ring in rings}
         self.device.start(self.acked & ~VHOST_FEATURES, placed)
         for ring in rings:
-            ring.placed = placed[ring.index]
+            ring.begin(placed[ring.index])
 
     def _suspend(self) -> None:
         """Stop every ring that runs and note where it stands."""

@@ -6,6 +6,8 @@ states"). When a ring runs is decided in `backend.py`.
 
 import contextlib
 import os
+import select
+import sys
 from dataclasses import dataclass
 
 from datapath import virtio
@@ -105,16 +107,31 @@ class Vring:
             return None
         return _index(memory, self.placed.avail), _index(memory, self.placed.used)
 
+    def begin(self, placed: Ring) -> None:
+        """The VF runs the ring now. The guest is interrupted once: entries may have been used, before
+        the ring was stopped or its VF was lost, of which nobody lived to tell it."""
+        self.placed = placed
+        _signal(self.call)
+
     def signal_error(self) -> None:
         """Tell the front-end, by the eventfd it gave for that, that the ring has failed."""
-        if self.error is not None:
-            with contextlib.suppress(OSError):
-                os.eventfd_write(self.error, 1)
+        _signal(self.error)
 
     def close(self) -> None:
         """Close the eventfds."""
         for which in ("kick", "call", "error"):
             self.replace_fd(which, None)
+
+
+def _signal(fd: int | None) -> None:
+    """Count an eventfd up; one that cannot take it now has been signalled and not yet read."""
+    if fd is None:
+        return
+    room = select.poll()
+    room.register(fd, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        if room.poll(0):
+            os.write(fd, (1).to_bytes(8, sys.byteorder))
 
 
 def _index(memory: GuestMemory, part: int) -> int:

@@ -183,6 +183,19 @@ def test_stop_and_start_again_as_a_paused_guest(qemu: DirectFrontEnd) -> None:
     assert qemu.backend.running
 
 
+def test_a_ring_that_begins_interrupts_the_guest_once(qemu: DirectFrontEnd) -> None:
+    for queue in qemu.queues:
+        assert os.eventfd_read(queue.call_fd) == 1
+
+
+def test_a_call_descriptor_that_is_full_holds_nobody(front_end: DirectFrontEnd) -> None:
+    for queue in front_end.queues:
+        os.set_blocking(queue.call_fd, True)
+        os.eventfd_write(queue.call_fd, 2**64 - 2)
+    front_end.start()
+    assert front_end.backend.running
+
+
 def test_a_new_call_eventfd_reaches_the_device(qemu: DirectFrontEnd) -> None:
     qemu.device.calls.clear()
     qemu.tell(Request.SET_VRING_CALL, VringFd(0, False))
