@@ -29,14 +29,9 @@ from tests.harness.front_end import BUFFERS, DRIVER_OK, MEMORY_SIZE, USER, Front
 from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import wait_for
 from tests.harness.virtqueue import Buffer
+from tests.harness.wire import Wire, frame, number_of
 
 RX, TX = 0, 1
-#: Broadcast, from a locally administered address, of an EtherType for experiments (RFC 7042).
-FRAME_HEADER = bytes.fromhex("ffffffffffff 02000000aa01 88b5".replace(" ", ""))
-
-
-def frame(number: int) -> bytes:
-    return FRAME_HEADER + number.to_bytes(4, "big") + bytes(60)
 
 
 @pytest.fixture(scope="module")
@@ -58,29 +53,9 @@ def front_end(port: PortProcess) -> Iterator[SocketFrontEnd]:
         yield peer
 
 
-class Wire:
-    """Frames on the TAP of a VF, seen from the host's side."""
-
-    def __init__(self, nic: EmulatedNic, vf: int = 0) -> None:
-        self.socket = nic.namespace.packet_socket(f"vf{vf}")
-
-    def send(self, number: int) -> None:
-        self.socket.send(frame(number))
-
-    def expect(self, number: int) -> None:
-        """Wait for that frame from the guest; others (IPv6's own, say) pass by."""
-        while True:
-            data, address = self.socket.recvfrom(2048)
-            if data == frame(number) and address[2] != socket.PACKET_OUTGOING:
-                return
-
-    def close(self) -> None:
-        self.socket.close()
-
-
 @pytest.fixture
 def wire(nic: EmulatedNic) -> Iterator[Wire]:
-    with closing(Wire(nic)) as made:
+    with closing(Wire(nic.namespace, "vf0")) as made:
         yield made
 
 
@@ -99,14 +74,15 @@ def offer_buffers(peer: FrontEnd, count: int = 4) -> None:
     peer.queues[RX].kick()
 
 
-def received(peer: FrontEnd) -> bytes:
-    """The next frame of ours that the guest receives, without its virtio header."""
+def received(peer: FrontEnd) -> int:
+    """The number of the next frame of ours that the guest receives."""
     while True:
         ((head, length),) = peer.queues[RX].wait_used(1)
         descriptor = peer.memory.read(peer.queues[RX].descriptors + 16 * head, 8)
         data = peer.memory.read(int.from_bytes(descriptor, "little"), length)[NET_HEADER_SIZE:]
-        if data.startswith(FRAME_HEADER):  # and none of the TAP's own IPv6
-            return data
+        number = number_of(data)
+        if number is not None:
+            return number
 
 
 def both_ways(peer: FrontEnd, wire: Wire, number: int) -> None:
@@ -115,7 +91,7 @@ def both_ways(peer: FrontEnd, wire: Wire, number: int) -> None:
     wire.expect(number)
     peer.queues[TX].wait_used()
     wire.send(number + 1)
-    assert received(peer) == frame(number + 1)
+    assert received(peer) == number + 1
 
 
 PROTOCOLS = {
@@ -175,7 +151,7 @@ def test_a_disabled_transmit_ring_waits(front_end: SocketFrontEnd, wire: Wire) -
     transmit(front_end, 310)
     offer_buffers(front_end)
     wire.send(311)
-    assert received(front_end) == frame(311)
+    assert received(front_end) == 311
     assert front_end.queues[TX].used_index == 0
     front_end.tell(Request.SET_VRING_ENABLE, VringState(TX, 1))
     wire.expect(310)
@@ -470,7 +446,7 @@ def test_a_fault_ends_one_connection_and_nothing_else(
     with (
         PortProcess(tmp_path, nic.device(1), name="neighbour") as neighbour,
         closing(SocketFrontEnd.dial(neighbour.socket)) as undisturbed,
-        closing(Wire(nic, 1)) as other_wire,
+        closing(Wire(nic.namespace, "vf1")) as other_wire,
     ):
         undisturbed.connect()
         undisturbed.start()
