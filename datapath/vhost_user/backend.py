@@ -334,6 +334,8 @@ class Backend:
                 self.device.set_call(ring.index, fd)
         finally:
             ring.replace_fd("call", fd)
+        if ring.running:
+            ring.signal_call()
 
     def _set_vring_err(self, message: Message) -> None:
         ring = self._ring(message.payload.index)

@@ -108,9 +108,13 @@ class Vring:
         return _index(memory, self.placed.avail), _index(memory, self.placed.used)
 
     def begin(self, placed: Ring) -> None:
-        """The VF runs the ring now. The guest is interrupted once: entries may have been used, before
-        the ring was stopped or its VF was lost, of which nobody lived to tell it."""
+        """The VF runs the ring now."""
         self.placed = placed
+        self.signal_call()
+
+    def signal_call(self) -> None:
+        """Interrupt the guest once: entries may have been used, while the ring had no eventfd or by a VF
+        that was lost, of which nobody could tell it."""
         _signal(self.call)
 
     def signal_error(self) -> None:
