@@ -1,30 +1,25 @@
 """`virt-vdpa-nic`: a NIC in software whose VFs are IFCVF functions behind vfio-user sockets.
 
-Composes TAP, engine, register model and server into VFs, and a control socket that tells about them and
-stops them. One process serves several VFs in one loop; their packets move in a thread for each.
+Owns the command line, the loop, and a control socket that tells about the VFs and pulls their cables. One
+process serves several VFs; their packets move in a thread for each.
 """
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
-import os
 import re
 import selectors
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from datapath.control import Arguments, CommandError, ControlServer
-from datapath.emulation.engine import NOT_RUNG, QUEUES, Engine
-from datapath.emulation.ifcvf import BARS, PAGE, Ifcvf
-from datapath.emulation.server import DOORBELLS, Session, VfServer
-from datapath.emulation.tap import TapError, open_tap
+from datapath.emulation.tap import TapError
+from datapath.emulation.vf import Vf, VfSpec
 from datapath.loop import dispatch, ended_by_signals
 
 PROGRAM = "virt-vdpa-nic"
-DRIVER = "ifcvf"
-MTU = 1500
 MAX_VFS = 64
 
 
@@ -33,104 +28,14 @@ def log(text: str) -> None:
     print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
 
 
-def doorbell_pages() -> int:
-    """A memfd that backs the BAR of the doorbells, nothing rung; it cannot shrink under the engine."""
-    fd = os.memfd_create("ifcvf-doorbells", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, BARS[DOORBELLS])
-    for index in range(QUEUES):
-        os.pwrite(fd, NOT_RUNG.to_bytes(2, "little"), index * PAGE)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    return fd
-
-
-class Vf:
-    """One VF: everything from its TAP to its socket."""
-
-    def __init__(
-        self,
-        index: int,
-        options: argparse.Namespace,
-        selector: selectors.BaseSelector,
-    ) -> None:
-        """Make it and serve it.
-
-        :raise TapError: when its TAP cannot be had.
-        :raise OSError: when its socket cannot be had.
-        """
-        self.index = index
-        self.mac: bytes = options.mac[index]
-        self.tap: str = options.tap[index]
-        with contextlib.ExitStack() as undo:
-            tap_fd = open_tap(self.tap, MTU, options.bridge)
-            undo.callback(os.close, tap_fd)
-            doorbell_fd = None
-            if options.doorbell == "mapped":
-                doorbell_fd = doorbell_pages()
-                undo.callback(os.close, doorbell_fd)
-            self.engine = Engine(tap_fd, doorbell_fd, options.prefetch)
-            undo.callback(self.engine.close)
-            self.device = Ifcvf(self.engine, self.mac, MTU)
-            selector.register(self.engine.fault_fd, selectors.EVENT_READ, self._fault)
-            undo.callback(selector.unregister, self.engine.fault_fd)
-            self.server = VfServer(
-                selector,
-                options.folder / f"vf{index}.sock",
-                lambda: Session(self.device, self.engine, doorbell_fd),
-                self._log,
-            )
-            undo.callback(self.server.close)
-            self._resources = undo.pop_all()
-
-    def close(self) -> None:
-        """Disconnect the client and give everything back."""
-        self._resources.close()
-
-    def describe(self) -> dict[str, object]:
-        """What query-devices tells about it."""
-        receive, transmit = (self.engine.count(index) for index in range(QUEUES))
-        return {
-            "index": self.index,
-            "socket": str(self.server.path),
-            "mac": self.mac.hex(":"),
-            "tap": self.tap,
-            "driver": DRIVER,
-            "queue_pairs": QUEUES // 2,
-            "state": self._state(),
-            "failure": self.device.net.failure,
-            "rx_packets": receive.packets,
-            "rx_bytes": receive.bytes,
-            "rx_dropped": receive.dropped,
-            "tx_packets": transmit.packets,
-            "tx_bytes": transmit.bytes,
-            "tx_dropped": transmit.dropped,
-            "kicks": receive.kicks + transmit.kicks,
-            "interrupts": receive.interrupts + transmit.interrupts,
-        }
-
-    def _state(self) -> str:
-        if self.device.net.failure is not None:
-            return "broken"
-        if not self.device.net.link_up:
-            return "stopped"
-        if self.device.net.running:
-            return "running"
-        return "attached" if self.server.attached else "idle"
-
-    def _log(self, text: str) -> None:
-        log(f"vf{self.index}: {text}")
-
-    def _fault(self, _mask: int) -> None:
-        os.eventfd_read(self.engine.fault_fd)
-        reason = self.engine.fault()
-        if reason is not None:
-            self._log(f"stopped, needs a reset: {reason}")
-            self.device.net.fail(reason)
+def _log_vf(index: int, text: str) -> None:
+    log(f"vf{index}: {text}")
 
 
 class Nic:
     """All VFs and the control socket."""
 
-    def __init__(self, options: argparse.Namespace, selector: selectors.BaseSelector) -> None:
+    def __init__(self, specs: Sequence[VfSpec], control: Path, selector: selectors.BaseSelector) -> None:
         """Make all of it, the control socket last: when that answers, every VF does.
 
         :raise TapError: when a TAP cannot be had.
@@ -140,8 +45,8 @@ class Nic:
         self._quit = False
         with contextlib.ExitStack() as undo:
             self._vfs = []
-            for index in range(options.vfs):
-                self._vfs.append(Vf(index, options, selector))
+            for index, spec in enumerate(specs):
+                self._vfs.append(Vf(spec, selector, partial(_log_vf, index)))
                 undo.callback(self._vfs[-1].close)
             commands = {
                 "query-devices": self._query_devices,
@@ -149,7 +54,7 @@ class Nic:
                 "vf-start": lambda arguments: self._set_link(arguments, True),
                 "quit": self.quit,
             }
-            undo.callback(ControlServer(selector, options.control, commands).close)
+            undo.callback(ControlServer(selector, control, commands).close)
             self._resources = undo.pop_all()
 
     def run(self) -> None:
@@ -167,13 +72,13 @@ class Nic:
         return {}
 
     def _query_devices(self, _arguments: Arguments) -> object:
-        return {"vfs": [vf.describe() for vf in self._vfs]}
+        return {"vfs": [{"index": index, **vf.describe()} for index, vf in enumerate(self._vfs)]}
 
     def _set_link(self, arguments: Arguments, up: bool) -> object:
         number = arguments.get("vf")
         if type(number) is not int or not 0 <= number < len(self._vfs):
             raise CommandError(f"vf: {number!r} is not a VF number from 0 to {len(self._vfs) - 1}")
-        self._vfs[number].device.net.set_link(up)
+        self._vfs[number].set_link(up)
         return {}
 
 
@@ -243,6 +148,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _spec(options: argparse.Namespace, index: int) -> VfSpec:
+    """What the command line says of one VF."""
+    return VfSpec(
+        socket=options.folder / f"vf{index}.sock",
+        mac=options.mac[index],
+        tap=options.tap[index],
+        bridge=options.bridge,
+        mapped_doorbells=options.doorbell == "mapped",
+        prefetch=options.prefetch,
+    )
+
+
 def _derived_mac(folder: Path, index: int) -> bytes:
     """A locally administered address that is the same whenever the NIC of this folder starts."""
     digest = hashlib.sha256(str(folder.absolute()).encode()).digest()
@@ -255,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with contextlib.ExitStack() as stack:
             selector = stack.enter_context(selectors.DefaultSelector())
-            nic = Nic(options, selector)
+            specs = [_spec(options, index) for index in range(options.vfs)]
+            nic = Nic(specs, options.control, selector)
             stack.callback(nic.close)
             stack.enter_context(ended_by_signals(selector, nic.quit))
             log(f"{options.vfs} VFs in {options.folder}, TAPs {', '.join(options.tap)}")

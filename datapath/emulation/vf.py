@@ -1,0 +1,124 @@
+"""One emulated VF, put together: TAP, packet engine, register model, vfio-user socket."""
+
+import contextlib
+import fcntl
+import os
+import selectors
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datapath.emulation.engine import NOT_RUNG, QUEUES, Engine
+from datapath.emulation.ifcvf import BARS, PAGE, Ifcvf
+from datapath.emulation.server import DOORBELLS, Session, VfServer
+from datapath.emulation.tap import open_tap
+
+DRIVER = "ifcvf"
+#: Largest packet without its Ethernet header, in bytes; of the TAP as well.
+MTU = 1500
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class VfSpec:
+    """What a VF is to be."""
+
+    socket: Path
+    mac: bytes
+    tap: str
+    #: Bridge to put the TAP into.
+    bridge: str | None = None
+    #: Whether doorbells are memory to be mapped, or eventfds.
+    mapped_doorbells: bool = False
+    #: Receive descriptors to fetch ahead of use, as hardware may.
+    prefetch: int = 0
+
+
+def doorbell_pages() -> int:
+    """A memfd that backs the BAR of the doorbells, nothing rung; it cannot shrink under the engine."""
+    fd = os.memfd_create("ifcvf-doorbells", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, BARS[DOORBELLS])
+    for index in range(QUEUES):
+        os.pwrite(fd, NOT_RUNG.to_bytes(2, "little"), index * PAGE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+class Vf:
+    """One VF: everything from its TAP to its socket."""
+
+    def __init__(self, spec: VfSpec, selector: selectors.BaseSelector, log: Log) -> None:
+        """Make it and serve it.
+
+        :raise TapError: when its TAP cannot be had.
+        :raise OSError: when its socket cannot be had.
+        """
+        self._spec = spec
+        self._log = log
+        with contextlib.ExitStack() as undo:
+            tap_fd = open_tap(spec.tap, MTU, spec.bridge)
+            undo.callback(os.close, tap_fd)
+            doorbell_fd = None
+            if spec.mapped_doorbells:
+                doorbell_fd = doorbell_pages()
+                undo.callback(os.close, doorbell_fd)
+            self._engine = Engine(tap_fd, doorbell_fd, spec.prefetch)
+            undo.callback(self._engine.close)
+            self._device = Ifcvf(self._engine, spec.mac, MTU)
+            selector.register(self._engine.fault_fd, selectors.EVENT_READ, self._fault)
+            undo.callback(selector.unregister, self._engine.fault_fd)
+            self._server = VfServer(
+                selector,
+                spec.socket,
+                lambda: Session(self._device, self._engine, doorbell_fd),
+                log,
+            )
+            undo.callback(self._server.close)
+            self._resources = undo.pop_all()
+
+    def close(self) -> None:
+        """Disconnect the client and give everything back."""
+        self._resources.close()
+
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in or out."""
+        self._device.net.set_link(up)
+
+    def describe(self) -> dict[str, object]:
+        """What query-devices tells about it."""
+        receive, transmit = (self._engine.count(index) for index in range(QUEUES))
+        return {
+            "socket": str(self._spec.socket),
+            "mac": self._spec.mac.hex(":"),
+            "tap": self._spec.tap,
+            "driver": DRIVER,
+            "queue_pairs": QUEUES // 2,
+            "state": self._state(),
+            "failure": self._device.net.failure,
+            "rx_packets": receive.packets,
+            "rx_bytes": receive.bytes,
+            "rx_dropped": receive.dropped,
+            "tx_packets": transmit.packets,
+            "tx_bytes": transmit.bytes,
+            "tx_dropped": transmit.dropped,
+            "kicks": receive.kicks + transmit.kicks,
+            "interrupts": receive.interrupts + transmit.interrupts,
+        }
+
+    def _state(self) -> str:
+        if self._device.net.failure is not None:
+            return "broken"
+        if not self._device.net.link_up:
+            return "stopped"
+        if self._device.net.running:
+            return "running"
+        return "attached" if self._server.attached else "idle"
+
+    def _fault(self, _mask: int) -> None:
+        with contextlib.suppress(BlockingIOError):  # a reset, handled a moment ago, has taken it
+            os.eventfd_read(self._engine.fault_fd)
+        reason = self._engine.fault()
+        if reason is not None:
+            self._log(f"stopped, needs a reset: {reason}")
+            self._device.net.fail(reason)
