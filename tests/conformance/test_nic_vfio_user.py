@@ -269,6 +269,23 @@ def test_memory_that_shrinks_breaks_one_vf_alone(shared: EmulatedNic) -> None:
         wire.close()
 
 
+def test_a_reset_may_meet_a_fault(shared: EmulatedNic) -> None:
+    """Whichever comes first at the NIC, the other must not confuse it."""
+    with driven(shared, 0) as driver:
+        driver.client.command(GET_REGION_IO_FDS, struct.pack("=IIII", 96, 0, NOTIFY_BAR, 0))
+        kicks = driver.client.fds
+        for _ in range(300):
+            driver.tx.publish(0x7FFF)
+            os.eventfd_write(kicks[TX], 1)
+            driver.set_status(0)
+            assert driver.status == 0
+            driver.client.dma_unmap(0, MEMORY_SIZE)
+            driver.clear_rings()
+            driver.start()
+        for fd in kicks:
+            os.close(fd)
+
+
 def test_what_qemu_asks_for_first(client: RawClient) -> None:
     assert client.command(GET_INFO, struct.pack("=IIII", 16, 0, 0, 0)) == struct.pack("=IIII", 16, 3, 9, 5)
     sizes = [client.region_info(index)[4] for index in range(9)]

@@ -172,6 +172,13 @@ class RawDriver:
     def set_status(self, value: int) -> None:
         self.client.write(COMMON_BAR, 0x14, 1, value)
 
+    def clear_rings(self) -> None:
+        """Empty rings, both indices at 0."""
+        for queue in (self.rx, self.tx):
+            queue.avail_index = queue.seen = 0
+            self.memory.write(queue.avail, bytes(4))
+            self.memory.write(queue.used, bytes(4))
+
     def kick(self, index: int) -> None:
         """Notify by message."""
         self.client.write(NOTIFY_BAR, 4096 * index, 2, index)
