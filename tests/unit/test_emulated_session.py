@@ -1,0 +1,94 @@
+"""What a vfio-user client may say to an emulated VF: anything is answered, refused, or ends the session."""
+
+import errno
+import os
+import struct
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datapath.emulation.engine import Engine
+from datapath.emulation.ifcvf import Ifcvf
+from datapath.emulation.server import Session
+from datapath.vdpa import RingState
+from datapath.vfio_user import Command, Message, ProtocolError, Version
+
+
+class NoEngine:
+    """An engine without thread and memory."""
+
+    kick_fds = (-1, -1)
+
+    def __init__(self) -> None:
+        self.maps: dict[int, int] = {}
+
+    def map(self, iova: int, size: int, fd: int | None, offset: int, writable: bool) -> None:
+        if iova in self.maps:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        self.maps[iova] = size
+
+    def unmap(self, iova: int, size: int) -> None:
+        if self.maps.pop(iova, None) != size:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def unmap_all(self) -> None:
+        self.maps.clear()
+
+    def start_queue(self, index: int, setup: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def stop_queue(self, index: int) -> RingState:
+        return RingState(0, 0)
+
+    def set_call(self, index: int, fd: int | None) -> None:
+        assert fd is None
+
+    def run(self, on: bool) -> None: ...
+    def set_log(self, on: bool, base: int, end: int) -> None: ...
+    def reset(self) -> None: ...
+
+
+def session(negotiated: bool = True) -> Session:
+    engine = cast(Engine, NoEngine())
+    new = Session(Ifcvf(engine, b"\2\0\0\0\0\1", 1500), engine, None)
+    if negotiated:
+        new.handle(Message(0, Command.VERSION, payload=Version().pack()))
+    return new
+
+
+#: Numbers that tend to be edges.
+NUMBER = st.sampled_from(
+    [0, 1, 2, 3, 4, 7, 9, 16, 20, 24, 32, 255, 256, 0x1000, 0x3000, 0x4000, 1 << 31, (1 << 32) - 1]
+)
+WORDS = st.lists(NUMBER, max_size=10).map(lambda words: struct.pack(f"={len(words)}I", *words))
+PAYLOAD = st.one_of(
+    st.binary(max_size=64), st.builds(lambda words, tail: words + tail, WORDS, st.binary(max_size=8))
+)
+COMMANDS = st.one_of(st.sampled_from(sorted(Command)), st.integers(0, 0xFFFF))
+
+
+@given(st.lists(st.tuples(COMMANDS, PAYLOAD), max_size=20))
+def test_any_conversation_is_survived(conversation: list[tuple[int, bytes]]) -> None:
+    """Nothing but an answer to the very command comes out."""
+    talk = session()
+    for number, (command, payload) in enumerate(conversation):
+        answer = talk.handle(Message(number, command, payload=payload))
+        assert (answer.id, answer.command, answer.is_reply) == (number, command, True)
+        assert answer.is_error == bool(answer.errno)
+    talk.close()
+
+
+@given(COMMANDS, PAYLOAD)
+def test_nothing_comes_before_version(command: int, payload: bytes) -> None:
+    talk = session(negotiated=False)
+    if command == Command.VERSION:
+        return
+    with pytest.raises(ProtocolError):
+        talk.handle(Message(1, command, payload=payload))
+
+
+def test_a_reply_out_of_the_blue_ends_the_session() -> None:
+    with pytest.raises(ProtocolError):
+        session().handle(Message(1, Command.DMA_MAP).reply())
