@@ -221,7 +221,7 @@ static bool transmit_one(struct engine *engine, struct queue *queue)
         return false;
     }
     from = skip(chain, NET_HEADER_SIZE);
-    if (from < chain->segments && !engine->uplink_lost) {
+    if (from < chain->segments && chain->bytes <= MAX_PACKET && !engine->uplink_lost) {
         do {
             sent = writev(engine->packet_fd, chain->segment + from, chain->segments - from);
         } while (sent < 0 && errno == EINTR);
@@ -234,7 +234,7 @@ static bool transmit_one(struct engine *engine, struct queue *queue)
             return false;
         }
     }
-    if (sent < 0) {             /* not a packet, or no link: the driver need not know */
+    if (sent < 0) {             /* not a packet, or no uplink: the driver need not know */
         queue->count.dropped++;
     } else {
         queue->count.packets++;

@@ -18,7 +18,7 @@
 /* cffi: begin */
 /* cffi: end */
 
-/* Largest packet that the uplink may hand over. */
+/* Largest packet, more than an uplink takes or gives. */
 #define MAX_PACKET 65536
 
 struct queue {

@@ -291,10 +291,12 @@ def test_a_lost_uplink_loses_packets_only() -> None:
         assert b.engine.fault() is None
 
 
-def test_an_empty_packet_is_dropped() -> None:
+@pytest.mark.parametrize("size", [0, 1 << 17])
+def test_what_is_no_packet_is_dropped(size: int) -> None:
     with bench() as b:
         b.run()
-        b.send(b"")
+        b.tx.add(Buffer(TX_DATA, HEADER + size))
+        b.kick(TX)
         assert b.tx.wait_used() == [(0, 0)]
         assert b.engine.count(TX).dropped == 1
 
