@@ -185,20 +185,28 @@ static void handle_event(struct engine *engine, const struct epoll_event *event)
 static void collect_events(struct engine *engine, bool sleep)
 {
     struct epoll_event events[ENGINE_QUEUES + 2];
-    bool nap = engine->doorbells != NULL && (engine_is_live(engine, ENGINE_RX) || engine_is_live(engine, ENGINE_TX));
-    int timeout = sleep ? (nap ? NAP_MS : -1) : 0;
+    bool live = engine_is_live(engine, ENGINE_RX) || engine_is_live(engine, ENGINE_TX);
+    int longest = live && engine->doorbells != NULL ? NAP_MS : -1;
     int count;
 
     watch_uplink(engine);
     if (sleep) {
         pthread_mutex_unlock(&engine->mutex);
     }
-    count = epoll_wait(engine->epoll_fd, events, ENGINE_QUEUES + 2, timeout);
+    count = epoll_wait(engine->epoll_fd, events, ENGINE_QUEUES + 2, sleep ? longest : 0);
     if (sleep) {
         pthread_mutex_lock(&engine->mutex);
     }
     for (int i = 0; i < count; i++) {
         handle_event(engine, &events[i]);
+    }
+}
+
+/* From now on only events bring work. One that came while nothing may move counts when it may again. */
+static void forget_awake(struct engine *engine)
+{
+    for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
+        engine->queue[i].awake &= engine->queue[i].programmed && !engine->running;
     }
 }
 
@@ -225,10 +233,7 @@ static void *engine_main(void *argument)
             engine->may_sleep = false;
         }
         if (engine->may_sleep) {
-            for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
-                /* A notification that came while nothing may move counts when it may again. */
-                engine->queue[i].awake &= engine->queue[i].programmed && !engine->running;
-            }
+            forget_awake(engine);
         }
         collect_events(engine, engine->may_sleep);
         let_callers_in(engine);

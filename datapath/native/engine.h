@@ -51,7 +51,10 @@ int engine_map(struct engine *engine, uint64_t iova, uint64_t size, int fd, uint
 int engine_unmap(struct engine *engine, uint64_t iova, uint64_t size);
 void engine_unmap_all(struct engine *engine);
 
-/* Program a queue. It is looked at when it is notified. -EBUSY: it is programmed. -EINVAL: see ring_start(). */
+/*
+ * Program a queue. It is looked at when it is notified, or a packet comes for it. -EBUSY: it is programmed.
+ * -EINVAL: see ring_start().
+ */
 int engine_start_queue(struct engine *engine, unsigned int queue, const struct ring_setup *setup);
 
 /* Take a queue out; harmless if there is none. The state is that of the last programming. */
@@ -60,7 +63,10 @@ struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue);
 /* Interrupt by this eventfd from now on, -1 for none. It must be non-blocking and stays the caller's. */
 void engine_set_call(struct engine *engine, unsigned int queue, int call_fd);
 
-/* Whether programmed queues move packets. While they do not, notifications wait and packets that come are lost. */
+/*
+ * Whether programmed queues move packets. While they do not, notifications wait, and packets that come are
+ * lost.
+ */
 void engine_run(struct engine *engine, bool on);
 
 /* Set bits for pages that packets are written to; the rings themselves are not logged. */

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -515,6 +516,27 @@ def test_a_client_that_does_not_read_is_waited_for(client: RawClient) -> None:
     left = sent * (32 + 0x4000)
     while left:
         left -= len(client.socket.recv(1 << 20))
+
+
+def test_a_client_without_end_does_not_hold_up_the_others(shared: EmulatedNic) -> None:
+    write = struct.pack("=QII", 4, CONFIG, 2) + bytes(2)
+    flood = HEADER.pack(1, REGION_WRITE, HEADER.size + len(write), NO_REPLY, 0) + write
+    done = threading.Event()
+    with connected(shared) as client:
+
+        def send() -> None:
+            while not done.is_set():
+                client.socket.sendall(flood * 2000)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            with driven(shared, 1) as driver:
+                assert driver.status == 15
+        finally:
+            done.set()
+            thread.join()
+    wait_idle(shared, 0)
 
 
 GARBAGE = {
