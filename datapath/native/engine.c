@@ -175,7 +175,6 @@ static void handle_event(struct engine *engine, const struct epoll_event *event)
             engine_lose_uplink(engine);
         }
     } else {
-        drain_fd(engine->queue[token].kick_fd);
         engine->queue[token].count.kicks++;
         engine->queue[token].awake = true;
     }
@@ -266,9 +265,9 @@ static void leave_and_wake(struct engine *engine)
     leave(engine);
 }
 
-static int watch(struct engine *engine, int fd, uint32_t token)
+static int watch(struct engine *engine, int fd, uint32_t events, uint32_t token)
 {
-    struct epoll_event event = { .events = EPOLLIN, .data.u32 = token };
+    struct epoll_event event = { .events = events, .data.u32 = token };
 
     return epoll_ctl(engine->epoll_fd, EPOLL_CTL_ADD, fd, &event);
 }
@@ -279,12 +278,17 @@ static int open_descriptors(struct engine *engine)
     engine->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     engine->fault_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (engine->epoll_fd < 0 || engine->wake_fd < 0 || engine->fault_fd < 0 ||
-        watch(engine, engine->wake_fd, TOKEN_WAKE) < 0) {
+        watch(engine, engine->wake_fd, EPOLLIN, TOKEN_WAKE) < 0) {
         return -errno;
     }
     for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
-        engine->queue[i].kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-        if (engine->queue[i].kick_fd < 0 || watch(engine, engine->queue[i].kick_fd, i) < 0) {
+        int kick_fd = engine->queue[i].kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+
+        /*
+         * Clients share this one and could make it block whoever reads it. With EPOLLET each write is an
+         * event, and nobody has to read.
+         */
+        if (kick_fd < 0 || watch(engine, kick_fd, EPOLLIN | EPOLLET, i) < 0) {
             return -errno;
         }
     }
@@ -494,7 +498,6 @@ void engine_reset(struct engine *engine)
     enter(engine);
     for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
         take_out(engine, i);
-        drain_fd(engine->queue[i].kick_fd);
         if (engine->queue[i].doorbell != NULL) {
             __atomic_store_n(engine->queue[i].doorbell, ENGINE_NOT_RUNG, __ATOMIC_RELAXED);
         }

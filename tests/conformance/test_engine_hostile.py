@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -321,6 +322,27 @@ def assert_recovers_after_noise(b: Bench) -> None:
         while True:
             b.wire.recv(65536)
     assert_recovers(b)
+
+
+def test_a_client_cannot_make_a_notification_block() -> None:
+    """It shares the eventfd, with it the flag that reads do not block, and may read it itself."""
+
+    def tease() -> None:
+        for _ in range(2000):
+            os.eventfd_write(b.engine.kick_fds[TX], 1)
+            os.eventfd_read(b.engine.kick_fds[TX])
+
+    with bench() as b:
+        b.run()
+        os.set_blocking(b.engine.kick_fds[TX], True)
+        # In threads, as what would block would do so for ever.
+        for act in (tease, lambda: b.engine.count(TX)):
+            thread = threading.Thread(target=act, daemon=True)
+            thread.start()
+            thread.join(DEADLINE)
+            assert not thread.is_alive()
+        b.send(b"x")
+        assert b.receive_from_wire() == b"x"
 
 
 UNGUARDED = """
