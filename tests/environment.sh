@@ -25,6 +25,10 @@ install_packages() {
         [ "$state" = installed ] || missing="$missing $package"
     done
     [ -n "$missing" ] || return 0
+    if [ "$(id -u)" != 0 ]; then
+        progress "these Debian packages are missing, and only root can install them:$missing"
+        exit 1
+    fi
     progress "installing Debian packages:$missing"
     apt-get --quiet --quiet update
     # shellcheck disable=SC2086 # a list of words
@@ -70,6 +74,8 @@ prepare() {
         [ "$purpose" != check ] || extras='[dev]' flags=-Werror
     done
     [ -x "$venv/bin/python" ] || /usr/bin/python3 -m venv "$venv"
+    # A development environment stays one.
+    [ ! -e "$venv/stamp-project[dev]" ] || extras='[dev]'
     once "project$extras" setup.cfg setup.py pyproject.toml -- install_project ".$extras"
     # shellcheck disable=SC2086
     once "native$flags" datapath/native/build.py datapath/native/*.c datapath/native/*.h -- build_native $flags

@@ -6,7 +6,16 @@ import pytest
 
 from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import guest_image
+from tests.harness.leftovers import Machine
 from tests.harness.vdpa_host import GUEST_ADDRESS, VdpaHost
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine_as_it_was() -> Iterator[None]:
+    """Whatever the tests did, nothing is left of it on this machine."""
+    before = Machine.look()
+    yield
+    assert not before.leftovers()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +117,26 @@ def test_nic_is_killed(host: VdpaHost, guest: DomainXml) -> None:
     host.set_address()
     host.wait_for_ping(seconds=BACK)
     assert host.state(guest.name) == "running"
+
+
+@pytest.mark.full
+def test_port_hangs(host: VdpaHost, guest: DomainXml) -> None:
+    # A port that does not answer would block QEMU at its next message: the daemon kills it.
+    before = host.port(guest)
+    host.kill(before["pid"], signal.SIGSTOP)
+    wait_for("another port process", lambda: host.port(guest)["pid"] not in (None, before["pid"]), 30)
+    host.wait_for_ping(seconds=BACK)
+
+
+@pytest.mark.full
+def test_ports_come_and_go_without_a_trace(host: VdpaHost, guest: DomainXml) -> None:
+    def held() -> int:
+        return len(list(Path(f"/proc/{host.daemon.pid}/fd").iterdir()))
+
+    host.kill(host.port(guest)["pid"])
+    host.wait_for_ping(seconds=BACK)
+    before = held()
+    for _ in range(10):
+        host.kill(host.port(guest)["pid"])
+        host.wait_for_ping(seconds=BACK)
+    assert held() <= before

@@ -1,10 +1,12 @@
 """A domain that cannot have its VF is not started, and `virsh start` says why."""
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.harness.domain_xml import DomainXml
+from tests.harness.processes import wait_for
 from tests.harness.vdpa_host import VdpaHost
 
 pytestmark = pytest.mark.libvirt
@@ -102,4 +104,20 @@ def test_daemon_does_not_run(host: VdpaHost, domain: DomainXml) -> None:
     assert done.returncode != 0
     assert "virtvdpad is not running" in done.stderr
     # Nothing of the attempt is in the way of the next.
+    host.virsh("start", domain.name)
+
+
+@pytest.mark.full
+def test_daemon_does_not_answer(host: VdpaHost, domain: DomainXml) -> None:
+    host.define(domain)
+    host.daemon.signal(signal.SIGSTOP)
+    # Each of the hooks prepare, stopped and release waits its 10 s.
+    try:
+        done = host.virsh("start", domain.name, check=False)
+    finally:
+        host.daemon.signal(signal.SIGCONT)
+    assert done.returncode != 0
+    assert "virtvdpad did not answer within" in done.stderr
+    # What it did when it woke up, for a hook that had gone, it has undone.
+    wait_for("the VF to be free", lambda: not host.lent(), 10)
     host.virsh("start", domain.name)

@@ -67,6 +67,13 @@ class HostProcess(Process):
                 return int(children[0])
         return nsenter
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal. When it is stopped nsenter stops itself, and continues it when continued."""
+        if number is signal.SIGCONT:
+            self.popen.send_signal(number)
+        else:
+            super().signal(number)
+
 
 class Host:
     """One private host; as a context manager it is started and ended."""
@@ -159,6 +166,11 @@ class Host:
             and (not names or process.name in names)
         ]
 
+    def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to a process by the pid that it has in the host."""
+        (process,) = [process for process in self.running() if process.inner_pid == pid]
+        os.kill(process.pid, number)
+
     def save_logs(self, folder: Path) -> Path:
         """Copy the host's logs to a folder that outlives it, instead of what is there."""
         shutil.rmtree(folder, ignore_errors=True)
@@ -175,6 +187,8 @@ class Host:
         if self._holder is not None:
             self._holder.stop()
         for service in self._services:
+            # What it had entered the host for has ended; itself, it may be stopped.
+            service.popen.kill()
             service.popen.wait()
         with suppress(FileNotFoundError):
             shutil.rmtree(self.folder)

@@ -8,7 +8,6 @@ Owns that, and the ways to look at it and to disturb it.
 
 import json
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +111,6 @@ class VdpaHost(LibvirtHost):
     def lent(self) -> list[str]:
         """Device strings of the VFs that are not free."""
         return [vf["device"] for vf in self.virt_vdpa("devices")["devices"] if vf["state"] != "free"]
-
-    def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-        """Send a signal to a process by the pid that it has in the host."""
-        self.run(["kill", f"-{number.value}", str(pid)])
 
     def console(self, domain: DomainXml, *, seconds: float = 60.0) -> Console:
         """The guest's console, once its shell answers."""
