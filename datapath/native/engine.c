@@ -13,12 +13,16 @@
 #include <unistd.h>
 
 #include "guard.h"
+#include "interrupt.h"
 #include "packets.h"
 
 /* How long the thread looks for more work before it sleeps. */
 #define POLL_NS 50000
 /* How long it sleeps at most when doorbells have to be polled. */
 #define NAP_MS 1
+
+/* How long a caller waits for the thread before it suspects that it is stuck. */
+#define PATIENCE_MS 1000
 
 /* Tokens of epoll; a queue's own number stands for its kick eventfd. */
 enum { TOKEN_PACKET = ENGINE_QUEUES, TOKEN_WAKE };
@@ -243,11 +247,30 @@ static void *engine_main(void *argument)
 
 /* --- calls from other threads --- */
 
-/* The thread gives way to whoever waits, even under load, when a mutex alone would starve them. */
+static bool lock_within(struct engine *engine, long milliseconds)
+{
+    struct timespec deadline;
+
+    clock_gettime(CLOCK_REALTIME, &deadline);
+    deadline.tv_nsec += milliseconds * 1000000;
+    deadline.tv_sec += deadline.tv_nsec / 1000000000;
+    deadline.tv_nsec %= 1000000000;
+    return pthread_mutex_timedlock(&engine->mutex, &deadline) == 0;
+}
+
+/*
+ * The thread gives way to whoever waits, even under load, when a mutex alone would starve them. The only
+ * place where it may be stuck is an interrupt.
+ */
 static void enter(struct engine *engine)
 {
+    long patience = PATIENCE_MS;
+
     engine->callers++;
-    pthread_mutex_lock(&engine->mutex);
+    while (!lock_within(engine, patience)) {
+        interrupt_get_out(engine->thread);
+        patience = 1;
+    }
 }
 
 static void leave(struct engine *engine)
@@ -312,16 +335,16 @@ static int map_doorbells(struct engine *engine, int doorbell_fd)
     return 0;
 }
 
-/* Signals are for the program's own threads; those that an instruction raises cannot be put off. */
+/* Signals are for the program's own threads, but for the one of interrupts and what instructions raise. */
 static int start_thread(struct engine *engine)
 {
-    static const int raised_by_instructions[] = { SIGBUS, SIGSEGV, SIGILL, SIGFPE, SIGTRAP };
+    static const int not_blocked[] = { INTERRUPT_SIGNAL, SIGBUS, SIGSEGV, SIGILL, SIGFPE, SIGTRAP };
     sigset_t blocked, before;
     int result;
 
     sigfillset(&blocked);
-    for (size_t i = 0; i < sizeof(raised_by_instructions) / sizeof(*raised_by_instructions); i++) {
-        sigdelset(&blocked, raised_by_instructions[i]);
+    for (size_t i = 0; i < sizeof(not_blocked) / sizeof(*not_blocked); i++) {
+        sigdelset(&blocked, not_blocked[i]);
     }
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
     result = -pthread_create(&engine->thread, NULL, engine_main, engine);
@@ -364,6 +387,9 @@ int engine_open(int packet_fd, int doorbell_fd, struct engine **out)
         engine->queue[i].kick_fd = engine->queue[i].call_fd = -1;
     }
     result = guard_install();
+    if (result == 0) {
+        result = interrupt_install();
+    }
     if (result == 0) {
         result = open_descriptors(engine);
     }

@@ -8,6 +8,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "interrupt.h"
+
 /* Packets that one queue moves before the other, or a waiting caller, has its turn. */
 #define BATCH 64
 #define NET_HEADER_SIZE 12
@@ -24,11 +26,18 @@ struct net_header {
 };
 _Static_assert(sizeof(struct net_header) == NET_HEADER_SIZE, "virtio_net_hdr_v1");
 
-static void interrupt(struct queue *queue)
+/* Interrupt the driver for what was given back, if it wants that. */
+static void interrupt_for(struct engine *engine, unsigned int index)
 {
-    if (ring_wants_interrupt(&queue->ring) && queue->call_fd >= 0) {
-        queue->count.interrupts++;
-        signal_fd(queue->call_fd);
+    struct queue *queue = &engine->queue[index];
+
+    if (!ring_wants_interrupt(&queue->ring) || queue->call_fd < 0) {
+        return;
+    }
+    queue->count.interrupts++;
+    if (interrupt(queue->call_fd) < 0) {
+        queue->call_fd = -1;
+        engine_break(engine, index, "the eventfd of an interrupt blocks");
     }
 }
 
@@ -186,7 +195,7 @@ bool packets_receive(struct engine *engine)
         }
     }
     if (live && engine->fault == NULL && moved > 0) {
-        interrupt(queue);
+        interrupt_for(engine, ENGINE_RX);
     }
     return moved > 0;
 }
@@ -264,7 +273,7 @@ bool packets_transmit(struct engine *engine)
     if (ring->error != NULL) {
         engine_break(engine, ENGINE_TX, ring->error);
     } else if (moved > 0) {
-        interrupt(queue);
+        interrupt_for(engine, ENGINE_TX);
     }
     return moved > 0;
 }

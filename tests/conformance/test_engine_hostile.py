@@ -345,6 +345,24 @@ def test_a_client_cannot_make_a_notification_block() -> None:
         assert b.receive_from_wire() == b"x"
 
 
+def test_a_client_cannot_make_an_interrupt_block() -> None:
+    """Its eventfd, full and blocking, holds the engine only until somebody calls it."""
+    with bench() as b:
+        b.run()
+        os.set_blocking(b.tx.call_fd, True)
+        os.eventfd_write(b.tx.call_fd, (1 << 64) - 2)
+        b.send(b"x")
+        wait_for(lambda: b.tx.used_index == 1, "the buffer back")
+        caller = threading.Thread(target=lambda: b.engine.count(TX), daemon=True)
+        caller.start()
+        caller.join(DEADLINE)
+        assert not caller.is_alive()
+        assert "eventfd of an interrupt blocks" in b.fault()
+        assert b.receive_from_wire() == b"x"
+        os.eventfd_read(b.tx.call_fd)
+        assert_recovers(b)
+
+
 UNGUARDED = """
 import ctypes, mmap, os
 from datapath.native._native import ffi, lib

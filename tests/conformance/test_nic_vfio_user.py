@@ -539,6 +539,17 @@ def test_a_client_without_end_does_not_hold_up_the_others(shared: EmulatedNic) -
     wait_idle(shared, 0)
 
 
+def test_an_interrupt_that_blocks_does_not_hold_up_the_others(shared: EmulatedNic) -> None:
+    with driven(shared, 0) as driver:
+        os.set_blocking(driver.config_fd, True)
+        os.eventfd_write(driver.config_fd, (1 << 64) - 2)
+        ask(shared.control, "vf-stop", vf=0)
+        assert shared.query(0)["state"] == "stopped"
+        ask(shared.control, "vf-start", vf=0)
+        os.eventfd_read(driver.config_fd)
+        assert driver.status == 15
+
+
 GARBAGE = {
     "noise": bytes(range(256)),
     "size below a header": HEADER.pack(1, VERSION, 15, 0, 0),

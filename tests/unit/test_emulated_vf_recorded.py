@@ -15,13 +15,15 @@ from datapath.emulation.engine import QUEUES, Engine, QueueSetup
 from datapath.emulation.ifcvf import PAGE, VECTORS, Ifcvf
 from datapath.emulation.server import Session
 from datapath.vdpa import RingState
-from datapath.vfio_user import Command, Decoder, Message
+from datapath.vfio_user import HEADER, Command, Decoder, Message, RegionAccess
 from tests.harness.recordings import Recorded, recording
 
 BOOT = recording("vfio_user/qemu_boots_on_vf")
 #: As in the recording.
 MAC, MTU = bytes.fromhex("020000000001"), 1500
 GUEST_MEMORY = 192 << 20
+#: Where the data of a REGION_READ's reply begins.
+DUMP_AT = HEADER.size + RegionAccess.LAYOUT.size
 
 
 @dataclass
@@ -101,12 +103,26 @@ def vf() -> Iterator[Vf]:
         os.close(fd)
 
 
+def without_window(message: bytes) -> bytes:
+    """A reply, less what has come since the recording was made.
+
+    That is a capability at the end of the chain (virtio 1.3 section 4.1.4.9), seen in a dump of
+    configuration space: the link to it, and itself.
+    """
+    if len(message) != DUMP_AT + 256:
+        return message
+    known = bytearray(message)
+    known[DUMP_AT + 0x7D] = 0
+    known[DUMP_AT + 0x90 : DUMP_AT + 0xA4] = bytes(20)
+    return bytes(known)
+
+
 def test_every_command_is_taken_and_answered_as_before(vf: Vf) -> None:
     seen: set[int] = set()
     for command, answer, recorded in vf.play():
         assert not answer.is_error, command
         if recorded is not None:
-            assert answer.pack() == recorded.data
+            assert without_window(answer.pack()) == recorded.data
             seen.add(command.command)
     assert seen == {
         Command.VERSION,
