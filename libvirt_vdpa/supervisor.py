@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 PROGRAM = "virt-vdpa-port"
 #: Seconds until a started process must answer.
 START_LIMIT = 7.0
-#: Seconds between looks at whether a process has become ready.
+#: Seconds between looks at whether a process's sockets have appeared, and between tries to connect to one
+#: that a dead process may have left. A look costs nothing beside a connection, and libvirt waits for us.
+LOOK_INTERVAL = 0.002
 READY_INTERVAL = 0.01
 #: Seconds between two questions to a port that serves, and until it must have answered each.
 WATCH_INTERVAL = 5.0
@@ -269,6 +271,8 @@ class Port:
     async def _ready_client(self) -> ControlClient:
         """A connection to a process that answers and whose socket is in place."""
         while True:
+            while not self._sockets_exist():
+                await asyncio.sleep(LOOK_INTERVAL)
             client = ControlClient(self.record.control, ANSWER_LIMIT)
             try:
                 await client.connect()
@@ -283,6 +287,11 @@ class Port:
                 raise
             await client.close()
             await asyncio.sleep(READY_INTERVAL)
+
+    def _sockets_exist(self) -> bool:
+        """Whether there is something to connect to; the process makes its control socket first."""
+        made = self.record.control if self.record.role == "connect" else self.record.socket
+        return Path(made).exists()
 
     def _socket_in_place(self) -> bool:
         """Give the vhost-user socket to QEMU's user; False when it is not there yet. QEMU makes its own."""
