@@ -10,7 +10,8 @@ pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
 
 def test_migration_is_refused(host: VdpaHost, domain: DomainXml) -> None:
     host.start_guest(domain)
-    with VdpaHost("destination") as destination:
+    # The destination has our hook as one of several.
+    with VdpaHost("destination", hook="qemu.d/50-libvirt-vdpa") as destination:
         uri = f"qemu+unix:///system?socket={destination.path('/run/libvirt/libvirt-sock')}"
         migration = f"unix://{host.folder}/migration"
         done = host.virsh("migrate", "--live", domain.name, uri, "--migrateuri", migration, check=False)

@@ -25,6 +25,9 @@ CACHE = CHECKOUT / ".cache"
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX = Path("/bin/busybox")
 
+#: apt's own user may not write where we do.
+UNSANDBOXED = ("-o", "APT::Sandbox::User=root")
+
 #: Kernel modules in the order to load them: each after those that it needs.
 MODULES = (
     "kernel/drivers/virtio/virtio_ring.ko",
@@ -113,20 +116,14 @@ def versioned_kernel_package() -> str:
 
 def download_kernel(folder: Path) -> None:
     """Put a kernel and the modules that the guest needs into `folder`: vmlinuz-RELEASE, modules-RELEASE."""
-    package = versioned_kernel_package()
     with tempfile.TemporaryDirectory(prefix="kernel-", dir=folder) as scratch_name:
         scratch = Path(scratch_name)
         try:
-            subprocess.run(
-                ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package],
-                cwd=scratch,
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-        except subprocess.CalledProcessError as error:
-            raise HarnessError(f"'apt-get download {package}' failed: {error.stderr.strip()}") from None
-        archive = next(scratch.glob("*.deb"))
+            archive = download_package(scratch)
+        except HarnessError:
+            # The package lists may be older than the package sources.
+            run(["apt-get", "--quiet", "update"], seconds=300)
+            archive = download_package(scratch)
         run(["dpkg-deb", "--extract", archive, scratch / "tree"])
         kernel = next((scratch / "tree/boot").glob("vmlinuz-*"))
         release = kernel.name.removeprefix("vmlinuz-")
@@ -138,6 +135,16 @@ def download_kernel(folder: Path) -> None:
             shutil.copy(tree / module, modules)
         # Last, since its presence says that the rest is there.
         kernel.rename(folder / kernel.name)
+
+
+def download_package(folder: Path) -> Path:
+    """The kernel's package, in `folder`.
+
+    :raise HarnessError: when the package sources do not have it or cannot be reached.
+    """
+    package = versioned_kernel_package()
+    run(["apt-get", "--quiet", *UNSANDBOXED, "download", package], cwd=folder, seconds=600)
+    return next(folder.glob("*.deb"))
 
 
 def make_initrd(modules: Path, initrd: Path) -> None:

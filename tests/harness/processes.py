@@ -56,6 +56,7 @@ def run(
     seconds: float = 60.0,
     text_in: str | None = None,
     env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and collect its output.
 
@@ -70,6 +71,7 @@ def run(
             text=True,
             timeout=seconds,
             env=env,
+            cwd=cwd,
             input=text_in,
             # A command without input of its own must not read the terminal's.
             stdin=subprocess.DEVNULL if text_in is None else None,

@@ -39,13 +39,20 @@ class VdpaHost(LibvirtHost):
 
     daemon: HostProcess
 
-    def __init__(self, name: str, *, configuration: str = CONFIGURATION, keep: bool = False) -> None:
+    def __init__(
+        self, name: str, *, configuration: str = CONFIGURATION, hook: str = "qemu", keep: bool = False
+    ) -> None:
+        """
+        :param configuration: virtvdpad's, as TOML.
+        :param hook: the hook's name in /etc/libvirt/hooks; `qemu.d/NAME` makes it one of several.
+        """
         super().__init__(name, keep=keep)
+        self._hook = hook
         self.configuration = self.folder / "virtvdpad.toml"
         self.configuration.write_text(configuration)
 
     def start(self) -> None:
-        hook = self.path("/etc/libvirt/hooks/qemu")
+        hook = self.path("/etc/libvirt/hooks") / self._hook
         hook.parent.mkdir(parents=True)
         hook.symlink_to(HOOK)
         super().start()
