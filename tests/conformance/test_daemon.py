@@ -133,13 +133,16 @@ class TestVeto:
         )
 
     def test_without_a_daemon(self, idle: DaemonHost) -> None:
-        domain = idle.domain()
+        domain = idle.domain("vdpa-server.xml")
         message = f"of domain 'domain-1': virtvdpad is not running ({idle.socket}: No such file or directory)"
         for operation in ("prepare", "start", "started", "migrate", "restore"):
             assert idle.veto(domain, operation) == f"{operation} {message}; start it and try again"
         for operation in ("stopped", "release", "reconnect"):
             assert message in idle.hook(domain, operation)
         assert idle.hook(domain, "no-such-operation") == ""
+
+    def test_client_mode_needs_no_daemon_after_prepare(self, idle: DaemonHost) -> None:
+        assert idle.hook(idle.domain(), "start", "started") == ""
 
     def test_a_foreign_domain_needs_no_daemon(self, idle: DaemonHost) -> None:
         domain = idle.domain().edited("urn:libvirt-vdpa:domain:1.0", "urn:other")
