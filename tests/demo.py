@@ -231,8 +231,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the demo; the exit code."""
     options = parse_arguments()
-    # Whoever ends us by a signal gets the same clean-up as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Whoever ends us by a signal gets the same clean-up as Ctrl-C; a shell starts background jobs with
+    # SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     report = Report()
     try:
         run(options, report)

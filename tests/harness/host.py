@@ -136,7 +136,7 @@ class Host:
     @property
     def end_command(self) -> str:
         """The shell command that ends a host that was kept."""
-        return f"kill -9 {self.init_pid}; rm -r {self.folder}"
+        return f"kill -9 {self.init_pid}; tail --pid={self.init_pid} -f /dev/null; rm -r {self.folder}"
 
     def path(self, inside: str) -> Path:
         """Where a file of the host's /run, /var or /etc/libvirt is seen from outside."""
@@ -171,12 +171,11 @@ class Host:
         (process,) = [process for process in self.running() if process.inner_pid == pid]
         os.kill(process.pid, number)
 
-    def save_logs(self, folder: Path) -> Path:
+    def save_logs(self, folder: Path) -> None:
         """Copy the host's logs to a folder that outlives it, instead of what is there."""
         shutil.rmtree(folder, ignore_errors=True)
         if self.logs.exists():
             shutil.copytree(self.logs, folder)
-        return folder
 
     def end(self) -> None:
         """End everything in the host, then remove its folder. Idempotent."""
@@ -184,8 +183,11 @@ class Host:
             with suppress(ProcessLookupError):
                 os.kill(self.init_pid, signal.SIGKILL)
             self.init_pid = 0
+        elif self._holder is not None:
+            self._holder.kill()
         if self._holder is not None:
-            self._holder.stop()
+            # It ends when the host's first process has, and that when all others have.
+            self._holder.popen.wait()
         for service in self._services:
             # What it had entered the host for has ended; itself, it may be stopped.
             service.popen.kill()
