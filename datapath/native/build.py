@@ -12,7 +12,7 @@ from cffi import FFI
 
 HERE = Path(__file__).parent
 #: The C units that make up the module; each is UNIT.c with UNIT.h.
-UNITS = ("guard", "interrupt", "relay", "dma", "ring", "packets", "engine")
+UNITS = ("guard", "interrupt", "relay", "dma", "ring", "worker", "packets", "engine")
 EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))
 
 

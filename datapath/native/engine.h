@@ -60,7 +60,10 @@ int engine_start_queue(struct engine *engine, unsigned int queue, const struct r
 /* Take a queue out; harmless if there is none. The state is that of the last programming. */
 struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue);
 
-/* Interrupt by this eventfd from now on, -1 for none. It must be non-blocking and stays the caller's. */
+/*
+ * Interrupt by this eventfd from now on, -1 for none. It stays the caller's, and should not block: one that
+ * does is a fault.
+ */
 void engine_set_call(struct engine *engine, unsigned int queue, int call_fd);
 
 /*

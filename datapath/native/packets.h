@@ -1,84 +1,17 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * How packets get from the uplink into receive buffers, and from transmit buffers to the uplink; and the
- * state of an engine, which that shares with the thread that drives it (engine.c). Private to the engine.
+ * How packets get from the uplink into receive buffers, and from transmit buffers to the uplink. Private to
+ * the engine.
  */
 #ifndef LIBVIRT_VDPA_PACKETS_H
 #define LIBVIRT_VDPA_PACKETS_H
 
-#include <pthread.h>
 #include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
 
-#include "dma.h"
-#include "engine.h"
-#include "ring.h"
+#include "worker.h"
 
 /* cffi: begin */
 /* cffi: end */
-
-/* Largest packet, more than an uplink takes or gives. */
-#define MAX_PACKET 65536
-
-struct queue {
-    bool programmed;
-    bool awake;                 /* notified, or its uplink is ready: there may be work */
-    bool held;                  /* rx: too few buffers for the packet at hand; tx: the uplink takes no more */
-    int kick_fd;
-    int call_fd;
-    uint16_t *doorbell;         /* NULL: only the eventfd */
-    struct ring ring;
-    struct engine_counters count;
-};
-
-struct engine {
-    pthread_t thread;
-    /* Guards all below. The thread has it except while it sleeps or lets callers in. */
-    pthread_mutex_t mutex;
-    pthread_cond_t no_callers;
-    _Atomic unsigned int callers;
-    bool quit;
-
-    int epoll_fd;
-    int wake_fd;
-    int fault_fd;
-    int packet_fd;
-    uint32_t packet_events;     /* what epoll waits for on packet_fd; 0: not registered */
-    bool uplink_lost;
-    void *doorbells;
-
-    bool running;
-    const char *fault;
-    unsigned int fault_queue;
-    struct queue queue[ENGINE_QUEUES];
-    struct dma_table dma;
-    struct dma_log log;
-
-    /* What the guarded part of the loop is told, and tells. */
-    bool may_sleep;
-    bool worked;
-    unsigned int serving;
-
-    size_t packet_length;       /* of the received packet that waits in `packet`; 0 if none does */
-    uint8_t packet[MAX_PACKET];
-    struct ring_chain first;
-    struct ring_chain chain;
-    struct ring_element used[RING_MAX_SIZE];
-};
-
-/* Eventfds, non-blocking: when the counter is full, the other side has yet to look and misses nothing. */
-void signal_fd(int fd);
-void drain_fd(int fd);
-
-/* Stop both queues until a reset, and say so. Only the first reason counts. */
-void engine_break(struct engine *engine, unsigned int queue, const char *reason);
-
-/* The uplink is gone for good: nothing comes any more, and what is sent is dropped. */
-void engine_lose_uplink(struct engine *engine);
-
-/* Whether a queue may touch the driver's memory. */
-bool engine_is_live(const struct engine *engine, unsigned int queue);
 
 /*
  * Move a batch. Returns whether anything moved. To be called with the engine's mutex and under
