@@ -70,7 +70,7 @@ struct engine {
     struct ring_element used[RING_MAX_SIZE];
 };
 
-/* For eventfds that nobody else has, non-blocking: when the counter is full, the other side has yet to look and misses nothing. */
+/* For eventfds that no client has: they do not block, and a full counter is as good as one more. */
 void signal_fd(int fd);
 void drain_fd(int fd);
 
