@@ -15,8 +15,10 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from qemu.qmp import QMPError
@@ -194,6 +196,8 @@ def run(options: argparse.Namespace, report: Report) -> None:
             return
         end_guest(host, report, step)
     except BaseException as error:
+        # Cleaning up takes a moment, and is not to be cut short by a second Ctrl-C.
+        on_signals(signal.SIG_IGN)
         host.save_logs(LOGS)
         host.end()
         if isinstance(error, HarnessError | QMPError):
@@ -228,13 +232,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+    """Handle the signals that ask us to end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
 def main() -> int:
     """Run the demo; the exit code."""
     options = parse_arguments()
     # Whoever ends us by a signal gets the same clean-up as Ctrl-C; a shell starts background jobs with
     # SIGINT ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    on_signals(signal.default_int_handler)
     report = Report()
     try:
         run(options, report)
