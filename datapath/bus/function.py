@@ -10,25 +10,12 @@ Every call returns or raises within seconds. `DeviceError` is a refusal or a mis
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntFlag
 
 from datapath.native.relay import Doorbell
+from datapath.pci import COMMAND, PciCommand
 from datapath.vdpa import MemoryRegion
 from datapath.vfio import Irq, Region
 
-
-class PciCommand(IntFlag):
-    """Bits of the command register of configuration space (PCI Local Bus 3.0 section 6.2.2)."""
-
-    MEMORY = 0x0002
-    MASTER = 0x0004
-    INTX_DISABLE = 0x0400
-
-
-#: Offset of the command register in configuration space.
-COMMAND = 0x04
-#: Bytes of configuration space that every function has.
-CONFIG_SIZE = 256
 #: Access widths of registers, in bytes.
 WIDTHS = (1, 2, 4, 8)
 

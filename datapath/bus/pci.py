@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
+from datapath.pci import (
+    CAPABILITIES,
+    CAPABILITY_VENDOR,
+    HEADER_END,
+    STATUS,
+    STATUS_CAPABILITY_LIST,
+    SUBSYSTEM_VENDOR,
+    VENDOR,
+)
 from datapath.virtio import Common, PciCapability
-
-#: Offsets in configuration space (PCI Local Bus 3.0 section 6.1).
-VENDOR, STATUS, SUBSYSTEM_VENDOR, CAPABILITIES = 0x00, 0x06, 0x2C, 0x34
-#: The status bit that says that there is a capability list.
-STATUS_CAPABILITY_LIST = 0x10
-#: Capabilities lie behind the header, aligned to 4 bytes.
-FIRST_CAPABILITY = 0x40
-CAPABILITY_VENDOR = 0x09
 
 #: struct virtio_pci_cap (4.1.4): vndr, next, len, cfg_type, bar, id, padding, offset, length.
 VIRTIO_CAPABILITY = struct.Struct("<BBBBBB2xII")
@@ -88,7 +89,7 @@ def capabilities(config: bytes) -> Iterator[tuple[int, int]]:
         return
     seen: set[int] = set()
     at = config[CAPABILITIES] & ~3
-    while FIRST_CAPABILITY <= at < len(config) and at not in seen:
+    while HEADER_END <= at < len(config) and at not in seen:
         seen.add(at)
         yield config[at], at
         at = config[at + 1] & ~3

@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from datapath.bus.function import CONFIG_SIZE, WIDTHS, PciFunction, RegionDescription
+from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
 from datapath.native._native import ffi
 from datapath.native.relay import Doorbell
+from datapath.pci import CONFIG_SIZE
 from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
 from datapath.vfio import DeviceFlag, DmaFlag, Irq, IrqFlag, Region, RegionFlag, SetIrqsFlag
 from datapath.vfio_user import (

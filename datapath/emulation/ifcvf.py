@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from datapath.emulation.engine import QUEUES, Engine
 from datapath.emulation.msix import MsixVectors
-from datapath.emulation.pci import SIZE as CONFIG_SIZE
-from datapath.emulation.pci import ConfigSpace, Identity, PciCommand, Structure
+from datapath.emulation.pci import ConfigSpace, Identity, Structure
 from datapath.emulation.virtio_net import VirtioNet
+from datapath.pci import CONFIG_SIZE, PciCommand
 from datapath.vdpa import RingState
 from datapath.vfio import Region
 from datapath.virtio import (

@@ -6,25 +6,23 @@ Knows BARs, the virtio vendor capability and MSI-X; what the BARs hold belongs t
 
 import struct
 from dataclasses import dataclass
-from enum import IntFlag
 
+from datapath.pci import (
+    BAR_64BIT,
+    BARS,
+    CAPABILITIES,
+    CAPABILITY_MSIX,
+    CAPABILITY_VENDOR,
+    COMMAND,
+    CONFIG_SIZE,
+    HEADER_END,
+    STATUS,
+    STATUS_CAPABILITY_LIST,
+    PciCommand,
+)
 from datapath.virtio import PciCapability
 
-SIZE = 256
-#: Offsets of the registers that are read or written by more than their place in the header.
-COMMAND, STATUS, BARS, CAPABILITIES_POINTER = 0x04, 0x06, 0x10, 0x34
-STATUS_CAPABILITIES_LIST = 0x10
-BAR_64BIT = 0x04
-CAPABILITY_VENDOR, CAPABILITY_MSIX = 0x09, 0x11
 MSIX_ENABLE_AND_MASK = 0xC000
-
-
-class PciCommand(IntFlag):
-    """The command register."""
-
-    MEMORY = 0x0002
-    MASTER = 0x0004
-    INTX_DISABLE = 0x0400
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,12 @@ class ConfigSpace:
 
     def __init__(self, identity: Identity, bars: dict[int, int]) -> None:
         """Lay the header out; `bars` gives sizes in bytes, powers of two, by number (0, 2 or 4)."""
-        self._data = bytearray(SIZE)
-        self._writable = bytearray(SIZE)
-        self._end = 0x40
-        self._link = CAPABILITIES_POINTER
+        self._data = bytearray(CONFIG_SIZE)
+        self._writable = bytearray(CONFIG_SIZE)
+        self._end = HEADER_END
+        self._link = CAPABILITIES
         struct.pack_into("<HH", self._data, 0x00, identity.vendor, identity.device)
-        struct.pack_into("<H", self._data, STATUS, STATUS_CAPABILITIES_LIST)
+        struct.pack_into("<H", self._data, STATUS, STATUS_CAPABILITY_LIST)
         struct.pack_into("<I", self._data, 0x08, identity.class_code << 8 | identity.revision)
         struct.pack_into("<HH", self._data, 0x2C, identity.subsystem_vendor, identity.subsystem)
         for number, size in bars.items():

@@ -11,8 +11,8 @@ import pytest
 from datapath.bus.pci import PciIds, virtio_structures
 from datapath.emulation.engine import MAX_QUEUE_SIZE, Engine, QueueSetup
 from datapath.emulation.ifcvf import BARS, REGION_SIZES, VECTORS, Ifcvf, ring_state_offset
-from datapath.emulation.pci import PciCommand
 from datapath.emulation.virtio_net import FEATURES
+from datapath.pci import PciCommand
 from datapath.vdpa import RingState
 from datapath.vfio import Region
 from datapath.virtio import NO_VECTOR, Common, Feature, NetConfig, PciCapability, Status, bit
