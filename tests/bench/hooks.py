@@ -23,7 +23,7 @@ CALLS_PER_RUN = 5
 INTERPRETER = ["/usr/bin/python3", "-IS", "-c", "pass"]
 #: A start and an end as libvirt reports them to the hook; less `started`, which wants a guest that is
 #: connected (`virsh start` has it).
-OPERATIONS = ("prepare", "start", "stopped", "release")
+SUB_OPERATIONS = {"prepare": "begin", "start": "begin", "stopped": "end", "release": "end"}
 
 
 def milliseconds(action: Callable[[], object]) -> float:
@@ -42,7 +42,7 @@ def show(label: str, times: list[float], remark: str = "") -> float:
 
 def hook_call(domain: DomainXml, operation: str, socket: Path | None = None) -> Callable[[], object]:
     """A call of the hook as libvirt makes it."""
-    argv = [str(HOOK), domain.name, operation, "begin" if operation != "release" else "end", "-"]
+    argv = [str(HOOK), domain.name, operation, SUB_OPERATIONS[operation], "-"]
     env = dict(os.environ, LIBVIRT_VDPA_SOCKET=str(socket)) if socket else None
     xml = str(domain)
     return lambda: run(argv, text_in=xml, env=env)
@@ -81,11 +81,11 @@ def measure_foreign(foreign: DomainXml, calls: int) -> None:
 def measure_ours(host: VdpaHost, ours: DomainXml, runs: int) -> None:
     """The hook's calls in the life of a domain of ours, without libvirt and QEMU around them."""
     socket = Path(f"/proc/{host.init_pid}/root{RUN_FOLDER}/virtvdpad.sock")
-    times: dict[str, list[float]] = {operation: [] for operation in OPERATIONS}
+    times: dict[str, list[float]] = {operation: [] for operation in SUB_OPERATIONS}
     for _ in range(runs):
-        for operation in OPERATIONS:
+        for operation in SUB_OPERATIONS:
             times[operation].append(milliseconds(hook_call(ours, operation, socket)))
-    for operation in OPERATIONS:
+    for operation in SUB_OPERATIONS:
         show(f"hook, our domain: {operation}", times[operation])
 
 
