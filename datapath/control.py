@@ -6,16 +6,15 @@ does without to stay small. Owns the framing (`JsonStream`), the sockets of its 
 what the commands do belongs to the program that registers them.
 """
 
-import contextlib
-import errno
 import json
-import os
 import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from datapath.listening import ListeningSocket
 
 #: Longest command in bytes; the daemon's longest carries a domain XML, a port's none.
 MAX_COMMAND = 64 * 1024
@@ -126,11 +125,10 @@ class ControlServer:
 
         :raise OSError: when the path cannot be bound.
         """
-        self.path = Path(path)
         self._selector = selector
         self._commands: dict[str, Handler] = {**commands, "query-commands": self._query_commands}
         self._clients: set[_Client] = set()
-        self._listener = listen(self.path, mode=0o600)
+        self._listener = ListeningSocket.bind(Path(path))
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def event(self, name: str, data: Mapping[str, object]) -> None:
@@ -148,14 +146,11 @@ class ControlServer:
         if self._listener.fileno() != -1:
             self._selector.unregister(self._listener)
             self._listener.close()
-            self.path.unlink(missing_ok=True)
 
     def _accept(self, _mask: int) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:  # the client left again, or descriptors ran out: either way nobody to serve
+        connection = self._listener.accept()
+        if connection is None:
             return
-        connection.setblocking(False)
         client = _Client(connection)
         self._clients.add(client)
         self._selector.register(connection, selectors.EVENT_READ, lambda mask: self._ready(client, mask))
@@ -242,51 +237,3 @@ class ControlServer:
 
 def _error(kind: str, text: str) -> dict[str, object]:
     return {"error": {"class": kind, "desc": text}}
-
-
-def listen(path: Path, mode: int = 0o600) -> socket.socket:
-    """A non-blocking listener at `path` that is complete, mode and all, when the name appears.
-
-    It is bound under a temporary name and renamed onto the path, so nobody ever connects to a socket
-    that is not served. A socket that nobody listens on any more is replaced.
-
-    :raise OSError: EADDRINUSE when somebody answers at `path`, EEXIST when it is no socket; else what
-        the system says about the path.
-    """
-    free_address(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        listener.setblocking(False)
-        temporary.unlink(missing_ok=True)
-        listener.bind(str(temporary))
-        temporary.chmod(mode)
-        listener.listen()
-        temporary.rename(path)
-    except BaseException:
-        listener.close()
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    return listener
-
-
-def free_address(path: Path) -> None:
-    """See that `path` can be bound: it does not exist, or is a socket that nobody serves.
-
-    :raise FileExistsError: when it is not a socket.
-    :raise OSError: EADDRINUSE when a server answers.
-    """
-    if not path.exists() and not path.is_symlink():
-        return
-    if not path.is_socket():
-        raise FileExistsError(errno.EEXIST, "not a socket; remove it or choose another path", str(path))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # a full backlog must not hold us: it is served all the same
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return
-        except BlockingIOError:
-            pass
-    raise OSError(errno.EADDRINUSE, "another process serves this socket", str(path))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from datapath.control import listen
+from datapath.listening import ListeningSocket
 
 Established = Callable[[socket.socket], None]
 #: Seconds between attempts to connect: QEMU waits for us with its guest not yet started.
@@ -58,10 +58,8 @@ class Listener(Endpoint):
 
     role = "listen"
 
-    def __init__(self, listener: socket.socket, path: Path | None) -> None:
-        self._socket = listener
-        self._path = path
-        listener.setblocking(False)
+    def __init__(self, listener: ListeningSocket) -> None:
+        self._listener = listener
 
     @classmethod
     def bind(cls, path: Path) -> "Listener":
@@ -70,27 +68,21 @@ class Listener(Endpoint):
         :raise EndpointError: when it cannot be had.
         """
         try:
-            return cls(listen(path, mode=0o660), path)
+            return cls(ListeningSocket.bind(path, mode=0o660))
         except OSError as error:
             raise EndpointError(f"socket {path}: {error.strerror}") from error
 
     def fileno(self) -> int | None:
-        return self._socket.fileno()
+        return self._listener.fileno()
 
     def poll(self, connected: bool) -> socket.socket | None:
-        try:
-            connection, _ = self._socket.accept()
-        except OSError:  # it left again, or descriptors ran out: nobody to serve now
-            return None
-        return connection
+        return self._listener.accept()
 
     def deadline(self, connected: bool) -> float | None:
         return None
 
     def close(self) -> None:
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-        self._socket.close()
+        self._listener.close()
 
 
 class Connector(Endpoint):
@@ -172,4 +164,4 @@ def from_fd(fd: int) -> Endpoint:
         listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
         raise EndpointError(f"--fd={fd}: {error.strerror}") from error
-    return Listener(sock, None) if listening else Given(sock)
+    return Listener(ListeningSocket(sock)) if listening else Given(sock)

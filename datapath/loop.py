@@ -28,12 +28,16 @@ def ended_by_signals(selector: selectors.BaseSelector, end: Callable[[], object]
     for end_of_pair in (reader, writer):
         end_of_pair.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: end() and None)
+    before = {
+        number: signal.signal(number, lambda _number, _frame: end() and None)
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     selector.register(reader, selectors.EVENT_READ, lambda _mask: reader.recv(64))
     try:
         yield
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         selector.unregister(reader)
         reader.close()

@@ -10,6 +10,7 @@ It imports no asyncio, lxml, qemu.qmp or libvirt: there is one process for every
 import argparse
 import contextlib
 import json
+import math
 import os
 import selectors
 import sys
@@ -230,6 +231,26 @@ def _device_spec(text: str) -> DeviceSpec:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _feature_mask(text: str) -> int:
+    try:
+        mask = int(text, 0)
+    except ValueError:
+        mask = -1
+    if not 0 <= mask <= ALL_FEATURES:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a mask of 64 bits, such as 0x130000020")
+    return mask
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds")
+    return seconds
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with 2 where it is wrong."""
     parser = argparse.ArgumentParser(PROGRAM, description="A vhost-user back-end for one vDPA device.")
@@ -238,7 +259,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     where.add_argument("--fd", type=int, metavar="N", help="listening or connected socket to use")
     parser.add_argument("--connect", action="store_true", help="connect to PATH instead of listening on it")
     parser.add_argument(
-        "--connect-timeout", type=float, default=30.0, metavar="S", help="for the first time: %(default)g s"
+        "--connect-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="for the first time: %(default)g s",
     )
     parser.add_argument(
         "--device",
@@ -251,7 +276,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", metavar="LABEL", help="what log lines call this port")
     parser.add_argument(
         "--features",
-        type=lambda text: int(text, 0),
+        type=_feature_mask,
         default=ALL_FEATURES,
         metavar="MASK",
         help="offer no other virtio features than these",
@@ -265,18 +290,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _endpoint(options: argparse.Namespace) -> Endpoint:
-    """The endpoint that the options name; a listener's path appears here, so call it last.
-
-    :raise EndpointError: when it cannot be had.
-    """
-    if options.fd is not None:
-        return from_fd(options.fd)
-    if options.connect:
-        return Connector(options.socket_path, options.connect_timeout)
-    return Listener.bind(options.socket_path)
-
-
 def serve(options: argparse.Namespace) -> int:
     """Open the VF, offer it, serve.
 
@@ -286,12 +299,18 @@ def serve(options: argparse.Namespace) -> int:
     """
     with contextlib.ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
+        endpoint: Endpoint | None = None
+        if options.fd is not None:
+            endpoint = from_fd(options.fd)
+        elif options.connect:
+            endpoint = Connector(options.socket_path, options.connect_timeout)
         device = open_device(options.device)
         stack.callback(device.close)
         port = Port(device, options, selector)
         stack.callback(port.close)
         stack.enter_context(ended_by_signals(selector, port.quit))
-        endpoint = _endpoint(options)  # last: whoever finds the socket finds a port that answers
+        if endpoint is None:  # last: whoever finds the socket finds a port that answers
+            endpoint = Listener.bind(options.socket_path)
         stack.callback(endpoint.close)
         log(options.name, f"{device.name} serves {options.socket_path or f'descriptor {options.fd}'}")
         return port.run(endpoint)
@@ -309,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DeviceError, DeviceSpecError, EndpointError) as error:
         log(options.name, str(error))
     except OSError as error:
-        log(options.name, f"{error.filename or 'system call'}: {error.strerror}")
+        log(options.name, f"{error.filename or 'system call'}: {error.strerror or error}")
     return 1
 
 

@@ -20,7 +20,8 @@ from typing import Any
 from qemu.qmp import Message, QMPError, Runstate
 from qemu.qmp.protocol import AsyncProtocol
 
-from datapath.control import JsonStream, StreamError, encode, greeting, listen
+from datapath.control import JsonStream, StreamError, encode, greeting
+from datapath.listening import listen
 from libvirt_vdpa.client import ControlError
 
 logger = logging.getLogger(__name__)

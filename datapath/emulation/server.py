@@ -15,9 +15,9 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from datapath.control import listen
 from datapath.emulation.engine import Engine
 from datapath.emulation.ifcvf import NOTIFY, REGION_SIZES, Ifcvf
+from datapath.listening import ListeningSocket
 from datapath.vfio import DeviceFlag, DmaFlag, Irq, IrqFlag, Region, RegionFlag, SetIrqsFlag
 from datapath.vfio_user import (
     MAX_FDS,
@@ -280,7 +280,7 @@ class VfServer:
         self._session: Session | None = None
         self._decoder = Decoder()
         self._backlog: deque[tuple[bytes, tuple[int, ...]]] = deque()
-        self._listener = listen(path)
+        self._listener = ListeningSocket.bind(path)
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     @property
@@ -293,19 +293,16 @@ class VfServer:
         self._disconnect("the NIC ends")
         self._selector.unregister(self._listener)
         self._listener.close()
-        self.path.unlink(missing_ok=True)
 
     def _accept(self, _mask: int) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:  # the client left again, or descriptors ran out: either way nobody to serve
+        connection = self._listener.accept()
+        if connection is None:
             return
         if self._connection is not None:
             # One VF, one owner. Closing at once tells the other more than silence would.
             self._log("a second client was turned away: one is connected")
             connection.close()
             return
-        connection.setblocking(False)
         self._connection = connection
         self._session = self._open_session()
         self._selector.register(connection, selectors.EVENT_READ, self._ready)

@@ -1,6 +1,7 @@
 """virt-vdpa-port over a real emulated VF, driven by a front-end that plays every order and every fault."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -278,6 +279,29 @@ def test_a_socket_in_use_is_left_alone(port: PortProcess, nic: EmulatedNic) -> N
     assert port.status()["state"] == "waiting"
 
 
+def test_a_path_too_long_for_a_socket_is_named(nic: EmulatedNic, tmp_path: Path) -> None:
+    for option in ("--socket-path", "--control"):
+        other = [] if option == "--socket-path" else [f"--socket-path={tmp_path}/p.sock"]
+        path = tmp_path / ("x" * 120)
+        command = [str(BIN / "virt-vdpa-port"), f"{option}={path}", f"--device={nic.device(0)}", *other]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 1
+        assert f"{path}: a socket's path has at most" in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_without_descriptors_turns_front_ends_away(port: PortProcess) -> None:
+    in_use = {int(path.name) for path in Path(f"/proc/{port.pid}/fd").iterdir()}
+    free = next(number for number in range(1024) if number not in in_use)
+    resource.prlimit(port.pid, resource.RLIMIT_NOFILE, (free, 1024))
+    for _ in range(3):
+        with closing(SocketFrontEnd.dial(port.socket)) as peer:
+            assert peer.ended()
+    resource.prlimit(port.pid, resource.RLIMIT_NOFILE, (1024, 1024))
+    with closing(SocketFrontEnd.dial(port.socket)) as peer:
+        peer.connect()
+
+
 def test_a_stale_socket_is_replaced(nic: EmulatedNic, tmp_path: Path) -> None:
     with PortProcess(tmp_path, nic.device(0)) as port:
         port.kill()
@@ -293,6 +317,10 @@ COMMAND_LINES = {
     "no device": ([], 2, "--device"),
     "no VF there": (["--device=ifcvf,vfio-user=/nowhere/vf.sock"], 1, "/nowhere/vf.sock"),
     "connect without path": (["--device=ifcvf,vfio-user=/x", "--fd=0", "--connect"], 2, "--connect needs"),
+    "no such descriptor": (["--device=ifcvf,vfio-user=/x", "--fd=99"], 1, "--fd=99: Bad file descriptor"),
+    "features no number": (["--device=ifcvf,vfio-user=/x", "--features=zz"], 2, "'zz' is not a mask"),
+    "features negative": (["--device=ifcvf,vfio-user=/x", "--features=-1"], 2, "'-1' is not a mask"),
+    "time-out no number": (["--device=ifcvf,vfio-user=/x", "--connect-timeout=nan"], 2, "'nan' is not a"),
     "two sockets": (["--device=ifcvf,vfio-user=/x", "--fd=0", "--socket-path=/x"], 2, "not allowed with"),
 }
 
