@@ -41,9 +41,9 @@ LOGS = CACHE / "demo-logs"
 class Report:
     """What `--report` writes."""
 
-    #: Name of the domain, its state while it was pinged, and what its NIC is.
+    #: The domain's state while it was pinged, its name, and what its NIC is.
     domain: str = ""
-    state: str = ""
+    name: str = ""
     driver: str = ""
     device: str = ""
     #: Virtio features that the guest negotiated with the VF.
@@ -83,7 +83,7 @@ def show(host: VdpaHost, report: Report, step: Progress) -> None:
     # The example domain is complete but for a kernel. Its <metadata> asks for a VF; its <interface> is an
     # ordinary vhost-user one. Nothing else tells libvirt about vDPA.
     domain = DomainXml.example("vdpa-demo.xml").boot(guest_image(), GUEST_ADDRESS)
-    report.domain = domain.name
+    report.name = domain.name
     host.define(domain)
     step(f"defined the domain {domain.name} from xml/vdpa-demo.xml")
 
@@ -98,7 +98,7 @@ def show(host: VdpaHost, report: Report, step: Progress) -> None:
     host.wait_for_ping()
     report.boot_to_ping_s = round(time.monotonic() - started, 3)
     step("the guest answers ping through the VF")
-    report.state = host.state(domain.name)
+    report.domain = host.state(domain.name)
     report.ping = ping(host, PINGS)
     step(f"ping: {report.ping['received']} of {report.ping['sent']} came back")
     print(f"\n{describe(host, domain, report)}\n")
@@ -115,8 +115,8 @@ def show(host: VdpaHost, report: Report, step: Progress) -> None:
 
 def end_guest(host: VdpaHost, report: Report, step: Progress) -> None:
     """Shut the guest down as an operator would; its port ends with it."""
-    host.virsh("shutdown", report.domain)
-    wait_for("the guest to shut down", lambda: host.state(report.domain) == "shut off", 30)
+    host.virsh("shutdown", report.name)
+    wait_for("the guest to shut down", lambda: host.state(report.name) == "shut off", 30)
     wait_for("the port to end", lambda: not host.running("virt-vdpa-port"), 10)
     step("the guest is shut down, its port has ended and the VF is free again")
 
@@ -135,7 +135,7 @@ def describe(host: VdpaHost, domain: DomainXml, report: Report) -> str:
     vf = host.ask_nic("query-devices")["vfs"][0]
     report.driver, report.device, report.features = status["driver"], port["device"], status["feature_names"]
     rows: dict[str, Any] = {
-        "domain": f"{domain.name}, {report.state}",
+        "domain": f"{domain.name}, {report.domain}",
         "interface": domain.mac,
         "port": f"pid {port['pid']}, {port['socket'].replace(RUN_FOLDER, '…')}",
         "driver": report.driver,
@@ -165,7 +165,7 @@ The guest keeps running. Look around, as root:
 
     {enter} bash                    # a shell on the private host; in it:
         virsh list
-        virsh console {report.domain}             # a shell in the guest; Ctrl-] leaves it
+        virsh console {report.name}             # a shell in the guest; Ctrl-] leaves it
         ping {GUEST_ADDRESS.partition("/")[0]}
         {BIN}/virt-vdpa ports
         {BIN}/virt-vdpa devices
@@ -222,10 +222,20 @@ def verdict(report: Report) -> str | None:
     return None
 
 
+def report_file(text: str) -> Path:
+    """A file that can be written, which is better known before the demo than after it."""
+    path = Path(text)
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    return path
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="./demo", description="Watch a libvirt guest get a vDPA NIC.")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write what was seen as JSON")
+    parser.add_argument("--report", type=report_file, metavar="FILE", help="write what was seen as JSON")
     parser.add_argument(
         "--keep", action="store_true", help="leave everything running, and say how to look at it"
     )

@@ -79,4 +79,6 @@ prepare() {
     once "project$extras" setup.cfg setup.py pyproject.toml -- install_project ".$extras"
     # shellcheck disable=SC2086
     once "native$flags" datapath/native/build.py datapath/native/*.c datapath/native/*.h -- build_native $flags
+    # As the installation of a package does; every port would compile them anew where PYTHONDONTWRITEBYTECODE is set.
+    (cd "$checkout" && "$venv/bin/python" -m compileall -q datapath libvirt_vdpa)
 }

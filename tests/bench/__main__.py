@@ -14,6 +14,13 @@ SUBJECTS = {
 }
 
 
+def positive(text: str) -> int:
+    """A number of runs."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of runs")
+    return int(text)
+
+
 def main() -> int:
     """Measure one subject; the exit code."""
     parser = argparse.ArgumentParser(prog="./bench", description="Measure.")
@@ -21,7 +28,7 @@ def main() -> int:
     for name, (measure, summary) in SUBJECTS.items():
         subject = subjects.add_parser(name, help=summary, description=summary)
         subject.add_argument(
-            "--runs", type=int, default=10, help="starts of each kind (default: %(default)s)"
+            "--runs", type=positive, default=10, help="starts of each kind (default: %(default)s)"
         )
         subject.set_defaults(measure=measure)
     options = parser.parse_args()

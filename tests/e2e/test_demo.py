@@ -19,6 +19,15 @@ pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
 DEMO = [sys.executable, "-m", "tests.demo"]
 
 
+def test_a_report_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "no-such-folder" / "report.json"
+    done = subprocess.run(
+        [*DEMO, f"--report={path}"], cwd=CHECKOUT, capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(f"argument --report: {path}: No such file or directory\n")
+
+
 def test_report(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     before = Machine.look()
@@ -27,7 +36,7 @@ def test_report(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(report_file.read_text())
-    assert (report["state"], report["driver"]) == ("running", "ifcvf")
+    assert (report["domain"], report["driver"]) == ("running", "ifcvf")
     assert report["ping"] == {"sent": 20, "received": 20}
     assert report["ping_while_vf_stopped"]["received"] == 0
     assert "F_VERSION_1" in report["features"]
