@@ -22,6 +22,7 @@ from typing import Any
 from datapath import virtio
 from datapath.vdpa import DeviceError, DeviceLostError, RingState, VdpaDevice
 from datapath.vhost_user import memory as guest_memory
+from datapath.vhost_user.log import DirtyLog
 from datapath.vhost_user.memory import GuestMemory
 from datapath.vhost_user.messages import (
     EXPECT_REPLY,
@@ -79,6 +80,7 @@ class Backend:
         self.memory = GuestMemory()
         self.rings = [Vring(index) for index in range(2 * device.queue_pairs)]
         self._report = report
+        self._log: DirtyLog | None = None
         self._back_channel: int | None = None
 
     @property
@@ -142,6 +144,7 @@ class Backend:
         self.memory.close()
         for ring in self.rings:
             ring.close()
+        self._replace_log(None)
         self._replace_back_channel(None)
 
     # When rings run
@@ -158,6 +161,7 @@ class Backend:
             for ring in running:
                 if ring not in wanted:
                     self._stopped(ring, self.device.stop_ring(ring.index))
+                    self._log_writes()
             for ring in wanted:
                 if not ring.running:
                     placed = ring.translate(self.memory)
@@ -183,7 +187,10 @@ class Backend:
             return
         for ring in running:  # on failure too: the device runs them no more
             ring.placed = None
-        states = self.device.suspend()
+        try:
+            states = self.device.suspend()
+        finally:
+            self._log_writes()
         for ring in running:
             self._stopped(ring, states[ring.index])
 
@@ -204,9 +211,9 @@ class Backend:
             raise ProtocolError(f"features {names} were not offered")
         if self.running and self.acked is not None and (features ^ self.acked) & ~VHOST_FEATURES:
             raise ProtocolError("features changed while rings run")
-        if features & F_LOG_ALL and not (self.acked or 0) & F_LOG_ALL:
-            self._report("dirty logging was asked for: this version does not log what the VF writes")
         self.acked = features
+        if not features & F_LOG_ALL:
+            self._replace_log(None)  # there is no other message that ends logging
         if not features & F_PROTOCOL_FEATURES:
             for ring in self.rings:
                 ring.enabled = True
@@ -348,9 +355,26 @@ class Backend:
 
     # The rest
 
-    def _set_log_base(self, _message: Message) -> int | None:
-        """Accept: QEMU before 10.1 aborts, and takes the guest with it, when a log message fails."""
-        return 0 if self.negotiated(ProtocolFeature.LOG_SHMFD) else None
+    def _set_log_base(self, message: Message) -> int | None:
+        """Accept whatever comes: see `DirtyLog`. Without LOG_SHMFD there is neither log nor reply."""
+        if not self.negotiated(ProtocolFeature.LOG_SHMFD):
+            return None
+        self._replace_log(DirtyLog(message.take_fd(), message.payload) if message.fds else None)
+        return 0
+
+    def _replace_log(self, log: DirtyLog | None) -> None:
+        if self._log is not None:
+            self._log.close()
+        self._log = log
+
+    def _log_writes(self) -> None:
+        """Rings have stopped: what the VF wrote goes into the log now, if there is one."""
+        if self._log is None or not (self.acked or 0) & F_LOG_ALL:
+            return
+        try:
+            self._log.mark_all()
+        except OSError as error:
+            self._report(f"what {self.device.name} wrote is not logged: {error}")
 
     def _set_backend_req_fd(self, message: Message) -> None:
         self._replace_back_channel(message.take_fd())

@@ -221,15 +221,54 @@ def test_a_kick_without_descriptor_asks_for_polling(front_end: DirectFrontEnd) -
     assert front_end.device.rings[0].kick is None
 
 
-def test_logging_is_switched_on_a_running_ring_without_touching_it(qemu: DirectFrontEnd) -> None:
+@pytest.fixture
+def log() -> Iterator[int]:
+    """A dirty log of 512 bytes behind 4096 that are somebody else's."""
+    fd = os.memfd_create("log")
+    os.ftruncate(fd, 4096 + 512)
+    yield fd
+    os.close(fd)
+
+
+def switch_logging(peer: DirectFrontEnd, on: bool) -> None:
+    """As QEMU does when it begins, or gives up, to save or move a running guest."""
+    peer.tell(Request.SET_FEATURES, VIRTIO | F_PROTOCOL_FEATURES | (F_LOG_ALL if on else 0))
+    for index in (0, 1):
+        peer.tell(Request.SET_VRING_ADDR, peer.address(index, flags=int(on)))
+
+
+def test_logging_is_switched_without_touching_the_rings(qemu: DirectFrontEnd, log: int) -> None:
     qemu.device.calls.clear()
-    log = os.memfd_create("log")
-    assert qemu.tell(Request.SET_LOG_BASE, LogArea(4096, 0), log) == 0
-    os.close(log)
-    qemu.tell(Request.SET_FEATURES, VIRTIO | F_PROTOCOL_FEATURES | F_LOG_ALL)
-    qemu.tell(Request.SET_VRING_ADDR, qemu.address(0, flags=1))
+    assert qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log) == 0
+    switch_logging(qemu, True)
     assert qemu.device.calls == []
-    assert any("dirty logging" in line for line in qemu.reports)
+    assert os.pread(log, 512, 4096) == bytes(512)
+
+
+def test_every_page_counts_as_written_before_the_base_is_told(qemu: DirectFrontEnd, log: int) -> None:
+    qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
+    switch_logging(qemu, True)
+    qemu.tell(Request.GET_VRING_BASE, VringState(0, 0))
+    assert os.pread(log, 4096 + 512, 0) == bytes(4096) + b"\xff" * 512
+    os.pwrite(log, bytes(512), 4096)  # the front-end has read it
+    qemu.tell(Request.GET_VRING_BASE, VringState(1, 0))
+    assert os.pread(log, 512, 4096) == b"\xff" * 512
+
+
+def test_logging_that_was_given_up_leaves_the_log_alone(qemu: DirectFrontEnd, log: int) -> None:
+    qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
+    switch_logging(qemu, True)
+    switch_logging(qemu, False)
+    qemu.stop()
+    assert os.pread(log, 512, 4096) == bytes(512)
+
+
+@pytest.mark.parametrize("area", [LogArea(2**40, 0), LogArea(512, 2**63), LogArea(2**64 - 1, 2**64 - 1)])
+def test_a_log_that_cannot_be_used_is_no_error(qemu: DirectFrontEnd, log: int, area: LogArea) -> None:
+    assert qemu.tell(Request.SET_LOG_BASE, area, log) == 0
+    switch_logging(qemu, True)
+    qemu.stop()
+    assert "is not logged" in qemu.reports[0]
 
 
 def test_an_unchanged_memory_table_leaves_the_device_alone(front_end: DirectFrontEnd) -> None:
