@@ -1,5 +1,7 @@
 """A guest that was saved goes on where it was, with a VF again."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.harness.domain_xml import DomainXml
@@ -23,6 +25,20 @@ def test_managed_save(host: VdpaHost, domain: DomainXml) -> None:
     assert host.port(domain)["features"] == features
     with host.console(domain) as console:
         console.run("[ -e /before ]")
+
+
+def test_a_guest_saved_while_it_runs_and_receives(host: VdpaHost, domain: DomainXml, tmp_path: Path) -> None:
+    """A live snapshot of memory: QEMU asks for a log of what the VF writes meanwhile."""
+    image = tmp_path / "memory"
+    host.start_guest(domain)
+    memory = f"file={image},snapshot=external"
+    host.virsh("snapshot-create-as", domain.name, "live", "--memspec", memory, "--live")
+    assert host.ping(count=20) == (20, 20)  # the guest goes on
+    host.virsh("snapshot-delete", domain.name, "live", "--metadata")
+    host.virsh("destroy", domain.name)
+    host.virsh("restore", str(image))
+    host.wait_for_ping(seconds=20)
+    assert host.ping(count=20) == (20, 20)
 
 
 def test_saved_guest_is_not_restored_without_a_vf(host: VdpaHost, domain: DomainXml) -> None:
