@@ -6,6 +6,8 @@ qemu.qmp does the talking; this adds the deadlines and turns its many exceptions
 import asyncio
 import contextlib
 import logging
+import socket
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -36,6 +38,8 @@ class ControlClient:
         """
         self.path = str(path)
         self._time_limit = time_limit
+        #: Process and user at the other end, as the kernel knows them; both 0 before there is one.
+        self.peer = (0, 0)
         self._client = QMPClient()
         self._listener: asyncio.Task[None] | None = None
 
@@ -53,11 +57,23 @@ class ControlClient:
         """
         try:
             async with asyncio.timeout(self._time_limit):
-                await self._client.connect(self.path)
+                connection = await self._reach()
+                self.peer = peer_of(connection)
+                await self._client.connect(connection)
         except TimeoutError:
             raise ControlError(f"{self.path}: no greeting within {self._time_limit:g} s") from None
         except (QMPError, OSError) as error:
             raise ControlError(f"{self.path}: {error}") from None
+
+    async def _reach(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connection, self.path)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def listen(self, handler: EventHandler) -> None:
         """Have `handler` called for every event from now on."""
@@ -107,3 +123,10 @@ class ControlClient:
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
             async with asyncio.timeout(self._time_limit):
                 await self._client.disconnect()
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """Process and user that listen at the other end of a UNIX socket (SO_PEERCRED, unix(7))."""
+    form = struct.Struct("3i")
+    pid, uid, _gid = form.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, form.size))
+    return pid, uid

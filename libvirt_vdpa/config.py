@@ -20,9 +20,9 @@ RUN_FOLDER = Path("/run/libvirt-vdpa")
 LOG_FOLDER = Path("/var/log/libvirt-vdpa")
 #: The control socket's name in the run folder.
 SOCKET_NAME = "virtvdpad.sock"
-#: Bytes of a run folder's path: below it, a socket that is being made has up to 69 more
-#: (/UUID/.MAC.sock.PID), and the path of a UNIX socket at most 107 (unix(7)).
-MAX_RUN_FOLDER = 38
+#: Bytes of a run folder's path: below it, a socket that is being made has up to 74 more
+#: (/ports/UUID/.MAC.ctl.PID), and the path of a UNIX socket at most 107 (unix(7)).
+MAX_RUN_FOLDER = 33
 #: What messages call the types of values.
 TYPE_NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number"}
 #: Most VFs that one emulated NIC serves.

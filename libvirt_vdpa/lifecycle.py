@@ -18,7 +18,7 @@ from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.config import Config
 from libvirt_vdpa.domain import DomainError, DomainSpec, PortSpec, domain_identity, is_ours, parse_domain
 from libvirt_vdpa.inventory import Holder, Inventory, InventoryError, too_many_queues
-from libvirt_vdpa.ports import Record, State
+from libvirt_vdpa.ports import Record, State, control_path
 from libvirt_vdpa.supervisor import Port, PortError, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class Lifecycle:
             pool=vf.pool,
             role=wanted.role,
             socket=str(wanted.socket_path),
-            control=str(wanted.socket_path.with_suffix(".ctl")),
+            control=str(control_path(self._config.run_folder, spec.uuid, wanted.mac)),
             log=str(self._config.log_folder / f"{spec.name.replace('/', '_')}-{wanted.mac}.log"),
         )
         try:

@@ -14,17 +14,21 @@ dies is started again, with the same socket, VF and features, because its guest 
                         ending -> gone                           released
 
 The record says on disk what a restarted daemon must know to go on: which process carries which VF for
-which guest. It is one JSON file a port, replaced atomically.
+which guest. It is one JSON file a port, replaced atomically, beside the port's control socket and apart
+from its vhost-user socket: QEMU may write where that one is, and must not say what we believe.
 """
 
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 
 #: Layout of the record; another number is not understood.
 RECORD_VERSION = 1
+#: Folder, in the run folder, of what is for root alone: records and control sockets, by domain.
+PORTS_FOLDER = "ports"
 
 
 class State(Enum):
@@ -220,7 +224,7 @@ class Record:
     @property
     def path(self) -> Path:
         """The record's file."""
-        return Path(self.socket).with_suffix(".json")
+        return Path(self.control).with_suffix(".json")
 
     def save(self) -> None:
         """Write the file, whole or not at all. The run folder does not outlive the host: no fsync."""
@@ -237,9 +241,13 @@ class Record:
         :raise RecordError: when the file is not one of ours, or of another version.
         """
         try:
-            with path.open("rb") as file:
-                # QEMU may create files in the folder of a server-mode socket: believe only our own.
-                if os.fstat(file.fileno()).st_uid != os.geteuid():
+            # Neither led elsewhere by a link nor kept waiting by a pipe.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise RecordError(f"{path}: not a file")
+                if status.st_uid != os.geteuid():
                     raise RecordError(f"{path}: belongs to another user")
                 content = json.load(file)
         except OSError as error:
@@ -267,9 +275,16 @@ class Record:
         return record
 
 
+def control_path(run_folder: Path, uuid: str, mac: str) -> Path:
+    """Where the control socket of a port is, and its record beside it."""
+    return run_folder / PORTS_FOLDER / uuid / f"{mac}.ctl"
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file, so that whoever reads it finds the old or the new content, whole."""
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
-    temporary.chmod(0o600)
+    temporary.unlink(missing_ok=True)
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(temporary, new, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
     temporary.replace(path)

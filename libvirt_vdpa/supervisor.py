@@ -9,13 +9,23 @@ import contextlib
 import logging
 import os
 import signal
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from libvirt_vdpa.client import ControlClient, ControlError
 from libvirt_vdpa.config import SocketConfig
-from libvirt_vdpa.ports import ADOPTION, Action, Event, PortLife, Record, RecordError, State
+from libvirt_vdpa.ports import (
+    ADOPTION,
+    PORTS_FOLDER,
+    Action,
+    Event,
+    PortLife,
+    Record,
+    RecordError,
+    State,
+)
 from libvirt_vdpa.process import Process, ProgramError, find_program, log_size, start_time
 
 logger = logging.getLogger(__name__)
@@ -37,8 +47,8 @@ RETRY_FIRST = 0.1
 RETRY_LAST = 5.0
 #: Seconds of service after which a process that dies is tried again at once.
 STEADY = 10.0
-#: Mode of a domain's folder: QEMU's user passes through to the sockets. Where QEMU makes a socket itself
-#: it may do that, and remove nothing but its own.
+#: Mode of the folder of a domain's vhost-user sockets: QEMU's user passes through to them. Where QEMU makes
+#: one itself it may do that, and remove nothing but its own; nothing found there is trusted.
 PASS_THROUGH = 0o711
 MAKE_SOCKETS = 0o1771
 #: States of a port process in which a front-end is there.
@@ -135,8 +145,11 @@ class Port:
         with contextlib.suppress(ControlError):
             async with ControlClient(self.record.control, ANSWER_LIMIT) as client:
                 answer = (await client.query("query-status")).get("pid")
-                if isinstance(answer, int) and (started := start_time(answer)) is not None:
-                    return Process.find(answer, started)
+                # The process will be signalled: its own word for which one it is does not do.
+                if (answer, os.geteuid()) != client.peer:
+                    logger.error("%s: not served by process %s", self.record.control, answer)
+                elif (started := start_time(client.peer[0])) is not None:
+                    return Process.find(client.peer[0], started)
         return None
 
     def disregard(self) -> None:
@@ -189,11 +202,14 @@ class Port:
         self._delay = min(max(2 * self._delay, RETRY_FIRST), RETRY_LAST)
 
     def _forget(self) -> None:
-        for path in (self.record.socket, self.record.control, self.record.path):
-            Path(path).unlink(missing_ok=True)
-        # The folder stays as long as the domain has other ports.
-        with contextlib.suppress(OSError):
-            self.record.path.parent.rmdir()
+        for path in (Path(self.record.socket), Path(self.record.control), self.record.path):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.error("%s: %s cannot be removed: %s", self.record.label, path, error.strerror)
+            # The folder stays as long as the domain has other ports.
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
     # What happens by itself
 
@@ -295,14 +311,7 @@ class Port:
 
     def _socket_in_place(self) -> bool:
         """Give the vhost-user socket to QEMU's user; False when it is not there yet. QEMU makes its own."""
-        if self.record.role == "connect":
-            return True
-        try:
-            os.chown(self.record.socket, self._owner.uid, self._owner.gid)
-            Path(self.record.socket).chmod(self._owner.mode)
-        except FileNotFoundError:
-            return False
-        return True
+        return self.record.role == "connect" or give_socket(Path(self.record.socket), self._owner)
 
     def _serve_begins(self) -> None:
         self.problem = ""
@@ -326,6 +335,26 @@ ACTIONS: dict[Action, Callable[[Port], None]] = {
     Action.RETRY_LATER: Port._retry_later,
     Action.FORGET: Port._forget,
 }
+
+
+def give_socket(path: Path, owner: SocketConfig) -> bool:
+    """Give a socket to a user; False when there is none.
+
+    The path may be in a folder where QEMU writes, so what is looked at is what is given, and never a link.
+    """
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return False
+        found = Path(f"/proc/self/fd/{descriptor}")
+        os.chown(found, owner.uid, owner.gid)
+        found.chmod(owner.mode)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 class Supervisor:
@@ -352,20 +381,27 @@ class Supervisor:
     def add(self, record: Record) -> Port:
         """A new port, recorded and without a process.
 
-        :raise PortError: when its folder cannot be made.
+        :raise PortError: when its folders cannot be made.
         """
-        folder = record.path.parent
         try:
-            if not folder.is_dir():
-                folder.mkdir()
-                folder.chmod(PASS_THROUGH)
-            if record.role == "connect":
-                os.chown(folder, -1, self._owner.gid)
-                folder.chmod(MAKE_SOCKETS)
+            self._make_folders(record)
             record.save()
         except OSError as error:
             raise PortError(f"{error.filename}: {error.strerror}") from None
         return self._insert(record)
+
+    def _make_folders(self, record: Record) -> None:
+        """The folders of a port's sockets and record; they may be there, with other ports' or from before."""
+        sockets, private = Path(record.socket).parent, record.path.parent
+        for folder in (private.parent, private, sockets):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        roles = {record.role, *(port.record.role for port in self.of_domain(record.uuid))}
+        if "connect" in roles:
+            os.chown(sockets, -1, self._owner.gid)
+            sockets.chmod(MAKE_SOCKETS)
+        else:
+            os.chown(sockets, -1, os.getegid())
+            sockets.chmod(PASS_THROUGH)
 
     async def start(self, port: Port) -> None:
         """Start a port's process and wait until it answers and its socket is in place.
@@ -388,7 +424,7 @@ class Supervisor:
 
     async def adopt(self, run_folder: Path) -> None:
         """Take over the ports of an earlier daemon."""
-        for path in sorted(run_folder.glob("*-*/*.json")):
+        for path in sorted(run_folder.glob(f"{PORTS_FOLDER}/*/*.json")):
             try:
                 record = Record.load(path)
             except RecordError as error:

@@ -278,3 +278,26 @@ def back(host: DaemonHost, old: int) -> bool:
     """Whether the only port is served by another process than before."""
     (port,) = host.ports
     return bool(port["state"] == "serving" and port["pid"] != old)
+
+
+class TestHostileQemu:
+    """In server mode QEMU may write to the folder of its sockets. Nobody trusts what is found there."""
+
+    def test_what_it_leaves_there_changes_nothing(self, host: DaemonHost, front_end: socket.socket) -> None:
+        domain = host.domain("vdpa-server.xml")
+        host.hook(domain, "prepare")
+        assert domain.private.stat().st_mode & 0o7777 == 0o700
+        assert list(domain.folder.iterdir()) == []
+        victim = host.folder / "victim"
+        victim.write_text("precious")
+        (domain.folder / f".{domain.record.name}.new").symlink_to(victim)
+        pipe = domain.folder / "x.json"
+        os.mkfifo(pipe)
+        host.hook(domain, "start")
+        host.stop(signal.SIGKILL)
+        host.start()
+        assert victim.read_text() == "precious"
+        domain.socket.mkdir()
+        host.hook(domain, "stopped", "release")
+        assert not host.ports
+        assert not host.lent

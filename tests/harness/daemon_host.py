@@ -49,8 +49,9 @@ class Domain:
         self.folder = folder / self.xml.partition("<uuid>")[2][:36]
         mac = self.xml.partition("<mac address='")[2][:17]
         self.socket = self.folder / f"{mac}.sock"
-        self.control = self.folder / f"{mac}.ctl"
-        self.record = self.folder / f"{mac}.json"
+        self.private = folder / "ports" / self.folder.name
+        self.control = self.private / f"{mac}.ctl"
+        self.record = self.private / f"{mac}.json"
 
     def edited(self, before: str, after: str) -> "Domain":
         """The same domain with a change in its XML."""
@@ -172,7 +173,8 @@ class DaemonHost:
 
     def is_clean(self) -> bool:
         """Whether no port, folder or lent VF is left."""
-        return not self.ports and not self.lent and not list(self.folder.glob("*-*-*"))
+        folders = [*self.folder.glob("*-*-*"), *self.folder.glob("ports/*")]
+        return not self.ports and not self.lent and not folders
 
 
 def end_process(pid: int) -> None:

@@ -87,7 +87,7 @@ class VdpaHost(LibvirtHost):
 
     def ask_port(self, domain: DomainXml, command: str, **arguments: object) -> Any:
         """Execute a command on the control socket of a domain's port."""
-        return self.ask(f"{RUN_FOLDER}/{domain.uuid}/{domain.mac}.ctl", command, **arguments)
+        return self.ask(f"{RUN_FOLDER}/ports/{domain.uuid}/{domain.mac}.ctl", command, **arguments)
 
     def start_guest(self, domain: DomainXml) -> None:
         """Define and start a domain, and wait until its guest answers ping."""

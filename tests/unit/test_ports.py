@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ RECORD = Record(
     pool="default",
     role="listen",
     socket="/r/u/52:54:00:76:64:01.sock",
-    control="/r/u/52:54:00:76:64:01.ctl",
+    control="/r/ports/u/52:54:00:76:64:01.ctl",
     log="/l/x.log",
 )
 
@@ -115,9 +116,9 @@ def test_adoption_of_any_state_is_possible(state: State, alive: bool) -> None:
 
 
 def test_record_comes_back_as_it_was(tmp_path: Path) -> None:
-    socket = tmp_path / "52:54:00:76:64:01.sock"
+    control = tmp_path / "52:54:00:76:64:01.ctl"
     record = dataclasses.replace(
-        RECORD, socket=str(socket), pid=12, start_time=34, features=1 << 63, pool=None
+        RECORD, control=str(control), pid=12, start_time=34, features=1 << 63, pool=None
     )
     record.save()
     assert Record.load(record.path) == record
@@ -133,11 +134,11 @@ def test_record_comes_back_as_it_was(tmp_path: Path) -> None:
         ({"features": 1.5}, "'features' has the wrong type"),
         ({"state": "happy"}, "there is no state 'happy'"),
         ({"surprise": 1}, "has other members than a record"),
-        ({"socket": "/elsewhere/x.sock"}, "belongs to another path, /elsewhere/x.json"),
+        ({"control": "/elsewhere/x.ctl"}, "belongs to another path, /elsewhere/x.json"),
     ],
 )
 def test_record_that_is_not_ours(tmp_path: Path, change: dict[str, object], reason: str) -> None:
-    record = dataclasses.replace(RECORD, socket=str(tmp_path / "x.sock"))
+    record = dataclasses.replace(RECORD, control=str(tmp_path / "x.ctl"))
     path = tmp_path / "x.json"
     path.write_text(json.dumps({**dataclasses.asdict(record), **change}))
     with pytest.raises(RecordError, match=reason):
@@ -150,3 +151,36 @@ def test_record_that_is_garbage(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(RecordError, match=r"x\.json"):
         Record.load(path)
+
+
+def test_what_lies_where_a_record_is_written_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    record = dataclasses.replace(RECORD, control=str(tmp_path / "x.ctl"))
+    (tmp_path / ".x.json.new").symlink_to(victim)
+    record.save()
+    assert victim.read_text() == "precious"
+    assert not record.path.is_symlink()
+    assert Record.load(record.path) == record
+
+
+def test_a_link_to_a_record_is_none(tmp_path: Path) -> None:
+    record = dataclasses.replace(RECORD, control=str(tmp_path / "x.ctl"))
+    record.save()
+    record.path.rename(tmp_path / "elsewhere")
+    record.path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RecordError, match=r"x\.json: Too many levels of symbolic links"):
+        Record.load(record.path)
+
+
+def test_a_pipe_in_the_place_of_a_record_holds_nobody_up(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    os.mkfifo(path)
+    # Keeps one who opens it for reading from waiting for ever, so that the test can fail.
+    writer = os.open(path, os.O_RDWR)
+    os.write(writer, b"not a record\n")
+    try:
+        with pytest.raises(RecordError, match=r"x\.json: not a file"):
+            Record.load(path)
+    finally:
+        os.close(writer)

@@ -1,0 +1,138 @@
+"""What the supervisor believes of files and processes: sockets that QEMU may have replaced, pids that a
+server claims, names that are too long. Processes are conformance/test_daemon.py's."""
+
+import asyncio
+import os
+import socket
+import stat
+import subprocess
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from libvirt_vdpa.api import ApiServer, Arguments
+from libvirt_vdpa.config import SocketConfig
+from libvirt_vdpa.ports import Record, control_path
+from libvirt_vdpa.supervisor import Port, Supervisor, give_socket
+
+UUID = "7664d0a0-0001-4000-8000-000000000001"
+MAC = "52:54:00:76:64:01"
+OWNER = SocketConfig(os.getuid(), os.getgid(), 0o606)
+
+
+def record(folder: Path, role: str = "listen", mac: str = MAC) -> Record:
+    return Record(
+        domain="a",
+        uuid=UUID,
+        mac=mac,
+        device="ifcvf,vfio-user=/no/vf.sock",
+        pool=None,
+        role=role,
+        socket=str(folder / UUID / f"{mac}.sock"),
+        control=str(control_path(folder, UUID, mac)),
+        log=str(folder / f"{mac}.log"),
+    )
+
+
+def supervisor() -> Supervisor:
+    return Supervisor(OWNER, lambda _port: None, lambda _record: None)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+class TestGiveSocket:
+    def test_a_socket(self, tmp_path: Path) -> None:
+        path = tmp_path / "s"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            assert give_socket(path, OWNER)
+        assert mode(path) == 0o606
+
+    def test_nothing(self, tmp_path: Path) -> None:
+        assert not give_socket(tmp_path / "s", OWNER)
+
+    def test_a_link_is_not_followed(self, tmp_path: Path) -> None:
+        victim = tmp_path / "victim"
+        victim.touch(0o600)
+        (tmp_path / "s").symlink_to(victim)
+        assert not give_socket(tmp_path / "s", OWNER)
+        assert mode(victim) == 0o600
+
+
+class TestFolders:
+    def test_records_are_apart_from_what_qemu_reaches(self, tmp_path: Path) -> None:
+        made = record(tmp_path, "connect")
+        supervisor().add(made)
+        assert made.path == tmp_path / "ports" / UUID / f"{MAC}.json"
+        assert made.path.is_file()
+        assert mode(made.path.parent) == mode(tmp_path / "ports") == 0o700
+        assert mode(tmp_path / UUID) == 0o1771
+        assert list((tmp_path / UUID).iterdir()) == []
+
+    @pytest.mark.parametrize("roles", [("listen", "connect"), ("connect", "listen")])
+    def test_one_port_that_connects_lets_qemu_write(self, tmp_path: Path, roles: tuple[str, str]) -> None:
+        ports = supervisor()
+        for number, role in enumerate(roles):
+            ports.add(record(tmp_path, role, f"52:54:00:76:64:0{number}"))
+        assert mode(tmp_path / UUID) == 0o1771
+
+    def test_what_is_left_of_server_mode_does_not_stay_open(self, tmp_path: Path) -> None:
+        (tmp_path / UUID).mkdir()
+        (tmp_path / UUID).chmod(0o1771)
+        supervisor().add(record(tmp_path))
+        assert mode(tmp_path / UUID) == 0o711
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path leaves room for sockets below it."""
+    with tempfile.TemporaryDirectory(prefix="vdpa-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def bystander() -> Iterator[int]:
+    """Pid of a process that is not ours to signal."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+async def served(path: Path, pid: int, question: Callable[[], Awaitable[object]]) -> object:
+    """Ask while a control socket is served that says it is process `pid`."""
+
+    async def query_status(_arguments: Arguments) -> object:
+        return {"pid": pid}
+
+    server = ApiServer({"query-status": query_status})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    server.start(path)
+    try:
+        return await question()
+    finally:
+        await server.stop()
+
+
+def test_a_server_cannot_pass_for_another_process(short: Path, bystander: int) -> None:
+    made = record(short)
+    port = Port(made, OWNER, lambda _port: None)
+    assert asyncio.run(served(Path(made.control), bystander, port._find_process)) is None
+
+
+def test_a_server_that_says_who_it_is_is_found(short: Path) -> None:
+    made = record(short)
+    port = Port(made, OWNER, lambda _port: None)
+
+    async def found_pid() -> int | None:
+        process = await port._find_process()
+        if process is None:
+            return None
+        process.close()
+        return process.pid
+
+    assert asyncio.run(served(Path(made.control), os.getpid(), found_pid)) == os.getpid()
