@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: Share of a hook's time limit in which we answer, so that our reason comes before its own.
 ANSWER_SHARE = 0.8
+#: Bytes of a domain's name that go into the name of a log: with the MAC it must fit into 255 (NAME_MAX).
+LOG_NAME_BYTES = 200
 #: Seconds that a port has to reach a QEMU that already runs, and between looks whether it has.
 CONNECTED_LIMIT = 5.0
 CONNECTED_INTERVAL = 0.02
@@ -204,7 +206,7 @@ class Lifecycle:
             role=wanted.role,
             socket=str(wanted.socket_path),
             control=str(control_path(self._config.run_folder, spec.uuid, wanted.mac)),
-            log=str(self._config.log_folder / f"{spec.name.replace('/', '_')}-{wanted.mac}.log"),
+            log=str(self._config.log_folder / log_name(spec.name, wanted.mac)),
         )
         try:
             return self._supervisor.add(record)
@@ -252,6 +254,12 @@ OPERATIONS: dict[str, Handler] = {
 def holder_of(record: Record) -> Holder:
     """The port as the inventory knows it."""
     return Holder(record.domain, record.uuid, record.mac)
+
+
+def log_name(domain: str, mac: str) -> str:
+    """Name of a port's log. Domain names may be of any length and hold whatever XML can."""
+    name = domain.replace("/", "_").encode()[:LOG_NAME_BYTES].decode(errors="ignore")
+    return f"{name}-{mac}.log"
 
 
 def refusal(spec: DomainSpec, mac: str, text: str) -> LifecycleError:

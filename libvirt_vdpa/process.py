@@ -89,21 +89,21 @@ class Process:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise ProgramError(f"{error.filename or arguments[0]}: {error.strerror}") from None
+            raise ProgramError(f"{error.filename or arguments[0]}: {error.strerror or error}") from None
         try:
             # A child stays a zombie until it is reaped, so both find it however short its life.
             return cls(child.pid, _stat(child.pid).start_time, os.pidfd_open(child.pid), child)
         except OSError as error:
             child.kill()
             child.wait()
-            raise ProgramError(f"{arguments[0]}: {error.strerror}") from None
+            raise ProgramError(f"{arguments[0]}: {error.strerror or error}") from None
 
     @classmethod
     def find(cls, pid: int, started: int) -> "Process | None":
         """The process that an earlier daemon started; None when it has ended."""
         try:
             pidfd = os.pidfd_open(pid)
-        except (ProcessLookupError, ValueError):
+        except (OSError, ValueError, OverflowError):
             return None
         # Looked at only now: the pidfd pins whatever the pid means at this moment.
         if start_time(pid) != started:
@@ -153,10 +153,10 @@ class Process:
 
 
 def log_size(log: Path) -> int:
-    """Bytes in a log; 0 when there is none."""
+    """Bytes in a log; 0 when there is none, or none to be had: who writes to it will be told the reason."""
     try:
         return log.stat().st_size
-    except FileNotFoundError:
+    except OSError:
         return 0
 
 

@@ -76,6 +76,8 @@ class Port:
         self._client: ControlClient | None = None
         self._attendant: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        #: DIED, on its way for want of a process.
+        self._stillborn: asyncio.Handle | None = None
         self._delay = 0.0
         self._served_since: float | None = None
         #: Size of the log when the process was started or found.
@@ -177,9 +179,9 @@ class Port:
         self._log_mark = log_size(Path(record.log))
         try:
             self._process = Process.spawn([find_program(PROGRAM), *arguments], Path(record.log))
-        except ProgramError as error:
+        except (ProgramError, OSError) as error:
             self.problem = str(error)
-            asyncio.get_running_loop().call_soon(self.feed, Event.DIED)
+            self._die_soon()
             return
         self.record = record.with_process(self._process.pid, self._process.start_time)
         self._process.watch(self._ended)
@@ -222,6 +224,18 @@ class Port:
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:
             self._process.send(number)
+        else:
+            self._die_soon()
+
+    def _die_soon(self) -> None:
+        """Have DIED follow, once, where there is no process whose end would bring it."""
+
+        def die() -> None:
+            self._stillborn = None
+            self.feed(Event.DIED)
+
+        if self._stillborn is None:
+            self._stillborn = asyncio.get_running_loop().call_soon(die)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -426,11 +440,12 @@ class Supervisor:
         """Take over the ports of an earlier daemon."""
         for path in sorted(run_folder.glob(f"{PORTS_FOLDER}/*/*.json")):
             try:
-                record = Record.load(path)
+                await self._insert(Record.load(path)).adopt()
             except RecordError as error:
                 logger.error("%s; it is left alone", error)
-                continue
-            await self._insert(record).adopt()
+            except Exception:
+                # Whatever is wrong with one port, the others' guests need us.
+                logger.exception("%s: the port cannot be adopted", path)
 
     def disregard(self) -> None:
         """Let all ports run on without us."""

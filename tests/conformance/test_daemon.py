@@ -60,6 +60,14 @@ class TestLife:
         host.hook(domain, "stopped", "release")
         assert host.is_clean()
 
+    def test_a_domain_with_a_long_name(self, host: DaemonHost) -> None:
+        domain = host.domain().edited("<name>vdpa-demo</name>", f"<name>{240 * 'x'}</name>")
+        host.hook(domain, "prepare", "start", "started")
+        host.stop(signal.SIGKILL)
+        host.start()
+        host.hook(domain, "stopped", "release")
+        assert host.is_clean()
+
     def test_a_vf_is_lent_once(self, host: DaemonHost) -> None:
         first, second, third = (host.domain(number=number) for number in (1, 2, 3))
         host.hook(first, "prepare")

@@ -10,7 +10,7 @@ import pytest
 from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.config import Config, PoolConfig
 from libvirt_vdpa.inventory import Holder, Inventory
-from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError
+from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError, log_name
 from libvirt_vdpa.metadata import xml_folder
 from libvirt_vdpa.ports import Record, State
 from libvirt_vdpa.supervisor import PortError, Supervisor
@@ -121,6 +121,20 @@ def test_a_domain_starts_and_ends(bench: Bench) -> None:
     assert (bench.states, bench.lent) == ([State.LINGERING], 1)
     bench.hook("release")
     assert bench.clean
+
+
+@pytest.mark.parametrize(
+    ("domain", "name"),
+    [
+        ("vdpa-demo", "vdpa-demo-52:54:00:76:64:01.log"),
+        ("../a", ".._a-52:54:00:76:64:01.log"),
+        (300 * "x", 200 * "x" + "-52:54:00:76:64:01.log"),
+        (300 * "€", 66 * "€" + "-52:54:00:76:64:01.log"),
+    ],
+)
+def test_a_log_has_a_name_that_fits(domain: str, name: str) -> None:
+    assert log_name(domain, "52:54:00:76:64:01") == name
+    assert len(name.encode()) <= 255
 
 
 def test_in_server_mode_the_port_starts_when_qemu_is_about_to_listen(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 server claims, names that are too long. Processes are conformance/test_daemon.py's."""
 
 import asyncio
+import dataclasses
 import os
 import socket
 import stat
@@ -14,8 +15,8 @@ import pytest
 
 from libvirt_vdpa.api import ApiServer, Arguments
 from libvirt_vdpa.config import SocketConfig
-from libvirt_vdpa.ports import Record, control_path
-from libvirt_vdpa.supervisor import Port, Supervisor, give_socket
+from libvirt_vdpa.ports import Record, State, control_path
+from libvirt_vdpa.supervisor import Port, PortError, Supervisor, give_socket
 
 UUID = "7664d0a0-0001-4000-8000-000000000001"
 MAC = "52:54:00:76:64:01"
@@ -136,3 +137,67 @@ def test_a_server_that_says_who_it_is_is_found(short: Path) -> None:
         return process.pid
 
     assert asyncio.run(served(Path(made.control), os.getpid(), found_pid)) == os.getpid()
+
+
+#: A log that cannot be opened, whoever tries.
+NO_LOG = "/proc/no/log"
+LONG_LOG = f"/tmp/{300 * 'x'}.log"
+
+
+class TestNoProcess:
+    """Ports whose process cannot be started, or is not there any more."""
+
+    @pytest.mark.parametrize("log", [NO_LOG, LONG_LOG])
+    def test_a_start_that_cannot_be_is_told_and_undone(self, tmp_path: Path, log: str) -> None:
+        forgotten: list[Record] = []
+
+        async def run() -> None:
+            ports = Supervisor(OWNER, lambda _port: None, forgotten.append)
+            port = ports.add(dataclasses.replace(record(tmp_path), log=log))
+            with pytest.raises(PortError, match=log):
+                await ports.start(port)
+            await ports.release(port)
+
+        asyncio.run(asyncio.wait_for(run(), 10))
+        assert len(forgotten) == 1
+
+    def test_a_release_meets_a_start_that_cannot_be(self, tmp_path: Path) -> None:
+        async def run() -> State:
+            ports = supervisor()
+            port = ports.add(dataclasses.replace(record(tmp_path), log=NO_LOG))
+            start = asyncio.create_task(ports.start(port))
+            await asyncio.sleep(0)
+            await ports.release(port)
+            with pytest.raises(PortError):
+                await start
+            # Whatever was still to come has come.
+            await asyncio.sleep(0)
+            return port.state
+
+        assert asyncio.run(asyncio.wait_for(run(), 10)) is State.GONE
+
+    def test_one_port_that_cannot_be_adopted_is_not_the_others_problem(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        adopt = Port.adopt
+
+        async def fail_once(port: Port) -> None:
+            if port.record.mac == MAC:
+                raise OSError("no luck")
+            await adopt(port)
+
+        monkeypatch.setattr(Port, "adopt", fail_once)
+        first = record(tmp_path)
+        for mac in (MAC, "52:54:00:76:64:02"):
+            supervisor().add(dataclasses.replace(record(tmp_path, mac=mac), state="serving", log=LONG_LOG))
+        ports = supervisor()
+
+        async def run() -> list[State]:
+            await ports.adopt(tmp_path)
+            states = [port.state for port in ports.ports.values()]
+            ports.disregard()
+            return states
+
+        # The one that failed stays known: its process may run, and its VF must not be lent.
+        assert asyncio.run(asyncio.wait_for(run(), 10)) == [State.IDLE, State.RETRYING]
+        assert f"{first.path}: the port cannot be adopted" in caplog.text
