@@ -56,6 +56,9 @@ class QueueEngine(Protocol):
     def stop_queue(self, index: int) -> RingState:
         """Take a queue out; nothing of it is in flight on return."""
 
+    def kick(self, index: int) -> None:
+        """Notify a queue."""
+
     def set_call(self, index: int, fd: int | None) -> None:
         """Interrupt by this eventfd, which stays the caller's."""
 
@@ -133,6 +136,9 @@ class Engine:
     def stop_queue(self, index: int) -> RingState:
         state = lib.engine_stop_queue(self._engine, index)
         return RingState(state.avail, state.used)
+
+    def kick(self, index: int) -> None:
+        lib.engine_kick(self._engine, index)
 
     def set_call(self, index: int, fd: int | None) -> None:
         lib.engine_set_call(self._engine, index, -1 if fd is None else fd)

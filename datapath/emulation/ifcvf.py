@@ -5,7 +5,6 @@ function: its ids, a page of doorbell for each queue, and the "LM" registers for
 state, dirty log). Offsets and rules are those of DPDK's drivers/vdpa/ifc/base/ifcvf.[hc].
 """
 
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -222,4 +221,4 @@ class Ifcvf:
         """A queue's number, written to its own page (virtio 1.3 section 4.1.5.2)."""
         index = int.from_bytes(data, "little")
         if len(data) == 2 and offset == index * PAGE and index < QUEUES:
-            os.eventfd_write(self._engine.kick_fds[index], 1)
+            self._engine.kick(index)

@@ -267,6 +267,14 @@ struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue)
     return state;
 }
 
+void engine_kick(struct engine *engine, unsigned int queue)
+{
+    enter(engine);
+    engine->queue[queue].count.kicks++;
+    engine->queue[queue].awake = true;
+    leave_and_wake(engine);
+}
+
 void engine_set_call(struct engine *engine, unsigned int queue, int call_fd)
 {
     enter(engine);

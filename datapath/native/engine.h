@@ -60,6 +60,9 @@ int engine_start_queue(struct engine *engine, unsigned int queue, const struct r
 /* Take a queue out; harmless if there is none. The state is that of the last programming. */
 struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue);
 
+/* Notify a queue. Unlike a write to its eventfd, this no client can hinder. */
+void engine_kick(struct engine *engine, unsigned int queue);
+
 /*
  * Interrupt by this eventfd from now on, -1 for none. It stays the caller's, and should not block: one that
  * does is a fault.

@@ -155,6 +155,35 @@ def test_nothing_but_a_doorbell_notifies(shared: EmulatedNic) -> None:
         wait_for("the good kick", lambda: shared.query(0)["kicks"] == before + 1, 5)
 
 
+def kick_eventfds(client: RawClient) -> list[int]:
+    """Ask for the eventfds of the doorbells, in the order of the queues."""
+    client.command(GET_REGION_IO_FDS, struct.pack("=IIII", 16 + 2 * 40, 0, NOTIFY_BAR, 0))
+    return client.fds
+
+
+def fill(fd: int) -> None:
+    """Make an eventfd take nothing more."""
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(fd)
+    os.eventfd_write(fd, (1 << 64) - 2)
+
+
+def test_a_doorbell_that_blocks_does_not_hold_up_the_nic(shared: EmulatedNic) -> None:
+    """Its eventfd, full and blocking, hinders no notification by message."""
+    wire = Wire(shared.namespace, "vf0")
+    with driven(shared, 0) as driver:
+        kicks = kick_eventfds(driver.client)
+        for fd in kicks:
+            fill(fd)
+            os.set_blocking(fd, True)
+        exchange(driver, wire, 1)
+        for fd in kicks:
+            os.eventfd_read(fd)
+            os.set_blocking(fd, False)
+            os.close(fd)
+    wire.close()
+
+
 def test_mapped_doorbells(tmp_path: Path) -> None:
     with nic(tmp_path, "--doorbell=mapped", vfs=1) as running, driven(running, 0) as driver:
         client = driver.client

@@ -43,6 +43,9 @@ class NotedEngine:
         del self.queues[index]
         return self.state
 
+    def kick(self, index: int) -> None:
+        raise AssertionError("nothing was notified")
+
     def set_call(self, index: int, fd: int | None) -> None:
         self.calls[index] = fd
 

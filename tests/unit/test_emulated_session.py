@@ -42,6 +42,8 @@ class NoEngine:
     def stop_queue(self, index: int) -> RingState:
         return RingState(0, 0)
 
+    def kick(self, index: int) -> None: ...
+
     def set_call(self, index: int, fd: int | None) -> None:
         assert fd is None
 
