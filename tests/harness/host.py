@@ -29,11 +29,12 @@ from tests.harness.procfs import Running, all_running
 #: itself whether it still holds.
 CAPABILITIES = CACHE / "libvirt"
 
-#: No confinement and no change of owners: guests run as root, in folders that vanish with the host.
+#: No confinement. Guests run as root unless a test wants another user, to whom libvirt must then give
+#: what the guest uses.
 QEMU_CONF = """\
-user = "root"
-group = "root"
-dynamic_ownership = 0
+user = "{user}"
+group = "{user}"
+dynamic_ownership = {ownership}
 remember_owner = 0
 security_driver = "none"
 namespaces = []
@@ -78,12 +79,14 @@ class HostProcess(Process):
 class Host:
     """One private host; as a context manager it is started and ended."""
 
-    def __init__(self, name: str, *, keep: bool = False) -> None:
+    def __init__(self, name: str, *, keep: bool = False, qemu_user: str = "root") -> None:
         """
         :param name: its host name, and part of its folder's name.
         :param keep: let it outlive this program; `end_command` then ends it.
+        :param qemu_user: whom QEMU runs as, in the group of that name.
         """
         self.name = name
+        self._qemu_user = qemu_user
         # The pid tells whose folder it is (leftovers.py).
         self.folder = Path(tempfile.mkdtemp(prefix=f"libvirt-vdpa-{os.getpid()}-{name}-", dir="/tmp"))
         self.logs = self.folder / "var/log"
@@ -106,7 +109,9 @@ class Host:
     def _make_folders(self) -> None:
         etc = self.folder / "etc/libvirt"
         etc.mkdir(parents=True, exist_ok=True)
-        (etc / "qemu.conf").write_text(QEMU_CONF)
+        (etc / "qemu.conf").write_text(
+            QEMU_CONF.format(user=self._qemu_user, ownership=int(self._qemu_user != "root"))
+        )
         (etc / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(host_uuid=uuid.uuid4()))
         (etc / "virtlogd.conf").write_text("")
         for name, line in ACCOUNTS.items():

@@ -40,13 +40,19 @@ class VdpaHost(LibvirtHost):
     daemon: HostProcess
 
     def __init__(
-        self, name: str, *, configuration: str = CONFIGURATION, hook: str = "qemu", keep: bool = False
+        self,
+        name: str,
+        *,
+        configuration: str = CONFIGURATION,
+        hook: str = "qemu",
+        keep: bool = False,
+        qemu_user: str = "root",
     ) -> None:
         """
         :param configuration: virtvdpad's, as TOML.
         :param hook: the hook's name in /etc/libvirt/hooks; `qemu.d/NAME` makes it one of several.
         """
-        super().__init__(name, keep=keep)
+        super().__init__(name, keep=keep, qemu_user=qemu_user)
         self._hook = hook
         self.configuration = self.folder / "virtvdpad.toml"
         self.configuration.write_text(configuration)
