@@ -102,6 +102,11 @@ def check_domain(xml: bytes, run_folder: Path) -> tuple[DomainSpec | None, list[
         if element is not None:
             check = InterfaceCheck(element, request, uuid, run_folder)
             problems += check.problems()
+            if check.mac and check.mac in {port.mac for port in ports}:
+                text = (
+                    "another interface with a port has the same MAC; ports are told apart by it, change one"
+                )
+                problems.append(Problem(check.line("mac"), check.mac, text))
             ports.append(check.port())
     if requests:
         problems += memory_problems(root)

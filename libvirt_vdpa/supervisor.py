@@ -395,14 +395,16 @@ class Supervisor:
     def add(self, record: Record) -> Port:
         """A new port, recorded and without a process.
 
-        :raise PortError: when its folders cannot be made.
+        :raise PortError: when its folders cannot be made, or it is there already.
         """
+        port = self._insert(record)
         try:
             self._make_folders(record)
             record.save()
         except OSError as error:
-            raise PortError(f"{error.filename}: {error.strerror}") from None
-        return self._insert(record)
+            del self.ports[record.key]
+            raise PortError(f"{error.filename}: {error.strerror or error}") from None
+        return port
 
     def _make_folders(self, record: Record) -> None:
         """The folders of a port's sockets and record; they may be there, with other ports' or from before."""
@@ -453,6 +455,9 @@ class Supervisor:
             port.disregard()
 
     def _insert(self, record: Record) -> Port:
+        # The other one's process and VF would be lost sight of.
+        if record.key in self.ports:
+            raise PortError(f"{record.label}: there is such a port already, it is not replaced")
         port = Port(record, self._owner, self._changed)
         self.ports[record.key] = port
         return port

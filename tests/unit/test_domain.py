@@ -309,6 +309,18 @@ def test_a_problem_names_the_line_of_its_element() -> None:
         assert check_domain(xml.encode(), RUN)[1][0].line == line_with(xml, after)
 
 
+def test_two_interfaces_of_one_mac_that_are_named_by_alias() -> None:
+    xml = edited(KVM, "mac='52:54:00:76:64:02' pool='default'", "alias='ua-first' pool='default'")
+    xml = edited(
+        xml,
+        "<mac address='52:54:00:76:64:02'/>",
+        "<mac address='52:54:00:76:65:02'/><alias name='ua-first'/>",
+    )
+    xml = edited(xml, "52:54:00:76:64:02.sock", "52:54:00:76:65:02.sock")
+    (message,) = fatal(xml)
+    assert message.startswith("interface 52:54:00:76:65:02: another interface with a port has the same MAC")
+
+
 def test_all_problems_are_told_at_once() -> None:
     xml = edited(edited(DEMO, SHARED, ""), "mode='client'", "mode='peer'")
     assert len(fatal(xml)) == 2

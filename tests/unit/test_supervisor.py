@@ -88,6 +88,15 @@ class TestFolders:
         assert mode(tmp_path / UUID) == 0o711
 
 
+def test_no_port_takes_another_ones_place(tmp_path: Path) -> None:
+    ports = supervisor()
+    first = ports.add(record(tmp_path))
+    with pytest.raises(PortError, match="there is such a port already"):
+        ports.add(dataclasses.replace(record(tmp_path), device="ifcvf,vfio-user=/other.sock"))
+    assert list(ports.ports.values()) == [first]
+    assert Record.load(first.record.path) == first.record
+
+
 @pytest.fixture
 def short() -> Iterator[Path]:
     """A folder whose path leaves room for sockets below it."""
