@@ -145,14 +145,17 @@ TRANSITIONS: dict[State, dict[Event, tuple[State, Action]]] = {
     },
 }
 #: State in a record that a restarted daemon finds -> what it feeds to the port, when the process still
-#: runs and when it does not. Whoever waited for a start was told that it failed, so that is undone.
+#: runs and when it does not; see `adoption`. Whoever waited for a start was told that it failed, so that is
+#: undone. Where the guest has left and the process too, nothing is to be waited for: libvirt's `release` may
+#: have come while no daemon was there, and will not come again. IDLE is either that or a start that failed;
+#: the one port that is IDLE and wanted, `Record.awaits_start`, is excepted.
 ADOPTION: dict[State, tuple[tuple[Event, ...], tuple[Event, ...]]] = {
-    State.IDLE: ((Event.FOUND, Event.RELEASE), ()),
+    State.IDLE: ((Event.FOUND, Event.RELEASE), (Event.RELEASE,)),
     State.STARTING: ((Event.FOUND, Event.RELEASE), (Event.RELEASE,)),
     State.SERVING: ((Event.FOUND,), (Event.LOST,)),
     State.RETRYING: ((Event.FOUND,), (Event.LOST,)),
     State.RESTARTING: ((Event.FOUND,), (Event.LOST,)),
-    State.LINGERING: ((Event.FOUND, Event.GUEST_LEFT), ()),
+    State.LINGERING: ((Event.FOUND, Event.GUEST_LEFT), (Event.RELEASE,)),
     State.ENDING: ((Event.FOUND, Event.RELEASE), (Event.RELEASE,)),
     State.GONE: ((Event.FOUND, Event.RELEASE), (Event.RELEASE,)),
 }
@@ -222,6 +225,11 @@ class Record:
         return f"{self.domain}/{self.mac}"
 
     @property
+    def awaits_start(self) -> bool:
+        """Whether its first process comes with `start`: `prepare` has been, QEMU is to make the socket."""
+        return self.state == State.IDLE.value and self.role == "connect" and self.features is None
+
+    @property
     def path(self) -> Path:
         """The record's file."""
         return Path(self.control).with_suffix(".json")
@@ -273,6 +281,16 @@ class Record:
         if record.path != path:
             raise RecordError(f"{path}: belongs to another path, {record.path}")
         return record
+
+
+def adoption(record: Record, alive: bool) -> tuple[Event, ...]:
+    """What a restarted daemon feeds to a port whose record it has found.
+
+    :param alive: whether the port's process runs.
+    """
+    if record.awaits_start and not alive:
+        return ()
+    return ADOPTION[State(record.state)][0 if alive else 1]
 
 
 def control_path(run_folder: Path, uuid: str, mac: str) -> Path:

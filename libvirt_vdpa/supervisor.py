@@ -17,7 +17,6 @@ from pathlib import Path
 from libvirt_vdpa.client import ControlClient, ControlError
 from libvirt_vdpa.config import SocketConfig
 from libvirt_vdpa.ports import (
-    ADOPTION,
     PORTS_FOLDER,
     Action,
     Event,
@@ -25,6 +24,7 @@ from libvirt_vdpa.ports import (
     Record,
     RecordError,
     State,
+    adoption,
 )
 from libvirt_vdpa.process import Process, ProgramError, find_program, log_size, start_time
 
@@ -124,19 +124,18 @@ class Port:
 
     async def adopt(self) -> None:
         """Take up, after a restart of the daemon, where the record says that the port was."""
-        before = State(self.record.state)
+        before = self.record
         self._log_mark = log_size(Path(self.record.log))
         self._process = await self._find_process()
-        alive, dead = ADOPTION[before]
         if self._process is None:
-            logger.info("%s: was %s, has no process", self.record.label, before.value)
+            logger.info("%s: was %s, has no process", self.record.label, before.state)
             self.record = self.record.with_process(None, None)
         else:
-            logger.info("%s: was %s, adopts process %d", self.record.label, before.value, self._process.pid)
+            logger.info("%s: was %s, adopts process %d", self.record.label, before.state, self._process.pid)
             self.record = self.record.with_process(self._process.pid, self._process.start_time)
             self._process.watch(self._ended)
             self._attend()
-        for event in alive if self._process is not None else dead:
+        for event in adoption(before, self._process is not None):
             self.feed(event)
 
     async def _find_process(self) -> Process | None:

@@ -267,6 +267,36 @@ class TestRestarts:
         host.hook(domain, "release")
         assert host.is_clean()
 
+    @pytest.mark.parametrize("noticed", [True, False])
+    def test_a_dead_port_whose_guest_has_left_is_given_back(self, host: DaemonHost, noticed: bool) -> None:
+        # Its release may have come while there was no daemon.
+        host.hook(host.domain(), "prepare", "start", "started", "stopped")
+        pid = host.ports[0]["pid"]
+        if noticed:
+            end_process(pid)
+            wait_for("the end to be noticed", lambda: host.ports[0]["state"] == "idle", 5)
+            host.stop(signal.SIGKILL)
+        else:
+            host.stop(signal.SIGKILL)
+            end_process(pid)
+        host.start()
+        assert host.is_clean()
+
+    def test_a_port_survives_between_prepare_and_start(
+        self, host: DaemonHost, front_end: socket.socket
+    ) -> None:
+        domain = host.domain("vdpa-server.xml")
+        host.hook(domain, "prepare")
+        host.stop(signal.SIGKILL)
+        host.start()
+        assert (host.ports[0]["state"], host.lent) == ("idle", 1)
+        host.hook(domain, "start")
+        front_end.bind(str(domain.socket))
+        front_end.listen()
+        front_end.settimeout(10)
+        with front_end.accept()[0]:
+            host.hook(domain, "started")
+
     def test_a_port_that_stops_answering_is_killed_and_comes_back(self, host: DaemonHost) -> None:
         host.hook(host.domain(), "prepare", "start", "started")
         (before,) = host.ports

@@ -18,6 +18,7 @@ from libvirt_vdpa.ports import (
     Record,
     RecordError,
     State,
+    adoption,
 )
 
 RECORD = Record(
@@ -113,6 +114,26 @@ def test_adoption_of_any_state_is_possible(state: State, alive: bool) -> None:
         life.feed(event)
     if state in {State.SERVING, State.RETRYING, State.RESTARTING}:
         assert life.state is (State.RESTARTING if alive else State.RETRYING)
+    elif not alive:
+        assert life.state is State.GONE
+
+
+@pytest.mark.parametrize(
+    ("role", "features", "events"),
+    [
+        ("connect", None, ()),
+        # It has served: the guest has left, and the process after it.
+        ("connect", 1, (Event.RELEASE,)),
+        # Its start failed, and that was told.
+        ("listen", None, (Event.RELEASE,)),
+    ],
+)
+def test_only_a_port_that_awaits_its_start_is_kept_idle(
+    role: str, features: int | None, events: tuple[Event, ...]
+) -> None:
+    record = dataclasses.replace(RECORD, role=role, features=features)
+    assert adoption(record, alive=False) == events
+    assert adoption(record, alive=True) == (Event.FOUND, Event.RELEASE)
 
 
 def test_record_comes_back_as_it_was(tmp_path: Path) -> None:
