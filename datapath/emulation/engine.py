@@ -4,6 +4,7 @@
 packet is C; a call here returns once the engine's thread has taken note.
 """
 
+import fcntl
 import os
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,8 @@ MAX_QUEUE_SIZE: int = lib.RING_MAX_SIZE
 QUEUES: int = lib.ENGINE_QUEUES
 #: Value of a doorbell cell that nobody has rung.
 NOT_RUNG: int = lib.ENGINE_NOT_RUNG
+#: Bytes from one doorbell cell to the next.
+PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,16 @@ class QueueEngine(Protocol):
         """No queue, no fault, no log."""
 
 
+def _doorbell_pages() -> int:
+    """A memfd with a page for each queue, nothing rung; it cannot shrink under the engine."""
+    fd = os.memfd_create("doorbells", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, QUEUES * PAGE)
+    for index in range(QUEUES):
+        os.pwrite(fd, NOT_RUNG.to_bytes(2, "little"), index * PAGE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
 def _check(result: int) -> None:
     if result < 0:
         raise OSError(-result, os.strerror(-result))
@@ -80,25 +93,54 @@ def _check(result: int) -> None:
 class Engine:
     """The engine behind one packet descriptor; `close` ends its thread."""
 
-    def __init__(self, packet_fd: int, doorbell_fd: int | None = None, prefetch: int = 0) -> None:
+    def __init__(self, packet_fd: int, prefetch: int = 0) -> None:
         """Start.
 
         :param packet_fd: a non-blocking TAP or datagram socket; stays the caller's, open until `close`.
-        :param doorbell_fd: a sealed memfd with one page per queue to poll for doorbells.
         :param prefetch: receive descriptors to fetch ahead of need.
         :raise OSError: when the system has no more descriptors or threads.
         """
         handle = ffi.new("struct engine **")
-        _check(lib.engine_open(packet_fd, -1 if doorbell_fd is None else doorbell_fd, handle))
+        _check(lib.engine_open(packet_fd, handle))
         self._engine = handle[0]
         self._prefetch = prefetch
-        #: Eventfds, owned by the engine: they notify the queues; the last is readable after a fault.
-        self.kick_fds: tuple[int, ...] = tuple(lib.engine_kick_fd(self._engine, n) for n in range(QUEUES))
+        #: Eventfd, owned by the engine, that is readable after a fault.
         self.fault_fd: int = lib.engine_fault_fd(self._engine)
+        #: Owned by the engine and shared with its client, while there are doorbells: an eventfd for each
+        #: queue, and the memfd of those that are memory.
+        self.kick_fds: tuple[int, ...] = ()
+        self.doorbell_fd: int | None = None
 
     def close(self) -> None:
         """End the thread and let go of all memory."""
+        self.close_doorbells()
         lib.engine_close(self._engine)
+
+    def open_doorbells(self, mapped: bool) -> None:
+        """Make doorbells that no earlier client has.
+
+        :param mapped: whether they are memory as well, to be polled.
+        :raise OSError: when the system has no more descriptors.
+        """
+        self.close_doorbells()
+        if mapped:
+            self.doorbell_fd = _doorbell_pages()
+        try:
+            _check(
+                lib.engine_open_doorbells(self._engine, -1 if self.doorbell_fd is None else self.doorbell_fd)
+            )
+        except OSError:
+            self.close_doorbells()
+            raise
+        self.kick_fds = tuple(lib.engine_kick_fd(self._engine, n) for n in range(QUEUES))
+
+    def close_doorbells(self) -> None:
+        """Take the doorbells away: whoever still has them rings nothing any more."""
+        lib.engine_close_doorbells(self._engine)
+        self.kick_fds = ()
+        if self.doorbell_fd is not None:
+            os.close(self.doorbell_fd)
+            self.doorbell_fd = None
 
     def map(self, iova: int, size: int, fd: int | None, offset: int, writable: bool) -> None:
         """Let the VF reach memory: `size` bytes of a file from `offset` on, or nothing without a file.

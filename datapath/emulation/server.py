@@ -67,10 +67,14 @@ def _require(condition: bool, number: int = errno.EINVAL) -> None:
 class Session:
     """What one client does to the VF."""
 
-    def __init__(self, device: Ifcvf, engine: Engine, doorbell_fd: int | None) -> None:
+    def __init__(self, device: Ifcvf, engine: Engine, mapped_doorbells: bool) -> None:
+        """Begin, with doorbells that no client before has spoilt or still holds.
+
+        :raise OSError: when descriptors have run out.
+        """
         self._device = device
         self._engine = engine
-        self._doorbell_fd = doorbell_fd
+        engine.open_doorbells(mapped_doorbells)
         self._negotiated = False
         #: ERR and REQ: accepted, never signalled.
         self._other_irqs: dict[int, int] = {}
@@ -117,6 +121,7 @@ class Session:
         self._device.reset()
         self._device.vectors.clear()
         self._engine.unmap_all()
+        self._engine.close_doorbells()
         for fd in self._other_irqs.values():
             os.close(fd)
         self._other_irqs.clear()
@@ -164,19 +169,20 @@ class Session:
         _require(request.index < len(Region) and request.argsz >= RegionInfo.LAYOUT.size)
         size = REGION_SIZES.get(Region(request.index), 0)
         flags = RegionFlag.READ | RegionFlag.WRITE if size else RegionFlag(0)
-        if request.index != DOORBELLS or self._doorbell_fd is None:
+        doorbell_fd = self._engine.doorbell_fd
+        if request.index != DOORBELLS or doorbell_fd is None:
             return message.reply(RegionInfo(request.index, flags, size).pack_reply(request.argsz))
         areas = tuple(Area(offset, PAGE) for offset in self._device.doorbell_offsets())
         info = RegionInfo(request.index, flags | RegionFlag.MMAP, size, areas=areas)
         payload = info.pack_reply(request.argsz)
         # The descriptor goes along with the areas only: a client keeps one for each region.
-        return message.reply(payload, (self._doorbell_fd,) if request.argsz >= info.full_size else ())
+        return message.reply(payload, (doorbell_fd,) if request.argsz >= info.full_size else ())
 
     def _get_region_io_fds(self, message: Message) -> Message:
         request = RegionIoFds.unpack(message.payload)
         _require(request.index < len(Region) and request.argsz >= RegionIoFds.LAYOUT.size)
         offsets = self._device.doorbell_offsets()
-        if request.index != DOORBELLS or self._doorbell_fd is not None:
+        if request.index != DOORBELLS or self._engine.doorbell_fd is not None:
             offsets = []
         entries = tuple(IoFd(offset, DOORBELL_SIZE, index) for index, offset in enumerate(offsets))
         offer = RegionIoFds(request.index, entries)
@@ -303,8 +309,13 @@ class VfServer:
             self._log("a second client was turned away: one is connected")
             connection.close()
             return
+        try:
+            self._session = self._open_session()
+        except OSError as error:
+            self._log(f"a client was turned away: {error.strerror}")
+            connection.close()
+            return
         self._connection = connection
-        self._session = self._open_session()
         self._selector.register(connection, selectors.EVENT_READ, self._ready)
         self._log("a client has connected")
 

@@ -1,16 +1,15 @@
 """One emulated VF, put together: TAP, packet engine, register model, vfio-user socket."""
 
 import contextlib
-import fcntl
 import os
 import selectors
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datapath.emulation.engine import NOT_RUNG, QUEUES, Engine
-from datapath.emulation.ifcvf import BARS, PAGE, Ifcvf
-from datapath.emulation.server import DOORBELLS, Session, VfServer
+from datapath.emulation.engine import QUEUES, Engine
+from datapath.emulation.ifcvf import Ifcvf
+from datapath.emulation.server import Session, VfServer
 from datapath.emulation.tap import open_tap
 
 DRIVER = "ifcvf"
@@ -35,16 +34,6 @@ class VfSpec:
     prefetch: int = 0
 
 
-def doorbell_pages() -> int:
-    """A memfd that backs the BAR of the doorbells, nothing rung; it cannot shrink under the engine."""
-    fd = os.memfd_create("ifcvf-doorbells", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, BARS[DOORBELLS])
-    for index in range(QUEUES):
-        os.pwrite(fd, NOT_RUNG.to_bytes(2, "little"), index * PAGE)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    return fd
-
-
 class Vf:
     """One VF: everything from its TAP to its socket."""
 
@@ -59,11 +48,7 @@ class Vf:
         with contextlib.ExitStack() as undo:
             tap_fd = open_tap(spec.tap, MTU, spec.bridge)
             undo.callback(os.close, tap_fd)
-            doorbell_fd = None
-            if spec.mapped_doorbells:
-                doorbell_fd = doorbell_pages()
-                undo.callback(os.close, doorbell_fd)
-            self._engine = Engine(tap_fd, doorbell_fd, spec.prefetch)
+            self._engine = Engine(tap_fd, spec.prefetch)
             undo.callback(self._engine.close)
             self._device = Ifcvf(self._engine, spec.mac, MTU)
             selector.register(self._engine.fault_fd, selectors.EVENT_READ, self._fault)
@@ -71,7 +56,7 @@ class Vf:
             self._server = VfServer(
                 selector,
                 spec.socket,
-                lambda: Session(self._device, self._engine, doorbell_fd),
+                lambda: Session(self._device, self._engine, spec.mapped_doorbells),
                 log,
             )
             undo.callback(self._server.close)

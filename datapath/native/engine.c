@@ -76,12 +76,17 @@ static int open_descriptors(struct engine *engine)
         watch(engine, engine->wake_fd, EPOLLIN, TOKEN_WAKE) < 0) {
         return -errno;
     }
+    return 0;
+}
+
+static int open_kick_fds(struct engine *engine)
+{
     for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
         int kick_fd = engine->queue[i].kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 
         /*
-         * Clients share this one and could make it block whoever reads it. With EPOLLET each write is an
-         * event, and nobody has to read.
+         * The client shares this one and could make it block whoever reads it. With EPOLLET each write is
+         * an event, and nobody has to read. Only a client that fills the counter is not heard any more.
          */
         if (kick_fd < 0 || watch(engine, kick_fd, EPOLLIN | EPOLLET, i) < 0) {
             return -errno;
@@ -107,6 +112,25 @@ static int map_doorbells(struct engine *engine, int doorbell_fd)
     return 0;
 }
 
+static void drop_doorbells(struct engine *engine)
+{
+    for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
+        struct queue *queue = &engine->queue[i];
+
+        if (queue->kick_fd >= 0) {
+            /* Closing would not do it, for the client has it as well. */
+            epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, queue->kick_fd, NULL);
+            close(queue->kick_fd);
+        }
+        queue->kick_fd = -1;
+        queue->doorbell = NULL;
+    }
+    if (engine->doorbells != NULL) {
+        munmap(engine->doorbells, ENGINE_QUEUES * DMA_PAGE_SIZE);
+        engine->doorbells = NULL;
+    }
+}
+
 /* Signals are for the program's own threads, but for the one of interrupts and what instructions raise. */
 static int start_thread(struct engine *engine)
 {
@@ -126,16 +150,13 @@ static int start_thread(struct engine *engine)
 
 static void release(struct engine *engine)
 {
-    int fds[] = { engine->epoll_fd, engine->wake_fd, engine->fault_fd,
-                  engine->queue[ENGINE_RX].kick_fd, engine->queue[ENGINE_TX].kick_fd };
+    int fds[] = { engine->epoll_fd, engine->wake_fd, engine->fault_fd };
 
+    drop_doorbells(engine);
     for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++) {
         if (fds[i] >= 0) {
             close(fds[i]);
         }
-    }
-    if (engine->doorbells != NULL) {
-        munmap(engine->doorbells, ENGINE_QUEUES * DMA_PAGE_SIZE);
     }
     dma_remove_all(&engine->dma);
     pthread_cond_destroy(&engine->no_callers);
@@ -143,7 +164,7 @@ static void release(struct engine *engine)
     free(engine);
 }
 
-int engine_open(int packet_fd, int doorbell_fd, struct engine **out)
+int engine_open(int packet_fd, struct engine **out)
 {
     struct engine *engine = calloc(1, sizeof(*engine));
     int result;
@@ -166,9 +187,6 @@ int engine_open(int packet_fd, int doorbell_fd, struct engine **out)
         result = open_descriptors(engine);
     }
     if (result == 0) {
-        result = map_doorbells(engine, doorbell_fd);
-    }
-    if (result == 0) {
         result = start_thread(engine);
     }
     if (result < 0) {
@@ -186,6 +204,30 @@ void engine_close(struct engine *engine)
     leave_and_wake(engine);
     pthread_join(engine->thread, NULL);
     release(engine);
+}
+
+int engine_open_doorbells(struct engine *engine, int doorbell_fd)
+{
+    int result;
+
+    enter(engine);
+    drop_doorbells(engine);
+    result = open_kick_fds(engine);
+    if (result == 0) {
+        result = map_doorbells(engine, doorbell_fd);
+    }
+    if (result < 0) {
+        drop_doorbells(engine);
+    }
+    leave_and_wake(engine);
+    return result;
+}
+
+void engine_close_doorbells(struct engine *engine)
+{
+    enter(engine);
+    drop_doorbells(engine);
+    leave_and_wake(engine);
 }
 
 int engine_kick_fd(struct engine *engine, unsigned int queue)

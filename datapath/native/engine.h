@@ -35,14 +35,19 @@ struct engine_counters {
     uint64_t interrupts;
 };
 
-/*
- * packet_fd: non-blocking; the caller keeps it open until engine_close(). doorbell_fd: a memfd with a
- * page per queue whose first 16 bits are the queue's doorbell, to be polled; or -1.
- */
-int engine_open(int packet_fd, int doorbell_fd, struct engine **engine);
+/* packet_fd: non-blocking; the caller keeps it open until engine_close(). */
+int engine_open(int packet_fd, struct engine **engine);
 void engine_close(struct engine *engine);
 
-/* Eventfd that notifies a queue, owned by the engine; and one that becomes readable after a fault. */
+/*
+ * Make new doorbells; those that were there ring no more. They are shared with a client, who may spoil them,
+ * so each client needs its own. doorbell_fd: a memfd with a page per queue whose first 16 bits are the
+ * queue's doorbell, to be polled; or -1. The caller may close it afterwards. An error leaves none.
+ */
+int engine_open_doorbells(struct engine *engine, int doorbell_fd);
+void engine_close_doorbells(struct engine *engine);
+
+/* Eventfd that notifies a queue, owned by the engine, -1 without doorbells; and one for faults. */
 int engine_kick_fd(struct engine *engine, unsigned int queue);
 int engine_fault_fd(struct engine *engine);
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datapath.emulation.engine import NOT_RUNG, QUEUES, Engine, QueueSetup
+from datapath.emulation.engine import NOT_RUNG, Engine, QueueSetup
 from datapath.vdpa import RingState
 from tests.harness.nic_engine import (
     HEADER,
@@ -375,11 +375,9 @@ def test_a_log_that_is_not_mapped_is_passed_over() -> None:
 
 
 def test_mapped_doorbells() -> None:
-    doorbells = os.memfd_create("doorbells")
-    os.ftruncate(doorbells, QUEUES * PAGE)
-    for queue in (RX, TX):
-        os.pwrite(doorbells, struct.pack("<H", NOT_RUNG), queue * PAGE)
-    with bench(doorbell_fd=doorbells) as b:
+    with bench(mapped_doorbells=True) as b:
+        doorbells = b.engine.doorbell_fd
+        assert doorbells is not None
         b.run()
         b.memory.write(TX_DATA, bytes(HEADER) + PACKET)
         b.tx.add(Buffer(TX_DATA, HEADER + len(PACKET)))
@@ -387,7 +385,6 @@ def test_mapped_doorbells() -> None:
         assert b.receive_from_wire() == PACKET
         assert os.pread(doorbells, 2, TX * PAGE) == struct.pack("<H", NOT_RUNG)
         assert b.engine.count(TX).kicks == 1
-    os.close(doorbells)
 
 
 def run_time(thread: str) -> int:
@@ -420,7 +417,7 @@ def test_calls_get_through_under_load() -> None:
     """A source of packets that never ends keeps the engine from ever sleeping."""
     zero = os.open("/dev/zero", os.O_RDWR)
     engine = Engine(zero)
-    os.eventfd_write(engine.kick_fds[RX], 1)  # /dev/zero cannot be polled: this makes the engine read
+    engine.kick(RX)  # /dev/zero cannot be polled: this makes the engine read
     wait_for(lambda: engine.count(RX).dropped > 1000, "load")
     begin = time.monotonic()
     for _ in range(1000):

@@ -5,7 +5,10 @@ the process notices.
 """
 
 import contextlib
+import errno
+import mmap
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from datapath.emulation.engine import QUEUES
 from datapath.native._native import ffi, lib
 from tests.harness.nic_engine import (
     DEADLINE,
@@ -367,7 +371,7 @@ UNGUARDED = """
 import ctypes, mmap, os
 from datapath.native._native import ffi, lib
 handle = ffi.new("struct engine **")
-assert lib.engine_open(os.eventfd(0, os.EFD_NONBLOCK), -1, handle) == 0
+assert lib.engine_open(os.eventfd(0, os.EFD_NONBLOCK), handle) == 0
 fd = os.memfd_create("x")
 os.ftruncate(fd, 4096)
 memory = mmap.mmap(fd, 4096)
@@ -394,6 +398,46 @@ def open_descriptors() -> int:
 def test_no_engine_without_descriptors() -> None:
     """A failed start gives everything back."""
     before = open_descriptors()
-    handle = ffi.new("struct engine **")
-    assert lib.engine_open(-1, before + 1000, handle) < 0  # the doorbell descriptor is none
-    assert open_descriptors() == before
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = [os.dup(0) for _ in range(3)]
+    for fd in needed:
+        os.close(fd)
+    for first_refused in needed:
+        handle = ffi.new("struct engine **")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_refused, limit[1]))
+        try:
+            assert lib.engine_open(-1, handle) == -errno.EMFILE
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        assert open_descriptors() == before
+
+
+def test_doorbells_that_cannot_be_leave_none() -> None:
+    with bench() as b:
+        before = open_descriptors()
+        assert lib.engine_open_doorbells(b.engine._engine, before + 1000) < 0  # the descriptor is none
+        assert open_descriptors() == before - 2
+        assert lib.engine_kick_fd(b.engine._engine, TX) == -1
+        b.engine.open_doorbells(mapped=False)
+        assert_recovers(b)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_doorbells_are_of_one_client(mapped: bool) -> None:
+    """Whatever one has done to its own, the next has good ones, and the first rings no more."""
+    with bench(mapped_doorbells=mapped) as b:
+        kicks = [os.dup(fd) for fd in b.engine.kick_fds]
+        memory = b.engine.doorbell_fd
+        pages = bytearray(QUEUES * PAGE) if memory is None else mmap.mmap(memory, 0)
+        for fd in kicks:
+            os.eventfd_write(fd, (1 << 64) - 2)
+        b.engine.open_doorbells(mapped)
+        b.run()
+        for fd in kicks:
+            os.eventfd_read(fd)
+            os.eventfd_write(fd, 1)
+            os.close(fd)
+        pages[TX * PAGE : TX * PAGE + 2] = struct.pack("<H", TX)
+        b.send(b"x")
+        assert b.receive_from_wire() == b"x"
+        assert b.engine.count(TX).kicks == 1

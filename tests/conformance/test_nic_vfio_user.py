@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import itertools
 import os
+import resource
 import signal
 import socket
 import struct
@@ -172,16 +174,49 @@ def test_a_doorbell_that_blocks_does_not_hold_up_the_nic(shared: EmulatedNic) ->
     """Its eventfd, full and blocking, hinders no notification by message."""
     wire = Wire(shared.namespace, "vf0")
     with driven(shared, 0) as driver:
-        kicks = kick_eventfds(driver.client)
-        for fd in kicks:
+        for fd in kick_eventfds(driver.client):
             fill(fd)
             os.set_blocking(fd, True)
-        exchange(driver, wire, 1)
-        for fd in kicks:
-            os.eventfd_read(fd)
-            os.set_blocking(fd, False)
             os.close(fd)
+        exchange(driver, wire, 1)
     wire.close()
+
+
+def test_a_doorbell_that_a_client_has_spoilt_goes_with_it(shared: EmulatedNic) -> None:
+    wire = Wire(shared.namespace, "vf0")
+    with driven(shared, 0) as driver:
+        kept = kick_eventfds(driver.client)
+        for fd in kept:
+            fill(fd)
+    with driven(shared, 0) as driver:
+        before = shared.query(0)["kicks"]
+        for fd in kept:
+            os.eventfd_read(fd)
+            os.eventfd_write(fd, 1)
+        _, kick = kicks = kick_eventfds(driver.client)
+        driver.add_packet(frame(1))
+        os.eventfd_write(kick, 1)
+        wire.expect(1)
+        assert shared.query(0)["kicks"] == before + 1
+    for fd in (*kept, *kicks):
+        os.close(fd)
+    wire.close()
+
+
+def test_no_client_without_descriptors(tmp_path: Path) -> None:
+    with nic(tmp_path, vfs=1) as running:
+        wait_idle(running, 0)
+        in_use = {int(path.name) for path in Path(f"/proc/{running.pid}/fd").iterdir()}
+        free = next(number for number in itertools.count() if number not in in_use)
+        limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+        # Enough to accept a client, not for its doorbells.
+        resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+        client = RawClient(running.folder / "vf0.sock", negotiate=False)
+        assert client.is_gone()
+        client.close()
+        resource.prlimit(running.pid, resource.RLIMIT_NOFILE, limits)
+        with driven(running, 0) as driver:
+            assert driver.status == 15
 
 
 def test_mapped_doorbells(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def bench(
     size: int = 256,
     start: int = 0,
     prefetch: int = 0,
-    doorbell_fd: int | None = None,
+    mapped_doorbells: bool = False,
     event_idx: bool = False,
     mergeable: bool = True,
 ) -> Iterator[Bench]:
@@ -129,7 +129,8 @@ def bench(
         rx, tx = (Virtqueue(memory, at, size, start) for at in (RX_RING, TX_RING))
         stack.callback(rx.close)
         stack.callback(tx.close)
-        engine = Engine(uplink.fileno(), doorbell_fd, prefetch)
+        engine = Engine(uplink.fileno(), prefetch)
         stack.callback(engine.close)
+        engine.open_doorbells(mapped_doorbells)
         engine.map(0, MEMORY_SIZE, memory.fd, 0, writable=True)
         yield Bench(engine, memory, rx, tx, wire, event_idx, mergeable)

@@ -20,6 +20,7 @@ class NoEngine:
     """An engine without thread and memory."""
 
     kick_fds = (-1, -1)
+    doorbell_fd: int | None = None
 
     def __init__(self) -> None:
         self.maps: dict[int, int] = {}
@@ -42,6 +43,8 @@ class NoEngine:
     def stop_queue(self, index: int) -> RingState:
         return RingState(0, 0)
 
+    def open_doorbells(self, mapped: bool) -> None: ...
+    def close_doorbells(self) -> None: ...
     def kick(self, index: int) -> None: ...
 
     def set_call(self, index: int, fd: int | None) -> None:
@@ -54,7 +57,7 @@ class NoEngine:
 
 def session(negotiated: bool = True) -> Session:
     engine = cast(Engine, NoEngine())
-    new = Session(Ifcvf(engine, b"\2\0\0\0\0\1", 1500), engine, None)
+    new = Session(Ifcvf(engine, b"\2\0\0\0\0\1", 1500), engine, mapped_doorbells=False)
     if negotiated:
         new.handle(Message(0, Command.VERSION, payload=Version().pack()))
     return new

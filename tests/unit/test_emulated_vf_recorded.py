@@ -34,6 +34,8 @@ class NotedEngine:
     maps: dict[int, tuple[int, bool]] = field(default_factory=dict)
     calls: dict[int, int | None] = field(default_factory=dict)
     running: bool = False
+    doorbells: bool = False
+    doorbell_fd: int | None = None
     kicks: list[int] = field(default_factory=list)
 
     def map(self, iova: int, size: int, fd: int | None, offset: int, writable: bool) -> None:
@@ -51,6 +53,12 @@ class NotedEngine:
     def stop_queue(self, index: int) -> RingState:
         self.queues.pop(index, None)
         return RingState(0, 0)
+
+    def open_doorbells(self, mapped: bool) -> None:
+        self.doorbells = True
+
+    def close_doorbells(self) -> None:
+        self.doorbells = False
 
     def kick(self, index: int) -> None:
         self.kicks.append(index)
@@ -97,7 +105,7 @@ def reply_to(command: Message, at: int) -> Recorded | None:
 def vf() -> Iterator[Vf]:
     engine = NotedEngine()
     device = Ifcvf(cast(Engine, engine), MAC, MTU)
-    session = Session(device, cast(Engine, engine), None)
+    session = Session(device, cast(Engine, engine), mapped_doorbells=False)
     yield Vf(engine, device, session)
     session.close()
 
@@ -160,6 +168,8 @@ def test_memory_is_mapped_as_the_firmware_left_it(vf: Vf) -> None:
         pass
     writable = sum(size for iova, (size, may_write) in vf.engine.maps.items() if may_write and iova < 1 << 32)
     assert GUEST_MEMORY - (256 << 10) < writable <= GUEST_MEMORY
+    assert vf.engine.doorbells
     vf.session.close()
+    assert not vf.engine.doorbells
     assert not vf.engine.maps
     assert not vf.engine.queues
