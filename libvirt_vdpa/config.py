@@ -101,6 +101,9 @@ class _Table:
             value = float(value)
         if type(value) is not kind and value is not default:
             raise self.error(key, f"must be {TYPE_NAMES[kind]}, not {value!r}")
+        # Names of files, users and devices: none of them can have it.
+        if "\0" in str(value):
+            raise self.error(key, "must not contain a NUL character")
         return value
 
     def tables(self, key: str) -> list[tuple[str, "_Table"]]:
@@ -131,7 +134,7 @@ def read_config(file: Path) -> Config:
     try:
         content = tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
+        raise ConfigError(f"{file}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from None
     top = _Table(file, "", content)

@@ -63,7 +63,9 @@ class Daemon:
         try:
             self._api.start(self._config.socket_path)
         except OSError as error:
-            raise DaemonError(f"control socket {self._config.socket_path}: {error.strerror}") from None
+            raise DaemonError(
+                f"control socket {self._config.socket_path}: {error.strerror or error}"
+            ) from None
         watcher = self._watch_domains(loop)
         logger.info("ready on %s", self._config.socket_path)
         await self._end.wait()
@@ -202,10 +204,13 @@ def lock(run_folder: Path) -> int:
     """Keep other daemons away from a run folder, until this process ends.
 
     :return: a descriptor that holds the lock.
-    :raise DaemonError: when another daemon serves the folder.
+    :raise DaemonError: when another daemon serves the folder, or the lock cannot be had.
     """
     path = run_folder / "virtvdpad.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DaemonError(f"{path}: {error.strerror or error}; it must be a file") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -229,7 +234,7 @@ def make_folders(config: Config) -> None:
         config.run_folder.chmod(0o711)
         config.log_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DaemonError(f"{error.filename}: {error.strerror}") from None
+        raise DaemonError(f"{error.filename}: {error.strerror or error}") from None
 
 
 def raise_descriptor_limit() -> None:

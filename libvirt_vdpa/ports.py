@@ -259,7 +259,7 @@ class Record:
                     raise RecordError(f"{path}: belongs to another user")
                 content = json.load(file)
         except OSError as error:
-            raise RecordError(f"{path}: {error.strerror}") from None
+            raise RecordError(f"{path}: {error.strerror or error}") from None
         except ValueError as error:
             raise RecordError(f"{path}: {error}") from None
         return cls._from_json(path, content)

@@ -207,7 +207,7 @@ class Port:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                logger.error("%s: %s cannot be removed: %s", self.record.label, path, error.strerror)
+                logger.error("%s: %s cannot be removed: %s", self.record.label, path, error.strerror or error)
             # The folder stays as long as the domain has other ports.
             with contextlib.suppress(OSError):
                 path.parent.rmdir()
@@ -277,7 +277,7 @@ class Port:
             self._give_up(f"{PROGRAM} was not ready within {START_LIMIT:g} s")
             return
         except OSError as error:
-            self._give_up(f"{error.filename}: {error.strerror}")
+            self._give_up(f"{error.filename or self.record.socket}: {error.strerror or error}")
             return
         self._client = client
         try:

@@ -13,7 +13,7 @@ def check(options: argparse.Namespace) -> int:
     try:
         content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     except OSError as error:
-        print(f"virt-vdpa: {file}: {error.strerror}", file=sys.stderr)
+        print(f"virt-vdpa: {file}: {error.strerror or error}", file=sys.stderr)
         return 1
     spec, problems = check_domain(content, options.run_folder)
     for problem in sorted(problems, key=lambda problem: problem.line):

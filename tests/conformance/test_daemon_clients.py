@@ -116,6 +116,19 @@ class TestPrograms:
             f"virtvdpad: {tmp_path}/no.toml: No such file or directory\n",
         )
 
+    @pytest.mark.parametrize("name", ["virtvdpad.lock", "virtvdpad.sock"])
+    def test_a_folder_where_a_file_should_be(self, idle: DaemonHost, name: str) -> None:
+        (idle.folder / name).mkdir()
+        configuration = idle.folder / "other.toml"
+        configuration.write_text(
+            f'run-folder = "{idle.folder}"\nlog-folder = "{idle.folder}"\nlibvirt-uri = ""'
+        )
+        done = self.run("virtvdpad", f"--config={configuration}", "--log-level=error")
+        assert done.returncode == 1
+        assert done.stderr.startswith("virtvdpad: ")
+        assert f"{idle.folder / name}: " in done.stderr
+        assert done.stderr.count("\n") == 1
+
     def test_tables(self, host: DaemonHost) -> None:
         host.hook(host.domain(), "prepare")
         for command, words in (

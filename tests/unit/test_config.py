@@ -54,6 +54,11 @@ def test_nothing_means_defaults(file: Path) -> None:
         ("run-folder = 1", "run-folder: must be a string, not 1"),
         ("run-folder = 'run'", "run-folder: must be an absolute path, not 'run'"),
         (f"run-folder = '/{33 * 'x'}'", "run-folder: must have at most 33 bytes, for the sockets below it"),
+        ('run-folder = "/run/a\\u0000b"', "run-folder: must not contain a NUL character"),
+        (
+            "[pool.a]\ndriver = 'ifcvf'\nemulated = 1\ntap = \"a\\u0000\"",
+            "pool.a.tap: must not contain a NUL character",
+        ),
         ("hook-time-limit = '10'", "hook-time-limit: must be a number, not '10'"),
         ("hook-time-limit = true", "hook-time-limit: must be a number, not True"),
         ("hook-time-limit = 0", "hook-time-limit: must be from 1 to 600 seconds"),
