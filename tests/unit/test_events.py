@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import libvirt
 import pytest
@@ -69,13 +70,28 @@ def test_looks_again_when_there_is_something_left(
     asyncio.run(run())
 
 
-def test_waits_for_a_libvirt_that_is_not_there() -> None:
+def test_waits_for_a_libvirt_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("libvirt_vdpa.events.RECONNECT_INTERVAL", 0.01)
+    definition = tmp_path / "node.xml"
+    uri = f"test://{definition}"
+
     async def run() -> None:
         recorder = Recorder()
-        watcher = DomainWatcher("test:///no/such/file.xml", recorder, asyncio.get_running_loop())
+        watcher = DomainWatcher(uri, recorder, asyncio.get_running_loop())
         watcher.start()
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(recorder.calls.get(), 0.5)
+        async with asyncio.timeout(10):
+            while f"libvirt ({uri}): " not in caplog.text:
+                await asyncio.sleep(0.01)
+            assert recorder.calls.empty()
+            # It is there now, whole at once: a libvirt with no domain.
+            new = tmp_path / "new"
+            new.write_text("<node/>")
+            new.rename(definition)
+            assert await recorder.calls.get() == set()
         watcher.stop()
 
     asyncio.run(run())
+    # Not once for each of many tries.
+    assert caplog.text.count("working by hooks alone until it is back") == 1
