@@ -44,7 +44,8 @@ class Lifecycle:
         self._inventory = inventory
         self._supervisor = supervisor
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        #: Domain UUID -> number of the last operation on it, to see whether anything happened since.
+        #: UUID of a domain that has ports, or an operation under way -> number of the last operation on
+        #: it, to see whether anything happened since.
         self._last_operation: dict[str, int] = {}
         self._numbers = itertools.count()
 
@@ -59,7 +60,7 @@ class Lifecycle:
         if handler is None or not is_ours(xml):
             return
         uuid = domain_identity(xml)[1]
-        self._last_operation[uuid] = next(self._numbers)
+        number = self._last_operation[uuid] = next(self._numbers)
         limit = self._config.hook_time_limit * ANSWER_SHARE
         logger.info("domain '%s': %s", name, operation)
         try:
@@ -71,6 +72,8 @@ class Lifecycle:
         except (LifecycleError, DomainError) as error:
             logger.error("%s: %s", operation, error)
             raise LifecycleError(str(error)) from None
+        finally:
+            self._forget(uuid, number)
 
     def snapshot(self) -> Mapping[str, int]:
         """Domains that have ports, and where each stands: for a later `reconcile`."""
@@ -90,7 +93,13 @@ class Lifecycle:
             async with self._exclusive(uuid):
                 if self._last_operation.get(uuid, -1) == number:
                     done &= await self._release_unused(uuid)
+                    self._forget(uuid, number)
         return done
+
+    def _forget(self, uuid: str, number: int) -> None:
+        """Keep nothing of a domain without ports, unless another operation on it has begun."""
+        if self._last_operation.get(uuid) == number and not self._supervisor.of_domain(uuid):
+            del self._last_operation[uuid]
 
     async def _release_unused(self, uuid: str) -> bool:
         """Release a domain's ports that no QEMU uses; whether those were all."""

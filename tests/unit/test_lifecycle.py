@@ -279,6 +279,40 @@ def test_a_foreign_domain_is_not_even_parsed(bench: Bench) -> None:
     assert bench.clean
 
 
+class TestNothingIsKept:
+    """Domains come and go for as long as the daemon runs."""
+
+    def test_of_a_domain_that_is_released(self, bench: Bench) -> None:
+        bench.hook("prepare", "start", "stopped")
+        assert list(bench.lifecycle._last_operation) == [DEMO_UUID]
+        bench.hook("release")
+        assert bench.lifecycle._last_operation == {}
+
+    def test_of_a_domain_that_was_refused(self, bench: Bench) -> None:
+        bench.refused("prepare", DEMO.replace(b"'shared'", b"'private'"))
+        assert bench.lifecycle._last_operation == {}
+
+    def test_of_a_domain_that_was_reconciled(self, bench: Bench) -> None:
+        bench.hook("prepare")
+        asyncio.run(bench.lifecycle.reconcile(set(), bench.lifecycle.snapshot()))
+        assert bench.lifecycle._last_operation == {}
+
+    def test_but_of_one_that_starts_while_its_last_end_is_under_way(self, bench: Bench) -> None:
+        async def run() -> None:
+            await bench.lifecycle.hook("prepare", "a", DEMO)
+            snapshot = bench.lifecycle.snapshot()
+            release = asyncio.create_task(bench.lifecycle.hook("release", "a", DEMO))
+            await asyncio.sleep(0)
+            prepare = asyncio.create_task(bench.lifecycle.hook("prepare", "a", DEMO))
+            await asyncio.gather(release, prepare)
+            assert bench.lifecycle.snapshot().keys() == {DEMO_UUID}
+            assert bench.lifecycle.snapshot() != snapshot
+            await bench.lifecycle.reconcile(set(), snapshot)
+
+        asyncio.run(run())
+        assert bench.states == [State.SERVING]
+
+
 class TestReconcile:
     """After a restart, or a hook that never came."""
 
