@@ -5,6 +5,7 @@ import os
 import resource
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,13 +230,26 @@ def test_rings_and_doorbells_that_cannot_be(
         relay.add(ring, eventfds[0], doorbell)
 
 
-def test_a_full_doorbell_does_not_block(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_full_doorbell_does_not_block(
+    blocking: bool, relay: NotifyRelay, eventfds: tuple[int, int]
+) -> None:
+    """It is the device's, and so are its flags."""
     kick, doorbell = eventfds
     os.eventfd_write(doorbell, 0xFFFFFFFFFFFFFFFE)
+    os.set_blocking(doorbell, blocking)
     relay.add(0, kick, Doorbell(fd=doorbell))
     os.eventfd_write(kick, 1)
-    wait_for("the kick to be taken", lambda: kicks(relay, 0) == 1, 5)
-    assert errors(relay, 0) == 0
+    wait_for("the kick to be taken", lambda: not select.select([kick], [], [], 0)[0], 5)
+    # In a thread, as what would block would do so for ever.
+    remover = threading.Thread(target=relay.remove, args=(0,))
+    remover.start()
+    remover.join(5)
+    stuck = remover.is_alive()
+    os.eventfd_read(doorbell)
+    remover.join()
+    assert not stuck
+    assert (kicks(relay, 0), errors(relay, 0)) == (1, 1)
 
 
 def test_close_ends_the_thread_and_leaves_the_descriptors(eventfds: tuple[int, int]) -> None:
