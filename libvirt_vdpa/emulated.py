@@ -15,7 +15,7 @@ from pathlib import Path
 
 from libvirt_vdpa.client import ControlClient, ControlError
 from libvirt_vdpa.config import PoolConfig
-from libvirt_vdpa.inventory import Inventory
+from libvirt_vdpa.inventory import Inventory, address, plain_path
 from libvirt_vdpa.ports import write_atomically
 from libvirt_vdpa.process import Process, ProgramError, find_program, log_size
 
@@ -174,7 +174,8 @@ def vfs_of(answer: dict[str, object]) -> list[dict[str, object]]:
 
 def in_use(folder: Path, inventory: Inventory) -> bool:
     """Whether a port holds a VF of the NIC in that folder."""
-    return any(vf.holder is not None and f"vfio-user={folder}/" in vf.device for vf in inventory)
+    sockets = f"vfio-user={plain_path(str(folder))}/"
+    return any(vf.holder is not None and address(vf.device).startswith(sockets) for vf in inventory)
 
 
 def recorded_process(folder: Path) -> tuple[Process, list[str]] | None:

@@ -4,15 +4,24 @@ A VF is lent to one port at a time, whether it was taken from a pool or named by
 but this bookkeeping; that a VF really works is found out by the port that opens it.
 """
 
-from collections.abc import Iterable, Iterator
+import posixpath
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from datapath.vdpa import DeviceSpec, DeviceSpecError
 from libvirt_vdpa.config import PoolConfig
 from libvirt_vdpa.metadata import ANY_DRIVER
 
-#: Device options that say where a VF is; the others say how to use it.
-ADDRESS_OPTIONS = ("vfio-user", "pci")
+
+def plain_path(path: str) -> str:
+    """The one spelling of a path. A port's working folder is the root; two slashes at the front are no other
+    root here, as POSIX would have it, so that there are three."""
+    return posixpath.normpath(f"///{path}")
+
+
+#: Device options that say where a VF is -> what makes one of their many spellings; the other options say how
+#: to use it.
+ADDRESS_OPTIONS: dict[str, Callable[[str], str]] = {"vfio-user": plain_path, "pci": str.lower}
 
 
 class InventoryError(Exception):
@@ -65,9 +74,9 @@ def address(device: str) -> str:
         spec = DeviceSpec.parse(device)
     except DeviceSpecError as error:
         raise InventoryError(str(error)) from None
-    for option in ADDRESS_OPTIONS:
+    for option, spelling in ADDRESS_OPTIONS.items():
         if option in spec.options:
-            return f"{option}={spec.options[option]}"
+            return f"{option}={spelling(spec.options[option])}"
     raise InventoryError(f"device '{device}': names no VF; it needs one of {', '.join(ADDRESS_OPTIONS)}")
 
 

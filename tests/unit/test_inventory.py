@@ -1,8 +1,11 @@
 """The inventory: a VF is lent once, whichever way it is asked for."""
 
+from pathlib import Path
+
 import pytest
 
 from libvirt_vdpa.config import PoolConfig
+from libvirt_vdpa.emulated import in_use
 from libvirt_vdpa.inventory import Holder, Inventory, InventoryError
 
 A = Holder("a", "uuid-a", "52:54:00:00:00:01")
@@ -42,6 +45,32 @@ def test_a_named_vf_of_a_pool_is_taken_from_it(inventory: Inventory) -> None:
     assert inventory.lend("any", "default", None, 1, B).device == VF1
     with pytest.raises(InventoryError, match=r"in use by domain 'a'"):
         inventory.lend("ifcvf", None, "vfio-user=/vf0.sock", 1, B)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("vfio-user=/vf0.sock", "vfio-user=/a/../vf0.sock"),
+        ("vfio-user=/vf0.sock", "vfio-user=//vf0.sock"),
+        ("vfio-user=/vf0.sock", "vfio-user=/./vf0.sock"),
+        ("vfio-user=/vf0.sock", "vfio-user=vf0.sock"),
+        ("vfio-user=/x/y.sock", "vfio-user=/x//z/../y.sock"),
+        ("pci=0000:06:0A.3", "pci=0000:06:0a.3"),
+    ],
+)
+def test_another_spelling_is_no_other_vf(inventory: Inventory, one: str, other: str) -> None:
+    inventory.lend("ifcvf", None, one, 1, A)
+    with pytest.raises(InventoryError, match="in use by domain 'a'"):
+        inventory.lend("ifcvf", None, other, 1, B)
+    inventory.give_back(f"ifcvf,{other}", A)
+    assert all(vf.holder is None for vf in inventory)
+
+
+def test_a_nic_is_in_use_however_its_vf_is_spelled(inventory: Inventory) -> None:
+    assert not in_use(Path("/run/nics/old"), inventory)
+    inventory.hold("ifcvf,vfio-user=/run/x/../nics//old/vf0.sock", A)
+    assert in_use(Path("/run/nics/old"), inventory)
+    assert not in_use(Path("/run/nics/o"), inventory)
 
 
 def test_a_vf_of_no_pool(inventory: Inventory) -> None:
