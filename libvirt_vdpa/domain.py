@@ -23,6 +23,8 @@ SHARED_MEMORY = "<memoryBacking><source type='memfd'/><access mode='shared'/></m
 UNSERVED = ("iommu", "packed")
 #: Attributes of an interface's <driver> that size its rings; libvirt sees to powers of two.
 QUEUE_SIZES = ("rx_queue_size", "tx_queue_size")
+#: Attributes of our metadata that take effect with live migration.
+WITHOUT_EFFECT = ("migration", "announce")
 #: Both become names of files, so they must have exactly this form.
 UUID_FORM = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAC_FORM = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
@@ -231,6 +233,17 @@ def check_driver_name(check: InterfaceCheck) -> Iterator[Finding]:
         yield check.request.line, text, True
 
 
+def check_effect(check: InterfaceCheck) -> Iterator[Finding]:
+    """What is read but does nothing yet must not be relied on."""
+    for attribute in WITHOUT_EFFECT:
+        value = getattr(check.request, attribute)
+        if value != "auto":
+            text = (
+                f"metadata attribute {attribute}='{value}': has no effect before live migration is supported"
+            )
+            yield check.request.line, text, False
+
+
 def check_type(check: InterfaceCheck) -> Iterator[Finding]:
     """Only a vhostuser interface with a virtio model can be carried."""
     kind = check.element.get("type", "")
@@ -295,6 +308,7 @@ def check_queues(check: InterfaceCheck) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[InterfaceCheck], Iterator[Finding]], ...] = (
     check_type,
     check_driver_name,
+    check_effect,
     check_source,
     check_reconnect,
     check_queues,

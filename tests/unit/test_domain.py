@@ -61,7 +61,8 @@ def test_demo() -> None:
 
 
 def test_two_interfaces_by_mac_and_by_alias() -> None:
-    first, second = parse_domain(KVM.encode(), RUN).ports
+    xml = edited(KVM, "alias='ua-storage'", "alias='ua-storage' migration='software' announce='rarp'")
+    first, second = parse_domain(xml.encode(), RUN).ports
     assert (first.mac, first.alias, first.driver) == ("52:54:00:76:64:02", None, "any")
     assert (second.mac, second.alias) == ("52:54:00:76:65:02", "ua-storage")
     assert (second.migration, second.announce) == ("software", "rarp")
@@ -288,6 +289,21 @@ def test_no_reconnect_is_only_advised_against() -> None:
     assert not problem.fatal
     assert "<reconnect enabled='yes' timeout='1'/>" in problem.text
     parse_domain(xml.encode(), RUN)
+
+
+def test_what_has_no_effect_yet_is_pointed_out() -> None:
+    said = "migration='software' announce='off'"
+    xml = edited(DEMO, METADATA, METADATA.replace("/>", f" {said}/>"))
+    spec, problems = check_domain(xml.encode(), RUN)
+    assert spec is not None
+    assert [str(problem) for problem in problems] == [
+        f"interface {MAC}: metadata attribute {attribute}: has no effect before live migration is supported"
+        for attribute in said.split()
+    ]
+    assert {(problem.line, problem.fatal) for problem in problems} == {(line_with(xml, said), False)}
+    for value in ("migration='auto'", "announce='auto'"):
+        xml = edited(DEMO, METADATA, METADATA.replace("/>", f" {value}/>"))
+        assert check_domain(xml.encode(), RUN)[1] == []
 
 
 def test_an_interface_without_metadata_in_our_folder_is_pointed_out() -> None:
