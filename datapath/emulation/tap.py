@@ -12,6 +12,8 @@ import struct
 # linux/if_tun.h and linux/sockios.h
 TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
+#: Make a new interface, or fail: one of that name may be a persistent TAP of somebody else's.
+IFF_TUN_EXCL = 0x8000
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFMTU = 0x8913, 0x8914, 0x8922
 SIOCGIFINDEX, SIOCBRADDIF = 0x8933, 0x89A2
 IFF_UP = 0x1
@@ -39,7 +41,8 @@ def open_tap(name: str, mtu: int, bridge: str | None = None) -> int:
             ) from error
         undo.callback(os.close, fd)
         try:
-            fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI))
+            flags = IFF_TAP | IFF_NO_PI | IFF_TUN_EXCL
+            fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
                 _set_up(control, name, mtu)
         except OSError as error:

@@ -759,6 +759,17 @@ def test_does_not_take_a_folder_that_is_served(shared: EmulatedNic) -> None:
     assert "another" not in shared.namespace.run("ip", "link")
 
 
+def test_does_not_take_a_tap_of_somebody_else(tmp_path: Path) -> None:
+    """A persistent one could be opened as if it were new."""
+    with NetworkNamespace() as namespace:
+        namespace.run("ip", "tuntap", "add", "mine", "mode", "tap")
+        command: list[str | Path] = [BIN / "virt-vdpa-nic", f"--folder={tmp_path}", "--tap=mine"]
+        ended = run([*namespace.prefix, "timeout", "5", *command], check=False)
+        assert ended.returncode == 1
+        assert "TAP mine: " in ended.stderr
+        assert "mtu 1500 qdisc noop state DOWN" in namespace.run("ip", "link", "show", "mine")
+
+
 def test_joins_a_bridge(tmp_path: Path) -> None:
     with NetworkNamespace() as namespace:
         namespace.run("ip", "link", "add", "br0", "type", "bridge")
