@@ -16,6 +16,8 @@ from datapath.vdpa import RingState
 MAX_QUEUE_SIZE: int = lib.RING_MAX_SIZE
 #: Queues that are served: one receives, one transmits.
 QUEUES: int = lib.ENGINE_QUEUES
+#: Mappings that one VF may have.
+MAX_MAPS: int = lib.DMA_MAX_MAPS
 #: Value of a doorbell cell that nobody has rung.
 NOT_RUNG: int = lib.ENGINE_NOT_RUNG
 #: Bytes from one doorbell cell to the next.
@@ -145,7 +147,7 @@ class Engine:
     def map(self, iova: int, size: int, fd: int | None, offset: int, writable: bool) -> None:
         """Let the VF reach memory: `size` bytes of a file from `offset` on, or nothing without a file.
 
-        :raise OSError: EINVAL, EEXIST or ENOSPC, or what mmap says.
+        :raise OSError: EINVAL, EEXIST, ENOSPC or EOPNOTSUPP, see dma_add(), or what mmap says.
         """
         _check(lib.engine_map(self._engine, iova, size, -1 if fd is None else fd, offset, writable))
 

@@ -15,13 +15,14 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from datapath.emulation.engine import Engine
+from datapath.emulation.engine import MAX_MAPS, Engine
 from datapath.emulation.ifcvf import NOTIFY, REGION_SIZES, Ifcvf
 from datapath.listening import ListeningSocket
 from datapath.vfio import DeviceFlag, DmaFlag, Irq, IrqFlag, Region, RegionFlag, SetIrqsFlag
 from datapath.vfio_user import (
     MAX_FDS,
     Area,
+    Capabilities,
     Command,
     Decoder,
     DeviceInfo,
@@ -44,6 +45,8 @@ Log = Callable[[str], None]
 DOORBELLS = Region(NOTIFY.bar)
 DOORBELL_SIZE = 2
 PAGE = 4096
+#: What the device says of itself in VERSION.
+CAPABILITIES = Capabilities(max_msg_fds=MAX_FDS, max_dma_maps=MAX_MAPS)
 #: Times that one client's socket is read, at two for a message, before it is the others' turn.
 READS_AT_ONCE = 64
 ASSIGN = SetIrqsFlag.DATA_EVENTFD | SetIrqsFlag.ACTION_TRIGGER
@@ -133,7 +136,7 @@ class Session:
         if proposed.major != Version().major:
             raise ProtocolError(f"the client speaks version {proposed.major}.{proposed.minor}")
         self._negotiated = True
-        return message.reply(Version().pack())
+        return message.reply(Version(capabilities=CAPABILITIES).pack())
 
     def _unknown(self, message: Message) -> Message:
         raise RefusedError(errno.EINVAL if message.command == Command.VERSION else errno.ENOSYS)

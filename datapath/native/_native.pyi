@@ -33,6 +33,8 @@ class Library:
     def relay_close(self, relay: FFI.CData) -> None: ...
     # interrupt.h
     def interrupt_briefly(self, fd: int) -> int: ...
+    # dma.h
+    DMA_MAX_MAPS: int
     # ring.h
     RING_MAX_SIZE: int
     # engine.h

@@ -3,10 +3,12 @@
 #include "dma.h"
 
 #include <errno.h>
+#include <linux/magic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 
 /* Index of the first map that ends behind iova; `count` if there is none. */
 static size_t first_ending_behind(const struct dma_table *table, uint64_t iova)
@@ -51,6 +53,36 @@ static int make_room(struct dma_table *table)
     return 0;
 }
 
+#ifndef XFS_SUPER_MAGIC
+#define XFS_SUPER_MAGIC 0x58465342
+#endif
+#define ZFS_SUPER_MAGIC 0x2fc12fc1
+
+/*
+ * Whether a page of the file comes within a bounded time. On FUSE or a network the first touch of a page may
+ * wait for a server, for ever, and no signal ends that; a client could be that server itself. Hence those
+ * that are known to read from memory or a local disk: memfd, /dev/shm and hugepages, and where libvirt keeps
+ * the memory of a guest with <source type='file'/>. Not overlayfs, which anybody can put on top of FUSE.
+ */
+static bool is_prompt(int fd)
+{
+    static const unsigned int known[] = {
+        TMPFS_MAGIC, HUGETLBFS_MAGIC, RAMFS_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC,
+        F2FS_SUPER_MAGIC, ZFS_SUPER_MAGIC,
+    };
+    struct statfs status;
+
+    if (fstatfs(fd, &status) < 0) {
+        return false;
+    }
+    for (size_t i = 0; i < sizeof(known) / sizeof(*known); i++) {
+        if ((unsigned int)status.f_type == known[i]) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* Map a part of a file, refusing what the file does not reach: touching that would raise SIGBUS. */
 static int map_file(int fd, uint64_t offset, uint64_t size, bool writable, uint8_t **host)
 {
@@ -66,6 +98,9 @@ static int map_file(int fd, uint64_t offset, uint64_t size, bool writable, uint8
     }
     if ((uint64_t)status.st_size < end) {
         return -EINVAL;
+    }
+    if (!S_ISREG(status.st_mode) || !is_prompt(fd)) {
+        return -EOPNOTSUPP;
     }
     address = mmap(NULL, size, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED | MAP_NORESERVE,
                    fd, (off_t)offset);

@@ -12,10 +12,13 @@
 #include <stdint.h>
 
 /* cffi: begin */
+/*
+ * Mappings that one device may have, as announced in VERSION (max_dma_maps). Linux allows a process 65530
+ * (vm.max_map_count), which the VFs of a NIC share.
+ */
+#define DMA_MAX_MAPS 1000
 /* cffi: end */
 
-/* Mappings that one device may have, as announced in VERSION (max_dma_maps). */
-#define DMA_MAX_MAPS 65535
 /* Alignment of mappings, as announced in VERSION (pgsizes), and the unit of the dirty log. */
 #define DMA_PAGE_SIZE 4096
 
@@ -44,6 +47,7 @@ struct dma_log {
 /*
  * Map `size` bytes of fd from `offset` on; the fd may be closed afterwards. fd -1 only keeps the range.
  * -EINVAL: empty, unaligned, wraps, or beyond the file's end. -EEXIST: overlaps. -ENOSPC: too many.
+ * -EOPNOTSUPP: a file whose pages may not come.
  */
 int dma_add(struct dma_table *table, uint64_t iova, uint64_t size, int fd, uint64_t offset, bool writable);
 

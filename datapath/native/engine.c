@@ -19,20 +19,30 @@
 /* How long a caller waits for the thread before it suspects that it is stuck. */
 #define PATIENCE_MS 1000
 
+#ifdef __SANITIZE_THREAD__
+/* gcc 12's ThreadSanitizer does not know pthread_mutex_clocklock(). */
+#define PATIENCE_CLOCK CLOCK_REALTIME
+#define lock_until(mutex, deadline) pthread_mutex_timedlock(mutex, deadline)
+#else
+#define PATIENCE_CLOCK CLOCK_MONOTONIC
+#define lock_until(mutex, deadline) pthread_mutex_clocklock(mutex, PATIENCE_CLOCK, deadline)
+#endif
+
 static bool lock_within(struct engine *engine, long milliseconds)
 {
     struct timespec deadline;
 
-    clock_gettime(CLOCK_REALTIME, &deadline);
+    clock_gettime(PATIENCE_CLOCK, &deadline);
     deadline.tv_nsec += milliseconds * 1000000;
     deadline.tv_sec += deadline.tv_nsec / 1000000000;
     deadline.tv_nsec %= 1000000000;
-    return pthread_mutex_timedlock(&engine->mutex, &deadline) == 0;
+    return lock_until(&engine->mutex, &deadline) == 0;
 }
 
 /*
- * The thread gives way to whoever waits, even under load, when a mutex alone would starve them. The only
- * place where it may be stuck is an interrupt.
+ * The thread gives way to whoever waits, even under load, when a mutex alone would starve them. It may be
+ * stuck in an interrupt, out of which a signal gets it. A page fault could hold it as well, which no signal
+ * ends: hence dma_add() takes no file whose pages may not come.
  */
 static void enter(struct engine *engine)
 {

@@ -3,13 +3,16 @@
 import itertools
 import os
 import struct
+import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from datapath.emulation.engine import NOT_RUNG, Engine, QueueSetup
+from datapath.emulation.engine import MAX_MAPS, NOT_RUNG, Engine, QueueSetup
+from datapath.emulation.nic import MAX_VFS
 from datapath.vdpa import RingState
 from tests.harness.nic_engine import (
     HEADER,
@@ -27,6 +30,7 @@ from tests.harness.virtqueue import AVAIL_F_NO_INTERRUPT, Buffer
 
 PACKET = bytes(range(256)) * 5
 PAGE = 4096
+HUGE_PAGE = 2 << 20
 
 
 def header(buffers: int) -> bytes:
@@ -445,6 +449,61 @@ def test_calls_get_through_under_load() -> None:
 def test_bad_mappings_are_refused(iova: int, size: int, offset: int, error: str) -> None:
     with bench() as b, pytest.raises(OSError, match=error):
         b.engine.map(iova, size, b.memory.fd, offset, writable=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: os.memfd_create("x"),
+        lambda: os.memfd_create("x", os.MFD_HUGETLB),
+        lambda: os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR),
+    ],
+    ids=["memfd", "hugetlbfs", "tmpfs"],
+)
+def test_files_that_are_memory_are_mapped(make: Callable[[], int]) -> None:
+    """What QEMU and DPDK keep guest memory in."""
+    fd = make()
+    with bench() as b:
+        os.ftruncate(fd, HUGE_PAGE)
+        b.engine.map(MEMORY_SIZE, HUGE_PAGE, fd, 0, writable=True)
+    os.close(fd)
+
+
+OVERLAY = """
+mount -t tmpfs none "$PWD" && cd "$PWD" && mkdir lower upper work merged &&
+mount -t overlay none -o lowerdir=lower,upperdir=upper,workdir=work merged &&
+truncate --size 4096 merged/file && exec cat merged/file -
+"""
+
+
+def test_a_file_whose_pages_may_not_come_is_refused(tmp_path: Path) -> None:
+    """Stands for FUSE and network filesystems, which need a server; what lies below it could be one."""
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", OVERLAY],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        assert len(holder.stdout.read(4096)) == 4096
+        fd = os.open(f"/proc/{holder.pid}/cwd/merged/file", os.O_RDWR)
+        with bench() as b, pytest.raises(OSError, match="not supported"):
+            b.engine.map(MEMORY_SIZE, PAGE, fd, 0, writable=True)
+        os.close(fd)
+        holder.communicate()
+
+
+def test_mappings_are_limited() -> None:
+    with bench() as b:
+        for number in range(1, MAX_MAPS):
+            b.engine.map(MEMORY_SIZE + number * PAGE, PAGE, None, 0, writable=True)
+        with pytest.raises(OSError, match="No space"):
+            b.engine.map(MEMORY_SIZE, PAGE, None, 0, writable=True)
+
+
+def test_all_vfs_together_have_mappings_enough() -> None:
+    """Linux's DEFAULT_MAX_MAP_COUNT (include/linux/mm.h) is for a whole process; 500 are its own."""
+    assert MAX_VFS * (MAX_MAPS + 8) + 500 <= 65530
 
 
 def test_unmapping_is_exact() -> None:
