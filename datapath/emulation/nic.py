@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log(str(error))
         return 1
     except OSError as error:
-        log(f"{error.filename or options.folder}: {error.strerror}")
+        log(f"{error.filename or options.folder}: {error.strerror or error}")
         return 1
     return 0
 

@@ -727,6 +727,8 @@ def test_ends_and_leaves_nothing(tmp_path: Path, end: signal.Signals | None) -> 
     ("options", "code", "text"),
     [
         (["--folder=/nonexistent/folder"], 1, "/nonexistent/folder"),
+        ([f"--folder=/tmp/{'x' * 120}"], 1, f"/tmp/{'x' * 120}/vf0.sock: "),
+        (["--folder={}", f"--control=/tmp/{'x' * 120}"], 1, f"/tmp/{'x' * 120}: "),
         (["--folder={}", "--tap=a-name-much-too-long"], 1, "TAP a-name-much-too-long"),
         (["--folder={}", "--tap=lo"], 1, "TAP lo: "),
         (["--folder={}", "--bridge=nobridge"], 1, "does the bridge exist?"),
@@ -746,6 +748,7 @@ def test_says_what_is_wrong(tmp_path: Path, options: list[str], code: int, text:
     assert ended.returncode == code
     message = ended.stderr.strip().splitlines()
     assert text in message[-1]
+    assert "None" not in message[-1]
     assert code == 2 or len(message) == 1
     assert not list(tmp_path.iterdir())
 
