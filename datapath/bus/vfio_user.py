@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
+from datapath.descriptors import close_all
 from datapath.native._native import ffi
 from datapath.native.relay import Doorbell
 from datapath.pci import CONFIG_SIZE
@@ -57,11 +58,6 @@ class RefusedError(DeviceError):
     """The device answered a command with an error."""
 
 
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
 class Channel:
     """One connection: commands out, their replies in, one at a time."""
 
@@ -97,24 +93,24 @@ class Channel:
         """
         deadline = time.monotonic() + self._deadline
         if self._late is not None:
-            _close_all(self._await(self._late, time.monotonic() + LATE_TIME).fds)
+            close_all(self._await(self._late, time.monotonic() + LATE_TIME).fds)
         self._next_id = (self._next_id + 1) & 0xFFFF
         request = Message(self._next_id, command, payload=payload, fds=fds)
         self._send(request, deadline)
         reply = self._await(request, deadline)
         if reply.is_error:
-            _close_all(reply.fds)
+            close_all(reply.fds)
             raise RefusedError(f"{self.name}: {command.name} refused: {os.strerror(reply.errno)}")
         return reply
 
     def command_without_fds(self, command: Command, payload: bytes = b"", fds: tuple[int, ...] = ()) -> bytes:
         """Like `command`, for replies that carry no descriptors: returns the payload."""
         reply = self.command(command, payload, fds)
-        _close_all(reply.fds)
+        close_all(reply.fds)
         return reply.payload
 
     def close(self) -> None:
-        _close_all(self._decoder.abandon())
+        close_all(self._decoder.abandon())
         self._socket.close()
 
     def lose(self, reason: str) -> DeviceLostError:
@@ -142,7 +138,7 @@ class Channel:
                 if message.is_reply and message.id == request.id and message.command == request.command:
                     self._late = None
                     return message
-                _close_all(message.fds)
+                close_all(message.fds)
                 if message.wants_reply:
                     # DMA_READ and DMA_WRITE: guest memory is given as descriptors instead.
                     self._send(message.error(errno.ENOSYS), time.monotonic() + self._deadline)
@@ -163,7 +159,7 @@ class Channel:
         except OSError as error:
             raise self.lose(f"connection lost at {_name(request)}: {error.strerror}") from error
         if not data:
-            _close_all(fds)
+            close_all(fds)
             raise self.lose(f"connection closed by the device at {_name(request)}")
         try:
             return self._decoder.feed(data, tuple(fds))

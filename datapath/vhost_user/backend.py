@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from datapath import virtio
+from datapath.descriptors import close_all
 from datapath.vdpa import DeviceError, DeviceLostError, RingState, VdpaDevice
 from datapath.vhost_user import memory as guest_memory
 from datapath.vhost_user.log import DirtyLog
@@ -32,7 +33,6 @@ from datapath.vhost_user.messages import (
     ProtocolFeature,
     Region,
     Request,
-    close_all,
     encode_reply,
     request_name,
 )

@@ -6,8 +6,9 @@ Owns the socket and the bytes under way; the only place where vhost-user meets I
 import array
 import socket
 
+from datapath.descriptors import close_all
 from datapath.vhost_user.backend import Backend
-from datapath.vhost_user.messages import MAX_FDS, Decoder, ProtocolError, close_all
+from datapath.vhost_user.messages import MAX_FDS, Decoder, ProtocolError
 
 #: Room for one descriptor more than any message may carry, so that too many are seen, not cut off.
 _ANCILLARY = socket.CMSG_SPACE((MAX_FDS + 1) * array.array("i").itemsize)

@@ -11,7 +11,8 @@ and takes the guest with it, when a log message is refused.
 
 import os
 
-from datapath.vhost_user.messages import LogArea, close_all
+from datapath.descriptors import close_all
+from datapath.vhost_user.messages import LogArea
 
 _CHUNK = 1 << 20
 

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datapath.descriptors import close_all
 from datapath.native._native import ffi
 from datapath.vdpa import MemoryRegion
-from datapath.vhost_user.messages import ProtocolError, Region, close_all
+from datapath.vhost_user.messages import ProtocolError, Region
 
 #: Regions that a front-end may add one by one (CONFIGURE_MEM_SLOTS); a value that may never shrink, or a
 #: front-end that comes back is refused by itself.

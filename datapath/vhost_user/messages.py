@@ -6,13 +6,13 @@ payload, how many descriptors come with it, whether it is always answered. What 
 types"); all integers have the host's byte order.
 """
 
-import contextlib
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
+
+from datapath.descriptors import close_all
 
 HEADER = struct.Struct("=III")
 #: Largest payload of a message that we know: a device configuration of 256 bytes behind its header.
@@ -330,13 +330,6 @@ class Message:
         """Close the descriptors that nobody took."""
         close_all(self.fds)
         self.fds.clear()
-
-
-def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors, as often as it takes."""
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)
 
 
 class Decoder:

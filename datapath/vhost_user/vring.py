@@ -11,9 +11,10 @@ import sys
 from dataclasses import dataclass
 
 from datapath import virtio
+from datapath.descriptors import close_all
 from datapath.vdpa import Ring, RingState
 from datapath.vhost_user.memory import GuestMemory
-from datapath.vhost_user.messages import ProtocolError, VringAddress, close_all
+from datapath.vhost_user.messages import ProtocolError, VringAddress
 
 #: Alignment in bytes of a split ring's parts (virtio 1.3 section 2.7).
 ALIGNMENT = {"descriptor table": 16, "available ring": 2, "used ring": 4}
