@@ -291,6 +291,7 @@ def test_a_path_too_long_for_a_socket_is_named(nic: EmulatedNic, tmp_path: Path)
 
 
 def test_a_port_without_descriptors_turns_front_ends_away(port: PortProcess) -> None:
+    port.holdings()  # once it has seen that we have left its control socket
     in_use = {int(path.name) for path in Path(f"/proc/{port.pid}/fd").iterdir()}
     free = next(number for number in range(1024) if number not in in_use)
     resource.prlimit(port.pid, resource.RLIMIT_NOFILE, (free, 1024))
