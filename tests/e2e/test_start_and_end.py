@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from lxml import etree
 
 from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import guest_image
@@ -10,6 +11,9 @@ from tests.harness.processes import wait_for
 from tests.harness.vdpa_host import RUN_FOLDER, VdpaHost
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
+
+
+QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 
 def test_guest_reaches_the_network_through_its_vf(host: VdpaHost, domain: DomainXml) -> None:
@@ -27,6 +31,25 @@ def test_guest_reaches_the_network_through_its_vf(host: VdpaHost, domain: Domain
     assert port["mac"] == domain.mac
     assert "F_VERSION_1" in port["features"]
     assert host.lent() == [port["device"]]
+
+
+def test_without_reconnect(host: VdpaHost, domain: DomainXml) -> None:
+    domain.element("devices/interface/source").remove(domain.element("devices/interface/source/reconnect"))
+    host.start_guest(domain)
+    assert host.ping(count=5) == (5, 5)
+
+
+def test_mtu_of_the_nic(host: VdpaHost, domain: DomainXml) -> None:
+    """By QEMU's property: libvirt 9.0 looks for a host's interface to give `<mtu>` to, and finds none."""
+    etree.SubElement(domain.interface, "alias", name="ua-net")
+    override = etree.SubElement(domain.root, f"{{{QEMU}}}override", nsmap={"qemu": QEMU})
+    device = etree.SubElement(override, f"{{{QEMU}}}device", alias="ua-net")
+    front_end = etree.SubElement(device, f"{{{QEMU}}}frontend")
+    etree.SubElement(front_end, f"{{{QEMU}}}property", name="host_mtu", type="unsigned", value="1400")
+    host.start_guest(domain)
+    with host.console(domain) as console:
+        console.run("[ $(cat /sys/class/net/eth0/mtu) = 1400 ]")
+    assert "NET_F_MTU" in host.port(domain)["features"]
 
 
 def test_two_guests_have_a_vf_each(host: VdpaHost, domain: DomainXml) -> None:
