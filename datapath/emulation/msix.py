@@ -4,9 +4,11 @@ Owns the eventfds that a client gives with SET_IRQS. Table and pending bits are 
 as with kernel VFIO: a masked vector is one without an eventfd.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from datapath.native._native import lib
 
@@ -27,7 +29,13 @@ class MsixVectors:
         return self._fds[vector] if vector < len(self._fds) else None
 
     def assign(self, start: int, fds: Sequence[int | None]) -> None:
-        """Signal these eventfds from now on; takes them over."""
+        """Signal these eventfds from now on; takes them over.
+
+        :raise OSError: EINVAL for anything but an eventfd: writing to some files waits, without end, for
+            whoever serves them, and the descriptors come from guests.
+        """
+        if not all(is_eventfd(fd) for fd in fds if fd is not None):
+            raise OSError(errno.EINVAL, "not an eventfd")
         for fd in fds:
             if fd is not None:
                 # A counter that nobody reads is no reason to wait.
@@ -48,3 +56,8 @@ class MsixVectors:
         fd = self[vector]
         if fd is not None:
             lib.interrupt_briefly(fd)  # what an eventfd does not take is the client's loss
+
+
+def is_eventfd(fd: int) -> bool:
+    """Whether a descriptor is an eventfd, as Linux names it (fs/eventfd.c)."""
+    return str(Path(f"/proc/self/fd/{fd}").readlink()) == "anon_inode:[eventfd]"

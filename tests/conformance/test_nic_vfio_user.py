@@ -413,6 +413,17 @@ def test_function_reset_keeps_memory_and_interrupts(shared: EmulatedNic) -> None
         driver.wait_config_interrupt()
 
 
+def test_an_interrupt_that_is_no_eventfd_is_refused(client: RawClient) -> None:
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(ErrnoReplyError) as refused:
+            client.set_irqs(0x24, MSIX, 1, 1, (writer,))
+        assert refused.value.errno == errno.EINVAL
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 def test_forms_of_set_irqs_that_qemu_uses(client: RawClient) -> None:
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     client.set_irqs(0x21, 0, 0, 0)  # INTx off, though there is none
