@@ -81,8 +81,6 @@ class Port:
             dispatch(self._selector, timeout)
             if deadline is not None:
                 self._poll_endpoint(0)
-        if self._failure is not None:
-            log(self._options.name, self._failure)
         return 0 if self._failure is None else 1
 
     def quit(self, _arguments: Arguments | None = None) -> dict[str, object]:
@@ -112,11 +110,11 @@ class Port:
             return
         if self._connection is not None:
             if not self._connection.gone:
-                log(self._options.name, "a second front-end was turned away: one is connected")
+                self._log("a second front-end was turned away: one is connected")
                 sock.close()
                 return
             self._disconnect("the front-end disconnected")
-        backend = Backend(self._device, self._options.features, lambda text: log(self._options.name, text))
+        backend = Backend(self._device, self._options.features, self._log)
         self._connection = Connection(sock, backend)
         self._connections += 1
         self._selector.register(sock, selectors.EVENT_READ, self._receive)
@@ -146,7 +144,7 @@ class Port:
         self._selector.unregister(self._connection.socket)
         self._connection.close()
         self._connection = None
-        log(self._options.name, reason)
+        self._log(reason)
         self._enter("waiting", reason)
 
     # The device
@@ -161,13 +159,18 @@ class Port:
             self._reject(f"{self._device.name} needs a reset: it met a ring or buffer that it cannot use")
         elif event is DeviceEvent.CONFIG_CHANGED:
             # QEMU's virtio-net takes no configuration changes from a back-end (it masks CONFIG).
-            log(self._options.name, f"{self._device.name}: device configuration changed")
+            self._log(f"{self._device.name}: device configuration changed")
 
     def _fail(self, reason: str) -> None:
         self._last_error = reason
+        if self._connection is None:
+            self._log(reason)
         self._disconnect(reason)
         self._enter("failed", reason)
         self._failure = reason
+
+    def _log(self, text: str) -> None:
+        log(self._options.name, text)
 
     # What the control socket tells
 

@@ -539,3 +539,4 @@ def test_a_vf_that_vanishes_ends_the_port_with_its_name(tmp_path: Path) -> None:
         assert not port.socket.exists()
         assert "Traceback" not in port.log.read_text()
         assert f"{nic.folder}/vf0.sock" in port.log_lines()[-1]
+        assert port.log_lines().count(port.log_lines()[-1]) == 1
