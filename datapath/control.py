@@ -44,6 +44,18 @@ def encode(message: Mapping[str, object]) -> bytes:
     return json.dumps(message).encode() + b"\r\n"
 
 
+def event(name: str, data: Mapping[str, object]) -> dict[str, object]:
+    """Something that happened now, as QMP tells it."""
+    seconds, fraction = divmod(time.time(), 1)
+    stamp = {"seconds": int(seconds), "microseconds": int(fraction * 1_000_000)}
+    return {"event": name, "data": data, "timestamp": stamp}
+
+
+def failure(kind: str, text: str) -> dict[str, object]:
+    """An error reply: its class ("GenericError", "CommandNotFound") and what the client sees."""
+    return {"error": {"class": kind, "desc": text}}
+
+
 class JsonStream:
     """Cuts a byte stream into JSON objects; clients need not end them with a newline."""
 
@@ -133,9 +145,7 @@ class ControlServer:
 
     def event(self, name: str, data: Mapping[str, object]) -> None:
         """Tell every client that has negotiated."""
-        seconds, fraction = divmod(time.time(), 1)
-        stamp = {"seconds": int(seconds), "microseconds": int(fraction * 1_000_000)}
-        message = encode({"event": name, "data": data, "timestamp": stamp})
+        message = encode(event(name, data))
         for client in [client for client in self._clients if client.negotiated]:
             self._send(client, message)
 
@@ -176,7 +186,7 @@ class ControlServer:
             for message in client.stream.feed(data):
                 self._send(client, encode(self._answer(client, message)))
         except StreamError as error:
-            self._send(client, encode(_error("GenericError", str(error))))
+            self._send(client, encode(failure("GenericError", str(error))))
             self._drop(client)
 
     def _answer(self, client: _Client, message: dict[str, Any]) -> dict[str, object]:
@@ -189,18 +199,18 @@ class ControlServer:
         name = message.get("execute")
         arguments = message.get("arguments", {})
         if not isinstance(name, str) or not isinstance(arguments, dict):
-            return _error("GenericError", 'a command is {"execute": NAME, "arguments": {…}}')
+            return failure("GenericError", 'a command is {"execute": NAME, "arguments": {…}}')
         if not client.negotiated:
             if name != "qmp_capabilities":
-                return _error("CommandNotFound", "qmp_capabilities comes first")
+                return failure("CommandNotFound", "qmp_capabilities comes first")
             client.negotiated = True
             return {"return": {}}
         if name not in self._commands:
-            return _error("CommandNotFound", f"The command {name} has not been found")
+            return failure("CommandNotFound", f"The command {name} has not been found")
         try:
             return {"return": self._commands[name](arguments)}
         except CommandError as error:
-            return _error("GenericError", str(error))
+            return failure("GenericError", str(error))
 
     def _query_commands(self, _arguments: Arguments) -> object:
         return [{"name": name} for name in sorted(self._commands)]
@@ -233,7 +243,3 @@ class ControlServer:
             self._clients.remove(client)
             self._selector.unregister(client.connection)
             client.connection.close()
-
-
-def _error(kind: str, text: str) -> dict[str, object]:
-    return {"error": {"class": kind, "desc": text}}

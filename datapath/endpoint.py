@@ -7,12 +7,10 @@ of it are the port's. QEMU docs/interop/vhost-user.rst has both roles, and "Back
 import abc
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from datapath.listening import ListeningSocket
 
-Established = Callable[[socket.socket], None]
 #: Seconds between attempts to connect: QEMU waits for us with its guest not yet started.
 RETRY_INTERVAL = 0.05
 #: The same once the front-end was there and has gone: it may be gone for good.

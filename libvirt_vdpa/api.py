@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,16 @@ from typing import Any
 from qemu.qmp import Message, QMPError, Runstate
 from qemu.qmp.protocol import AsyncProtocol
 
-from datapath.control import JsonStream, StreamError, encode, greeting
+from datapath.control import (
+    Arguments,
+    CommandError,
+    JsonStream,
+    StreamError,
+    encode,
+    event,
+    failure,
+    greeting,
+)
 from datapath.listening import listen
 from libvirt_vdpa.client import ControlError
 
@@ -37,12 +45,7 @@ FLUSH_LIMIT = 1.0
 #: Seconds of rest after a connection that could not be accepted.
 ACCEPT_PAUSE = 0.1
 
-Arguments = dict[str, Any]
 Command = Callable[[Arguments], Awaitable[object]]
-
-
-class CommandError(Exception):
-    """A command that cannot be carried out; the text is what the client sees."""
 
 
 class Connection(AsyncProtocol[Message]):
@@ -170,11 +173,6 @@ class Connection(AsyncProtocol[Message]):
             return failure("GenericError", f"{name} failed inside virtvdpad; its log has the details")
 
 
-def failure(kind: str, text: str) -> dict[str, object]:
-    """An error reply."""
-    return {"error": {"class": kind, "desc": text}}
-
-
 class ApiServer:
     """The listener and its clients."""
 
@@ -210,9 +208,7 @@ class ApiServer:
 
     def event(self, name: str, data: Mapping[str, object]) -> None:
         """Tell all clients."""
-        seconds, fraction = divmod(time.time(), 1)
-        stamp = {"seconds": int(seconds), "microseconds": int(fraction * 1_000_000)}
-        message = Message({"event": name, "data": data, "timestamp": stamp})
+        message = Message(event(name, data))
         for connection in self._connections.values():
             connection.event(message)
 

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from libvirt_vdpa.api import ApiServer, Arguments, Command, CommandError
+from datapath.control import Arguments, CommandError
+from libvirt_vdpa.api import ApiServer, Command
 from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.config import CONFIG_FILE, Config, ConfigError, read_config
 from libvirt_vdpa.emulated import EmulatedNic, end_strays

@@ -28,8 +28,6 @@ NEED_REPLY = 0x8
 
 #: In the payload of SET_VRING_KICK, CALL and ERR: no descriptor comes with it.
 NO_FD = 0x100
-#: Flag of SET_VRING_ADDR: log writes to the used ring.
-VRING_F_LOG = 1
 
 
 class ProtocolError(Exception):

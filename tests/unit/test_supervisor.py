@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from libvirt_vdpa.api import ApiServer, Arguments
+from datapath.control import Arguments
+from libvirt_vdpa.api import ApiServer
 from libvirt_vdpa.config import SocketConfig
 from libvirt_vdpa.ports import Record, State, control_path
 from libvirt_vdpa.supervisor import Port, PortError, Supervisor, give_socket
