@@ -1,6 +1,7 @@
-"""What all tests share: `--full`, and the logs of a private host in the report of a test that failed."""
+"""What all tests share: `--full`, clean beginnings, and a private host's logs in the report of a failure."""
 
-from collections.abc import Generator
+import gc
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -20,6 +21,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("full"):
             item.add_marker(pytest.mark.skip(reason="only with --full"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_of_other_modules() -> Iterator[None]:
+    """Collect what earlier tests left in cycles, event loops among it, and keep the rest out of collections:
+    descriptors that they close at some moment would be missed by tests that count theirs."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)
