@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping
 
 from datapath.bus.function import PciFunction
 from datapath.drivers.virtio_registers import VirtioRegisters
-from datapath.native.relay import NotifyRelay
+from datapath.native.relay import Relay
 from datapath.vdpa import (
     DeviceError,
     DeviceEvent,
@@ -113,7 +113,7 @@ class VirtioNetDevice(VdpaDevice):
         has_mtu = self._device_features & bit(Feature.NET_F_MTU)
         self.max_mtu = self._registers.mtu() if has_mtu else None
         with contextlib.ExitStack() as undo:
-            self._relay = NotifyRelay(2 * self.queue_pairs)
+            self._relay = Relay(2 * self.queue_pairs)
             undo.callback(self._relay.close)
             self._config_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, self._config_fd)

@@ -1,4 +1,4 @@
-"""The notify relay as a Python object: kicks of the front-end in, doorbells of the device out.
+"""The relay as a Python object: kicks of the front-end in, doorbells of the device out.
 
 Python only adds and removes rings; relay.c forwards. Owns no descriptor that it is given.
 """
@@ -23,7 +23,7 @@ class Doorbell:
     address: int | None = None
 
 
-class NotifyRelay:
+class Relay:
     """One thread that forwards the kicks of one device's rings."""
 
     def __init__(self, rings: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from datapath.bus.vfio_user import VfioUserFunction
-from datapath.native.relay import Doorbell, NotifyRelay
+from datapath.native.relay import Doorbell, Relay
 from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
 from datapath.vfio import Irq, Region, RegionFlag
 from datapath.vfio_user import (
@@ -204,7 +204,7 @@ def eventfd() -> int:
 
 def ring(doorbell: Doorbell, queue: int) -> None:
     """Ring it once."""
-    relay, kick = NotifyRelay(queue + 1), eventfd()
+    relay, kick = Relay(queue + 1), eventfd()
     relay.add(queue, kick, doorbell)
     relay.ring(queue)
     relay.close()

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from datapath.native._native import ffi
-from datapath.native.relay import Doorbell, NotifyRelay
+from datapath.native.relay import Doorbell, Relay
 from tests.harness.processes import wait_for
 
 RINGS = 4
 
 
 @pytest.fixture
-def relay() -> Iterator[NotifyRelay]:
-    relay = NotifyRelay(RINGS)
+def relay() -> Iterator[Relay]:
+    relay = Relay(RINGS)
     yield relay
     relay.close()
 
@@ -64,15 +64,15 @@ def silent(doorbell: int) -> bool:
     return not select.select([doorbell], [], [], 0.02)[0]
 
 
-def kicks(relay: NotifyRelay, ring: int) -> int:
+def kicks(relay: Relay, ring: int) -> int:
     return relay.statistics()[f"kicks.{ring}"]
 
 
-def errors(relay: NotifyRelay, ring: int) -> int:
+def errors(relay: Relay, ring: int) -> int:
     return relay.statistics()[f"kick_errors.{ring}"]
 
 
-def test_a_kick_rings_the_doorbell(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+def test_a_kick_rings_the_doorbell(relay: Relay, eventfds: tuple[int, int]) -> None:
     kick, doorbell = eventfds
     relay.add(1, kick, Doorbell(fd=doorbell))
     for count in range(1, 4):
@@ -82,7 +82,7 @@ def test_a_kick_rings_the_doorbell(relay: NotifyRelay, eventfds: tuple[int, int]
     assert kicks(relay, 0) == 0
 
 
-def test_kicks_that_were_waiting_become_one(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+def test_kicks_that_were_waiting_become_one(relay: Relay, eventfds: tuple[int, int]) -> None:
     kick, doorbell = eventfds
     os.eventfd_write(kick, 7)
     relay.add(0, kick, Doorbell(fd=doorbell))
@@ -90,7 +90,7 @@ def test_kicks_that_were_waiting_become_one(relay: NotifyRelay, eventfds: tuple[
     assert silent(doorbell)
 
 
-def test_a_mapped_register_takes_the_ring_number(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+def test_a_mapped_register_takes_the_ring_number(relay: Relay, eventfds: tuple[int, int]) -> None:
     register = Register()
     relay.add(3, eventfds[0], register.doorbell)
     os.eventfd_write(eventfds[0], 1)
@@ -101,7 +101,7 @@ def test_a_mapped_register_takes_the_ring_number(relay: NotifyRelay, eventfds: t
     assert kicks(relay, 3) == 1
 
 
-def test_ring_once(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+def test_ring_once(relay: Relay, eventfds: tuple[int, int]) -> None:
     kick, doorbell = eventfds
     with pytest.raises(OSError, match="No such file"):
         relay.ring(0)
@@ -111,7 +111,7 @@ def test_ring_once(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
     assert kicks(relay, 0) == 0, "nobody kicked"
 
 
-def test_without_a_kick_the_doorbell_is_rung_by_time(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+def test_without_a_kick_the_doorbell_is_rung_by_time(relay: Relay, eventfds: tuple[int, int]) -> None:
     doorbell = eventfds[1]
     relay.add(0, None, Doorbell(fd=doorbell))
     relay.add(1, None, Doorbell(fd=doorbell))
@@ -132,7 +132,7 @@ def assert_silent_after_removal(doorbell: int) -> None:
     assert silent(doorbell)
 
 
-def test_after_remove_neither_descriptor_is_used(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+def test_after_remove_neither_descriptor_is_used(relay: Relay, eventfds: tuple[int, int]) -> None:
     kick, doorbell = eventfds
     relay.add(0, kick, Doorbell(fd=doorbell))
     relay.remove(0)
@@ -142,7 +142,7 @@ def test_after_remove_neither_descriptor_is_used(relay: NotifyRelay, eventfds: t
     assert os.eventfd_read(kick) == 1, "the relay still read the kick"
 
 
-def test_a_ring_comes_back_with_other_descriptors(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+def test_a_ring_comes_back_with_other_descriptors(relay: Relay, eventfds: tuple[int, int]) -> None:
     kick, doorbell = eventfds
     register = Register()
     relay.add(0, kick, register.doorbell)
@@ -156,7 +156,7 @@ def test_a_ring_comes_back_with_other_descriptors(relay: NotifyRelay, eventfds: 
     assert kicks(relay, 0) == 1
 
 
-def test_a_kick_is_forwarded_or_stays(relay: NotifyRelay, eventfds: tuple[int, int]) -> None:
+def test_a_kick_is_forwarded_or_stays(relay: Relay, eventfds: tuple[int, int]) -> None:
     """However a removal meets a kick: it reaches the doorbell, or waits in the eventfd for who comes next."""
     kick, doorbell = eventfds
     for round_ in range(1000):
@@ -190,7 +190,7 @@ def pipe_with_three_bytes() -> int:
 
 @pytest.mark.parametrize("make", [closed_pipe, closed_socket, pipe_with_three_bytes])
 def test_a_kick_that_is_no_eventfd_does_not_spin(
-    make: Callable[[], int], relay: NotifyRelay, eventfds: tuple[int, int]
+    make: Callable[[], int], relay: Relay, eventfds: tuple[int, int]
 ) -> None:
     kick, doorbell = eventfds
     bad = make()
@@ -209,7 +209,7 @@ def test_a_kick_that_is_no_eventfd_does_not_spin(
 
 
 def test_descriptors_that_cannot_be_waited_for(
-    relay: NotifyRelay, eventfds: tuple[int, int], tmp_path: Path
+    relay: Relay, eventfds: tuple[int, int], tmp_path: Path
 ) -> None:
     with (tmp_path / "plain").open("w") as plain, pytest.raises(PermissionError):
         relay.add(0, plain.fileno(), Doorbell(fd=eventfds[1]))
@@ -224,16 +224,14 @@ def test_descriptors_that_cannot_be_waited_for(
     ("ring", "doorbell"), [(RINGS, Doorbell(fd=0)), (0, Doorbell()), (0, Doorbell(address=0x1001))]
 )
 def test_rings_and_doorbells_that_cannot_be(
-    ring: int, doorbell: Doorbell, relay: NotifyRelay, eventfds: tuple[int, int]
+    ring: int, doorbell: Doorbell, relay: Relay, eventfds: tuple[int, int]
 ) -> None:
     with pytest.raises(OSError, match="Invalid argument"):
         relay.add(ring, eventfds[0], doorbell)
 
 
 @pytest.mark.parametrize("blocking", [False, True])
-def test_a_full_doorbell_does_not_block(
-    blocking: bool, relay: NotifyRelay, eventfds: tuple[int, int]
-) -> None:
+def test_a_full_doorbell_does_not_block(blocking: bool, relay: Relay, eventfds: tuple[int, int]) -> None:
     """It is the device's, and so are its flags."""
     kick, doorbell = eventfds
     os.eventfd_write(doorbell, 0xFFFFFFFFFFFFFFFE)
@@ -257,7 +255,7 @@ def test_close_ends_the_thread_and_leaves_the_descriptors(eventfds: tuple[int, i
         return len(list(Path("/proc/self/task").iterdir()))
 
     before, fds = threads(), len(list(Path("/proc/self/fd").iterdir()))
-    relay = NotifyRelay(1)
+    relay = Relay(1)
     assert threads() == before + 1
     relay.add(0, eventfds[0], Doorbell(fd=eventfds[1]))
     relay.close()
