@@ -1,0 +1,149 @@
+"""What a host says of its PCI functions in sysfs. Only reads; the control plane binds them and creates VFs.
+
+Files and links are those of the kernel's Documentation/ABI/testing/sysfs-bus-pci and
+sysfs-kernel-iommu_groups. Functions come and go while one looks: one that vanishes is not there.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from datapath.bus.pci import PciIds
+from datapath.vdpa import DeviceError
+
+#: An address in its full form: domain, bus, device and function.
+ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
+#: What a driver_override file says when there is none.
+NO_OVERRIDE = "(null)"
+
+SYSFS = Path("/sys")
+
+
+class SysfsError(DeviceError):
+    """No such function, or sysfs does not say what it says of every function."""
+
+
+@dataclass(frozen=True)
+class HostFunction:
+    """A PCI function of a host, as sysfs had it at one moment."""
+
+    #: Such as "0000:01:00.0".
+    address: str
+    ids: PciIds
+    #: Base class, subclass and programming interface: 0x020000 is an Ethernet controller.
+    class_code: int
+    #: The driver that has it; None when none has.
+    driver: str | None
+    #: The only driver that may take it; None when any may that matches.
+    driver_override: str | None
+    #: None when no IOMMU stands before it.
+    iommu_group: int | None
+    #: None when the host does not say.
+    numa_node: int | None
+    #: Address of the physical function, of a VF.
+    physical_function: str | None
+    #: Addresses of the VFs that a physical function has now, in the order of their numbers.
+    virtual_functions: tuple[str, ...]
+    #: How many VFs it could have; None when it has no SR-IOV.
+    total_vfs: int | None
+    #: Network interfaces of the host's that the function is behind.
+    net_interfaces: tuple[str, ...]
+
+
+def functions(root: Path = SYSFS) -> list[HostFunction]:
+    """Each PCI function, in the order of addresses; none on a host without PCI."""
+    found = []
+    for address in _names(_devices(root)):
+        try:
+            found.append(function(address, root))
+        except SysfsError:
+            continue  # gone since it was listed
+    return found
+
+
+def function(address: str, root: Path = SYSFS) -> HostFunction:
+    """One function.
+
+    :param address: in its full form.
+    :raise SysfsError: when there is none at `address`.
+    """
+    if not ADDRESS.fullmatch(address):
+        raise SysfsError(f"'{address}' is no PCI address; it is written like 0000:01:00.0")
+    folder = _devices(root) / address
+    if not folder.is_dir():
+        raise SysfsError(f"{address}: no such PCI function on this host")
+    override = _text(folder / "driver_override")
+    node = _optional_number(folder / "numa_node")
+    group = _link(folder / "iommu_group")
+    return HostFunction(
+        address=address,
+        ids=PciIds(
+            *(_number(folder / name) for name in ("vendor", "device", "subsystem_vendor", "subsystem_device"))
+        ),
+        class_code=_number(folder / "class"),
+        driver=_link(folder / "driver"),
+        driver_override=None if override in (None, "", NO_OVERRIDE) else override,
+        iommu_group=None if group is None else int(group),
+        numa_node=None if node is None or node < 0 else node,
+        physical_function=_link(folder / "physfn"),
+        virtual_functions=_virtual_functions(folder),
+        total_vfs=_optional_number(folder / "sriov_totalvfs"),
+        net_interfaces=_net_interfaces(folder),
+    )
+
+
+def group_members(group: int, root: Path = SYSFS) -> list[str]:
+    """Addresses of the functions in an IOMMU group; empty when there is no such group."""
+    return _names(root / "kernel/iommu_groups" / str(group) / "devices")
+
+
+def _devices(root: Path) -> Path:
+    return root / "bus/pci/devices"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return []
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return None
+
+
+def _optional_number(file: Path) -> int | None:
+    """A file that only some functions have. Numbers are written like 0x1af4, or in decimal."""
+    text = _text(file)
+    try:
+        return None if text is None else int(text, 0)
+    except ValueError as error:
+        raise SysfsError(f"{file}: '{text}' is no number") from error
+
+
+def _number(file: Path) -> int:
+    number = _optional_number(file)
+    if number is None:
+        raise SysfsError(f"{file.parent.name}: vanished while it was read: no {file}")
+    return number
+
+
+def _link(link: Path) -> str | None:
+    """The last part of where a link leads: names a driver, a group, a function."""
+    try:
+        return link.readlink().name
+    except OSError:
+        return None
+
+
+def _virtual_functions(folder: Path) -> tuple[str, ...]:
+    links = {int(path.name.removeprefix("virtfn")): _link(path) for path in folder.glob("virtfn[0-9]*")}
+    return tuple(address for _, address in sorted(links.items()) if address is not None)
+
+
+def _net_interfaces(folder: Path) -> tuple[str, ...]:
+    # A virtio function's interface belongs to the virtio device, which is a child of the function.
+    return tuple(sorted([*_names(folder / "net"), *(path.name for path in folder.glob("virtio*/net/*"))]))

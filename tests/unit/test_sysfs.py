@@ -1,0 +1,119 @@
+"""Reading a host's PCI functions, on made-up trees."""
+
+from pathlib import Path
+
+import pytest
+
+from datapath.bus.pci import PciIds
+from datapath.bus.sysfs import SysfsError, function, functions, group_members
+
+NIC, VF0, VF10, BARE = "0000:01:00.0", "0000:01:00.1", "0000:01:01.2", "10000:e1:00.0"
+NUMBERS = {
+    "vendor": "0x1af4",
+    "device": "0x1041",
+    "subsystem_vendor": "0x8086",
+    "subsystem_device": "0x001a",
+    "class": "0x020000",
+}
+
+
+def add_function(root: Path, address: str, **files: str) -> Path:
+    """A function as the kernel shows it: the directory elsewhere, a link to it on the bus."""
+    folder = root / "devices/pci0000:00" / address
+    folder.mkdir(parents=True)
+    for name, content in (NUMBERS | files).items():
+        (folder / name).write_text(content + "\n")
+    bus = root / "bus/pci/devices"
+    bus.mkdir(parents=True, exist_ok=True)
+    (bus / address).symlink_to(folder)
+    return folder
+
+
+def link(folder: Path, name: str, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to(target)
+
+
+def test_a_function_with_everything(tmp_path: Path) -> None:
+    folder = add_function(
+        tmp_path, NIC, driver_override="vfio-pci", numa_node="1", sriov_totalvfs="64", sriov_numvfs="2"
+    )
+    add_function(tmp_path, VF0)
+    add_function(tmp_path, VF10)
+    link(folder, "driver", tmp_path / "bus/pci/drivers/vfio-pci")
+    link(folder, "iommu_group", tmp_path / "kernel/iommu_groups/7")
+    for number, address in ((10, VF10), (9, VF0)):
+        link(folder, f"virtfn{number}", tmp_path / "devices/pci0000:00" / address)
+    (folder / "net/ens1").mkdir(parents=True)
+    (folder / "virtio0/net/eth9").mkdir(parents=True)
+
+    found = function(NIC, tmp_path)
+
+    assert found.address == NIC
+    assert found.ids == PciIds(0x1AF4, 0x1041, 0x8086, 0x001A)
+    assert found.class_code == 0x020000
+    assert (found.driver, found.driver_override) == ("vfio-pci", "vfio-pci")
+    assert (found.iommu_group, found.numa_node) == (7, 1)
+    assert found.physical_function is None
+    assert found.virtual_functions == (VF0, VF10)  # by number: 9 before 10
+    assert found.total_vfs == 64
+    assert found.net_interfaces == ("ens1", "eth9")
+
+
+def test_a_function_with_nothing(tmp_path: Path) -> None:
+    add_function(tmp_path, BARE, driver_override="(null)", numa_node="-1")
+    found = function(BARE, tmp_path)
+    assert (found.driver, found.driver_override, found.iommu_group, found.numa_node) == (None,) * 4
+    assert (found.physical_function, found.total_vfs) == (None, None)
+    assert (found.virtual_functions, found.net_interfaces) == ((), ())
+
+
+def test_a_vf_knows_its_physical_function(tmp_path: Path) -> None:
+    physical = add_function(tmp_path, NIC)
+    link(add_function(tmp_path, VF0), "physfn", physical)
+    assert function(VF0, tmp_path).physical_function == NIC
+
+
+def test_functions_are_listed_in_order(tmp_path: Path) -> None:
+    for address in (VF10, NIC, VF0):
+        add_function(tmp_path, address)
+    assert [found.address for found in functions(tmp_path)] == [NIC, VF0, VF10]
+
+
+def test_one_that_vanishes_meanwhile_is_not_listed(tmp_path: Path) -> None:
+    add_function(tmp_path, NIC)
+    (add_function(tmp_path, VF0) / "vendor").unlink()
+    (tmp_path / "bus/pci/devices" / VF10).symlink_to(tmp_path / "nowhere")
+    assert [found.address for found in functions(tmp_path)] == [NIC]
+    with pytest.raises(SysfsError, match=f"{VF0}: vanished while it was read: no .*/vendor"):
+        function(VF0, tmp_path)
+
+
+def test_a_host_without_pci(tmp_path: Path) -> None:
+    assert functions(tmp_path) == []
+    assert group_members(3, tmp_path) == []
+
+
+def test_group_members(tmp_path: Path) -> None:
+    group = tmp_path / "kernel/iommu_groups/7/devices"
+    group.mkdir(parents=True)
+    for address in (VF0, NIC):
+        link(group, address, tmp_path / address)
+    assert group_members(7, tmp_path) == [NIC, VF0]
+
+
+@pytest.mark.parametrize("address", ["01:00.0", "0000:01:00.8", "../0000:01:00.0", "", "0000:01:20.0"])
+def test_what_is_no_address(tmp_path: Path, address: str) -> None:
+    with pytest.raises(SysfsError, match=r"no PCI address; it is written like 0000:01:00\.0$"):
+        function(address, tmp_path)
+
+
+def test_no_such_function(tmp_path: Path) -> None:
+    with pytest.raises(SysfsError, match=f"^{NIC}: no such PCI function on this host$"):
+        function(NIC, tmp_path)
+
+
+def test_a_file_without_a_number(tmp_path: Path) -> None:
+    add_function(tmp_path, NIC, vendor="what?")
+    with pytest.raises(SysfsError, match=r"/vendor: 'what\?' is no number"):
+        function(NIC, tmp_path)
