@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.harness.console import Console
+from tests.harness.debian_packages import UnavailableError
 from tests.harness.emulated_nic import EmulatedNic, ask
 from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import wait_for
-from tests.harness.vfio_user_qemu import VARIABLE, VfioUserGuest, find_qemu
+from tests.harness.vfio_user_qemu import VARIABLE, VfioUserGuest, vfio_user_qemu
 
 pytestmark = pytest.mark.guest
 
@@ -48,9 +49,10 @@ class Machine:
 @contextmanager
 def booted(folder: Path, *options: str) -> Iterator[Machine]:
     """A NIC with further `options` and a guest on its VF, whose shell answers."""
-    qemu = find_qemu()
-    if qemu is None:
-        pytest.skip(f"no QEMU with vfio-user-pci (10.1 or later) here; {VARIABLE} may name one")
+    try:
+        qemu = vfio_user_qemu()
+    except UnavailableError as error:
+        pytest.skip(f"no QEMU with vfio-user-pci (10.1 or later), {VARIABLE} may name one: {error}")
     with NetworkNamespace() as namespace, EmulatedNic(folder / "nic", namespace, 1, *options) as nic:
         namespace.run("ip", "address", "add", f"{OURS}/24", "dev", "vf0")
         socket: Path = nic.folder / "vf0.sock"
