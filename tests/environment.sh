@@ -10,7 +10,7 @@ checkout=$(cd "$(dirname "$(readlink -f "$0")")" && pwd)
 venv=$checkout/.venv
 
 packages_run="qemu-system-x86 libvirt-daemon libvirt-clients libvirt-dev busybox-static iproute2 iputils-ping
-    util-linux python3-venv python3-dev gcc libc6-dev pkg-config"
+    util-linux python3-venv python3-dev gcc libc6-dev pkg-config kmod"
 packages_dpdk="dpdk-dev"
 packages_check=""
 

@@ -5,28 +5,19 @@ Owns the image and what its /init understands:
 - `vdpa.ip=ADDRESS/LENGTH` on the kernel command line: the address of eth0;
 - a shell on the serial console (console.py talks to it);
 - the ACPI power button (`virsh shutdown`), `poweroff -f` and `reboot -f` work.
-
-The kernel package is unpacked, not installed. It comes from the machine's own package sources, under
-whatever versioned name `linux-image-cloud-amd64` depends on today.
 """
 
-import re
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.harness.processes import HarnessError, run
+from tests.harness.kernel import BUSYBOX, alone, pack_initrd, unpacked_kernel
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CACHE = CHECKOUT / ".cache"
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
-BUSYBOX = Path("/bin/busybox")
-
-#: apt's own user may not write where we do.
-UNSANDBOXED = ("-o", "APT::Sandbox::User=root")
 
 #: Kernel modules in the order to load them: each after those that it needs.
 MODULES = (
@@ -90,67 +81,31 @@ def guest_image() -> GuestImage:
     :raise HarnessError: when the kernel package can be had neither from the cache nor from the network.
     """
     folder = CACHE / "guest"
-    folder.mkdir(parents=True, exist_ok=True)
-    kernels = sorted(folder.glob("vmlinuz-*"))
-    if not kernels:
-        download_kernel(folder)
-        kernels = sorted(folder.glob("vmlinuz-*"))
-    release = kernels[-1].name.removeprefix("vmlinuz-")
-    initrd = folder / f"initrd-{release}"
-    recipe = Path(__file__)
-    if not initrd.exists() or initrd.stat().st_mtime < recipe.stat().st_mtime:
-        make_initrd(folder / f"modules-{release}", initrd)
-    return GuestImage(kernels[-1], initrd, release)
-
-
-def versioned_kernel_package() -> str:
-    """The package that the kernel metapackage depends on; its name changes with every kernel update."""
-    answer = run(["apt-cache", "depends", KERNEL_PACKAGE], check=False).stdout
-    found = re.search(r"Depends: (linux-image-\S+)", answer)
-    if found is None:
-        raise HarnessError(
-            f"no package {KERNEL_PACKAGE} in this machine's package lists: run 'apt-get update'"
+    with alone(folder):
+        kernel = unpacked_kernel(
+            KERNEL_PACKAGE, folder, lambda tree, release: keep_modules(tree, release, folder)
         )
-    return found.group(1)
-
-
-def download_kernel(folder: Path) -> None:
-    """Put a kernel and the modules that the guest needs into `folder`: vmlinuz-RELEASE, modules-RELEASE."""
-    with tempfile.TemporaryDirectory(prefix="kernel-", dir=folder) as scratch_name:
-        scratch = Path(scratch_name)
-        try:
-            archive = download_package(scratch)
-        except HarnessError:
-            # The package lists may be older than the package sources.
-            run(["apt-get", "--quiet", "update"], seconds=300)
-            archive = download_package(scratch)
-        run(["dpkg-deb", "--extract", archive, scratch / "tree"])
-        kernel = next((scratch / "tree/boot").glob("vmlinuz-*"))
         release = kernel.name.removeprefix("vmlinuz-")
-        tree = scratch / "tree/lib/modules" / release
-        modules = folder / f"modules-{release}"
-        shutil.rmtree(modules, ignore_errors=True)
-        modules.mkdir()
-        for module in MODULES:
-            shutil.copy(tree / module, modules)
-        # Last, since its presence says that the rest is there.
-        kernel.rename(folder / kernel.name)
+        initrd = folder / f"initrd-{release}"
+        recipe = Path(__file__)
+        if not initrd.exists() or initrd.stat().st_mtime < recipe.stat().st_mtime:
+            make_initrd(folder / f"modules-{release}", initrd)
+    return GuestImage(kernel, initrd, release)
 
 
-def download_package(folder: Path) -> Path:
-    """The kernel's package, in `folder`.
-
-    :raise HarnessError: when the package sources do not have it or cannot be reached.
-    """
-    package = versioned_kernel_package()
-    run(["apt-get", "--quiet", *UNSANDBOXED, "download", package], cwd=folder, seconds=600)
-    return next(folder.glob("*.deb"))
+def keep_modules(tree: Path, release: str, folder: Path) -> None:
+    """Put the modules that the guest needs into `folder`/modules-RELEASE, from an unpacked package."""
+    modules = folder / f"modules-{release}"
+    shutil.rmtree(modules, ignore_errors=True)
+    modules.mkdir()
+    for module in MODULES:
+        shutil.copy(tree / "lib/modules" / release / module, modules)
 
 
 def make_initrd(modules: Path, initrd: Path) -> None:
-    """Pack busybox, the modules and /init into an initramfs (uncompressed: the guest is emulated)."""
-    with tempfile.TemporaryDirectory(prefix="initrd-", dir=initrd.parent) as scratch_name:
-        root = Path(scratch_name) / "root"
+    """Pack busybox, the modules and /init into an initramfs."""
+    with tempfile.TemporaryDirectory(prefix="initrd-", dir=initrd.parent) as scratch:
+        root = Path(scratch)
         for name in ("bin", "dev", "etc/acpi/PWRF", "modules", "proc", "sys", "var/log", "var/run"):
             (root / name).mkdir(parents=True)
         shutil.copy(BUSYBOX, root / "bin/busybox")
@@ -160,15 +115,4 @@ def make_initrd(modules: Path, initrd: Path) -> None:
         for path, text in (("init", INIT), ("etc/acpi/PWRF/00000080", POWER_BUTTON)):
             (root / path).write_text(text)
             (root / path).chmod(0o755)
-        names = "".join(f"{path.relative_to(root)}\n" for path in sorted(root.rglob("*")))
-        packed = Path(scratch_name) / "initrd"
-        with packed.open("wb") as output:
-            subprocess.run(
-                [BUSYBOX, "cpio", "-o", "-H", "newc"],
-                cwd=root,
-                input=names.encode(),
-                stdout=output,
-                stderr=subprocess.DEVNULL,
-                check=True,
-            )
-        packed.rename(initrd)
+        pack_initrd(root, initrd)

@@ -1,0 +1,312 @@
+"""A machine with VFIO and an IOMMU, under software emulation, that runs this machine's own programs.
+
+QEMU's q35 with an emulated Intel IOMMU boots Debian's stock kernel. The root file system is this machine's
+`/`, read-only over 9p with an overlay in memory on top: inside are the same Python, packages and checkout,
+at the same paths; what is written there is gone with the machine. One command runs inside, then the machine
+powers off. By hand:
+
+    .venv/bin/python -m tests.harness.nested_machine lspci -nn
+    .venv/bin/python -m tests.harness.nested_machine -- sh -c 'dmesg | grep -e DMAR -e IOMMU'
+
+which prints the command's output as it comes and exits as the command did. Several machines may run at the
+same time. The hardware is in `HARDWARE`, and described in tests/nested/conftest.py.
+
+Owns the image (the checkout's .cache/nested), QEMU's process and the folder through which the two sides
+exchange files. What runs inside, others say.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.harness.guest import CACHE, CHECKOUT
+from tests.harness.kernel import BUSYBOX, alone, pack_initrd, unpacked_kernel
+from tests.harness.processes import POLL_INTERVAL, HarnessError, Process, run, tail
+
+KERNEL_PACKAGE = "linux-image-amd64"
+
+#: What the machine has from the beginning; modprobe loads whatever else its kernel has. The first ones are
+#: needed for the root file system.
+MODULES = (
+    "virtio_pci",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "virtio_net",
+    "virtio_console",
+    "af_packet",
+    "nvme",
+    "vfio_pci",
+    "vfio_iommu_type1",
+    "tun",
+)
+
+KERNEL_ARGUMENTS = (
+    "console=ttyS0 quiet intel_iommu=on iommu=nopt net.ifnames=0 mitigations=off tsc=reliable "
+    "no_timer_check random.trust_cpu=on panic=-1 oops=panic"
+)
+
+#: Megabytes of memory, of which the overlay gets half.
+MEMORY = 2048
+
+#: Where the exchange folder is, inside.
+INSIDE = Path("/run/nested")
+
+INIT = """#!/bin/busybox sh
+export PATH=/bin
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t devtmpfs dev /dev
+for module in $(cat /modules/order); do insmod "/modules/$module" || echo "no $module"; done
+mkdir /lower /overlay
+mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=262144,cache=loose root /lower
+mount -t tmpfs -o size=50% overlay /overlay
+mkdir /overlay/upper /overlay/work
+mount -t overlay -o lowerdir=/lower,upperdir=/overlay/upper,workdir=/overlay/work root /new
+umount /proc
+umount -l /dev
+mount -t proc proc /new/proc
+mount -t sysfs sysfs /new/sys
+mount -t devtmpfs dev /new/dev
+mkdir -p /new/dev/pts /new/dev/shm
+mount -t devpts -o ptmxmode=666 devpts /new/dev/pts
+mount -t tmpfs tmpfs /new/dev/shm
+mount -t tmpfs tmpfs /new/run
+mkdir -p /new@INSIDE@
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none exchange /new@INSIDE@
+exec switch_root /new /bin/sh @INSIDE@/start
+"""
+
+#: The rest of the boot, on the machine's own root file system, and the command.
+START = """
+cd {checkout}
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TMPDIR=/run/tmp
+mkdir -p $TMPDIR /run/lock "/lib/modules/$(uname -r)"
+mount --bind {modules} "/lib/modules/$(uname -r)"
+ip link set lo up
+: >{inside}/booted
+{command} </dev/null >{inside}/output 2>&1
+echo $? >{inside}/status.partial
+mv {inside}/status.partial {inside}/status
+/bin/busybox poweroff -f
+"""
+
+
+@dataclass(frozen=True)
+class Image:
+    """What the machine boots from."""
+
+    kernel: Path
+    initrd: Path
+    #: All modules of the kernel, as modprobe wants them below /lib/modules/RELEASE.
+    modules: Path
+
+
+def image() -> Image:
+    """The image, made at the first call on this machine.
+
+    :raise HarnessError: when the kernel package can be had neither from the cache nor from the network.
+    """
+    folder = CACHE / "nested"
+    with alone(folder):
+
+        def keep(tree: Path, release: str) -> None:
+            run(["depmod", "--basedir", tree, release])
+            shutil.rmtree(folder / f"modules-{release}", ignore_errors=True)
+            (tree / "lib/modules" / release).rename(folder / f"modules-{release}")
+
+        kernel = unpacked_kernel(KERNEL_PACKAGE, folder, keep)
+        release = kernel.name.removeprefix("vmlinuz-")
+        modules = folder / f"modules-{release}"
+        initrd = folder / f"initrd-{release}"
+        if not initrd.exists() or initrd.stat().st_mtime < Path(__file__).stat().st_mtime:
+            make_initrd(modules, initrd)
+    return Image(kernel, initrd, modules)
+
+
+def with_dependencies(modules: Path, names: Sequence[str]) -> list[Path]:
+    """The files of modules, each after those that it needs, without what is built in."""
+    needs: dict[str, list[str]] = {}
+    for line in (modules / "modules.dep").read_text().splitlines():
+        path, _, others = line.partition(":")
+        # The last of a module's line needs nothing of the others.
+        needs[Path(path).stem.replace("-", "_")] = [*reversed(others.split()), path]
+    ordered = dict.fromkeys(path for name in names for path in needs.get(name, ()))
+    return [modules / path for path in ordered]
+
+
+def make_initrd(modules: Path, initrd: Path) -> None:
+    """Pack busybox, modules and /init into an initramfs."""
+    with tempfile.TemporaryDirectory(prefix="initrd-", dir=initrd.parent) as scratch:
+        root = Path(scratch)
+        for name in ("bin", "dev", "modules", "new", "proc"):
+            (root / name).mkdir()
+        shutil.copy(BUSYBOX, root / "bin/busybox")
+        files = with_dependencies(modules, MODULES)
+        for file in files:
+            shutil.copy(file, root / "modules")
+        (root / "modules/order").write_text("".join(f"{file.name}\n" for file in files))
+        (root / "init").write_text(INIT.replace("@INSIDE@", str(INSIDE)))
+        (root / "init").chmod(0o755)
+        pack_initrd(root, initrd)
+
+
+def function(bus: str, **properties: str) -> str:
+    """A virtio NIC as a VF is one: modern, and all its DMA through the IOMMU."""
+    words = [f"{name}={value}" for name, value in properties.items()]
+    return ",".join(["virtio-net-pci", f"bus={bus}", "disable-legacy=on,iommu_platform=on,ats=on", *words])
+
+
+def cable(number: int, folder: Path) -> list[str]:
+    """A function's network: its NIC is `vf{number}`, the other end `w{number}`.
+
+    A third end throws all away, so that a cable whose other end is not plugged in takes frames as a real one
+    does, rather than hold them for ever.
+    """
+    nowhere = (
+        f"local.type=unix,local.path={folder}/cable{number},remote.type=unix,remote.path={folder}/nowhere"
+    )
+    return [
+        *("-netdev", f"hubport,hubid={number},id=vf{number}"),
+        *("-netdev", f"hubport,hubid={number},id=w{number}"),
+        *("-netdev", f"dgram,id=sink{number},{nowhere}"),
+        *("-netdev", f"hubport,hubid={number},id=drain{number},netdev=sink{number}"),
+        *("-device", f"virtio-net-pci,netdev=w{number},mac=52:54:00:00:01:{number:02x},addr=0x1{number}"),
+    ]
+
+
+def hardware(folder: Path) -> list[str]:
+    """QEMU's arguments for the machine."""
+    return [
+        *("-machine", "q35,kernel-irqchip=split", "-accel", "tcg", "-cpu", "max", "-smp", "2"),
+        *("-m", str(MEMORY), "-no-user-config", "-nodefaults", "-display", "none"),
+        *("-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on"),
+        *("-device", "pcie-root-port,id=rp1,chassis=1,addr=0x2"),
+        *("-device", "pcie-root-port,id=rp2,chassis=2,addr=0x3"),
+        *(word for number in (1, 2) for word in cable(number, folder)),
+        *("-device", function("rp1", id="vf1", netdev="vf1", mac="52:54:00:00:00:01")),
+        *("-device", function("rp2", id="vf2", netdev="vf2", mac="52:54:00:00:00:02")),
+    ]
+
+
+class NestedMachine(Process):
+    """A running machine and its one command; as a context manager it is gone at the end."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        """
+        Start it; `boot` and `finish` wait for it.
+
+        :param command: runs inside, in the checkout.
+        :raise HarnessError: when its image cannot be had.
+        """
+        made = image()
+        self._folder = tempfile.TemporaryDirectory(prefix="nested-")
+        folder = Path(self._folder.name)
+        #: The folder that both sides see; inside, it is `INSIDE`.
+        self.exchange = folder / "exchange"
+        self.exchange.mkdir()
+        self.console = folder / "console"
+        #: What the command prints.
+        self.output = self.exchange / "output"
+        self.output.touch()
+        words = {"checkout": CHECKOUT, "modules": made.modules, "inside": INSIDE}
+        (self.exchange / "start").write_text(START.format(command=shlex.join(command), **words))
+        argv: list[str | Path] = [
+            # Whoever starts a machine and is killed leaves none.
+            *("setpriv", "--pdeathsig", "SIGKILL", "qemu-system-x86_64"),
+            *("-name", "nested", "-no-reboot", "-serial", f"file:{self.console}"),
+            *("-kernel", made.kernel, "-initrd", made.initrd, "-append", KERNEL_ARGUMENTS),
+            *share("root", Path("/"), "readonly=on,multidevs=remap", "0x1e"),
+            *share("exchange", self.exchange, "writeout=immediate", "0x1d"),
+            *hardware(folder),
+        ]
+        super().__init__(argv, folder / "log")
+
+    @property
+    def status(self) -> int | None:
+        """How the command exited; None while it runs."""
+        file = self.exchange / "status"
+        return int(file.read_text()) if file.exists() else None
+
+    def boot(self, seconds: float = 120.0) -> None:
+        """Wait until the command starts.
+
+        :raise HarnessError: when the machine ends or does not come so far; the text has the console's end.
+        """
+        deadline = time.monotonic() + seconds
+        while not (self.exchange / "booted").exists():
+            self.check()
+            if time.monotonic() > deadline:
+                raise HarnessError(
+                    f"the nested machine did not boot within {seconds:g} s: {self.last_words()}"
+                )
+            time.sleep(POLL_INTERVAL)
+
+    def check(self) -> None:
+        """
+        :raise HarnessError: when the machine has ended without having run its command to the end.
+        """
+        if not self.running and self.status is None:
+            raise HarnessError(f"the nested machine died: {self.last_words()}")
+
+    def last_words(self, lines: int = 15) -> str:
+        """What the machine's console and QEMU said last."""
+        return f"console: {tail(self.console, lines)}; QEMU: {tail(self.log)}"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+
+def share(tag: str, path: Path, options: str, slot: str) -> list[str]:
+    """QEMU's arguments for a folder that the machine mounts by its tag."""
+    return [
+        *("-fsdev", f"local,id={tag},path={path},security_model=none,{options}"),
+        *("-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag},addr={slot}"),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="nested_machine", description="Run a command in the nested machine."
+    )
+    parser.add_argument("--seconds", type=float, default=600.0, help="how long it may take")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args()
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        parser.error("no command")
+    deadline = time.monotonic() + arguments.seconds
+    try:
+        with NestedMachine(command) as machine, machine.output.open("rb") as output:
+            machine.boot()
+            while (status := machine.status) is None:
+                machine.check()
+                if time.monotonic() > deadline:
+                    raise HarnessError(f"the command did not end within {arguments.seconds:g} s")
+                if not (read := output.read()):
+                    time.sleep(POLL_INTERVAL)
+                os.write(1, read)
+            os.write(1, output.read())
+            return status
+    except HarnessError as error:
+        print(f"nested_machine: {error}", file=sys.stderr)
+        return 125
+
+
+if __name__ == "__main__":
+    sys.exit(main())
