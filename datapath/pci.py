@@ -10,6 +10,8 @@ CONFIG_SIZE = 256
 #: Offsets of registers in the header, and of the first byte behind it.
 VENDOR, COMMAND, STATUS, BARS, SUBSYSTEM_VENDOR, CAPABILITIES = 0x00, 0x04, 0x06, 0x10, 0x2C, 0x34
 HEADER_END = 0x40
+#: Revision id (a byte) and class code (three), read as one: never all ones.
+REVISION_AND_CLASS = 0x08
 #: In STATUS: there is a capability list.
 STATUS_CAPABILITY_LIST = 0x10
 #: In a BAR: it is 64 bits wide and takes the next register as well.
