@@ -4,7 +4,8 @@
 # module are made again only when the files they come from have changed (stamps in .venv). So a second
 # run needs no network.
 #
-#   prepare PURPOSE...     PURPOSE: run (the product and a guest), dpdk (a peer), check (pytest, mypy, ruff)
+#   prepare PURPOSE...     PURPOSE: run (the product and a guest), dpdk (a peer), bench (a peer's
+#                          library), check (pytest, mypy, ruff)
 
 checkout=$(cd "$(dirname "$(readlink -f "$0")")" && pwd)
 venv=$checkout/.venv
@@ -12,6 +13,7 @@ venv=$checkout/.venv
 packages_run="qemu-system-x86 libvirt-daemon libvirt-clients libvirt-dev busybox-static iproute2 iputils-ping
     util-linux python3-venv python3-dev gcc libc6-dev pkg-config kmod"
 packages_dpdk="dpdk-dev"
+packages_bench="libdpdk-dev"
 packages_check=""
 
 progress() {

@@ -6,11 +6,12 @@ Owns the command line; each subject is a module with `measure(runs)` that prints
 import argparse
 import sys
 
-from tests.bench import hooks
+from tests.bench import hooks, relay
 from tests.harness.processes import HarnessError
 
 SUBJECTS = {
     "hooks": (hooks.measure, "what the hook costs, and what hook and port add to virsh start"),
+    "relay": (relay.measure, "what the relay of a ring takes per used entry, beside DPDK's"),
 }
 
 
@@ -28,7 +29,7 @@ def main() -> int:
     for name, (measure, summary) in SUBJECTS.items():
         subject = subjects.add_parser(name, help=summary, description=summary)
         subject.add_argument(
-            "--runs", type=positive, default=10, help="starts of each kind (default: %(default)s)"
+            "--runs", type=positive, default=10, help="measurements of each kind (default: %(default)s)"
         )
         subject.set_defaults(measure=measure)
     options = parser.parse_args()
