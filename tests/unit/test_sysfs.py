@@ -6,32 +6,9 @@ import pytest
 
 from datapath.bus.pci import PciIds
 from datapath.bus.sysfs import SysfsError, function, functions, group_members
+from tests.harness.sysfs_tree import add_function, bind, join_group, link
 
 NIC, VF0, VF10, BARE = "0000:01:00.0", "0000:01:00.1", "0000:01:01.2", "10000:e1:00.0"
-NUMBERS = {
-    "vendor": "0x1af4",
-    "device": "0x1041",
-    "subsystem_vendor": "0x8086",
-    "subsystem_device": "0x001a",
-    "class": "0x020000",
-}
-
-
-def add_function(root: Path, address: str, **files: str) -> Path:
-    """A function as the kernel shows it: the directory elsewhere, a link to it on the bus."""
-    folder = root / "devices/pci0000:00" / address
-    folder.mkdir(parents=True)
-    for name, content in (NUMBERS | files).items():
-        (folder / name).write_text(content + "\n")
-    bus = root / "bus/pci/devices"
-    bus.mkdir(parents=True, exist_ok=True)
-    (bus / address).symlink_to(folder)
-    return folder
-
-
-def link(folder: Path, name: str, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    (folder / name).symlink_to(target)
 
 
 def test_a_function_with_everything(tmp_path: Path) -> None:
@@ -40,8 +17,8 @@ def test_a_function_with_everything(tmp_path: Path) -> None:
     )
     add_function(tmp_path, VF0)
     add_function(tmp_path, VF10)
-    link(folder, "driver", tmp_path / "bus/pci/drivers/vfio-pci")
-    link(folder, "iommu_group", tmp_path / "kernel/iommu_groups/7")
+    bind(tmp_path, folder, "vfio-pci")
+    join_group(tmp_path, folder, 7)
     for number, address in ((10, VF10), (9, VF0)):
         link(folder, f"virtfn{number}", tmp_path / "devices/pci0000:00" / address)
     (folder / "net/ens1").mkdir(parents=True)
@@ -95,10 +72,8 @@ def test_a_host_without_pci(tmp_path: Path) -> None:
 
 
 def test_group_members(tmp_path: Path) -> None:
-    group = tmp_path / "kernel/iommu_groups/7/devices"
-    group.mkdir(parents=True)
     for address in (VF0, NIC):
-        link(group, address, tmp_path / address)
+        join_group(tmp_path, add_function(tmp_path, address), 7)
     assert group_members(7, tmp_path) == [NIC, VF0]
 
 
