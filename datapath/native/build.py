@@ -12,7 +12,22 @@ from cffi import FFI
 
 HERE = Path(__file__).parent
 #: The C units that make up the module; each is UNIT.c with UNIT.h.
-UNITS = ("guard", "interrupt", "relay", "dma", "ring", "worker", "packets", "engine")
+UNITS = (
+    "guard",
+    "interrupt",
+    "dma",
+    "log",
+    "written",
+    "shadow",
+    "relay",
+    "forwarder",
+    "ring",
+    "worker",
+    "packets",
+    "engine",
+)
+#: Headers without a unit.
+HEADERS = ("barrier.h", "split.h")
 EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))
 
 
@@ -40,7 +55,7 @@ ffibuilder.set_source(
     "datapath.native._native",
     "".join(f'#include "{unit}.h"\n' for unit in UNITS),
     sources=[relative(f"{unit}.c") for unit in UNITS],
-    depends=[relative(f"{unit}.h") for unit in UNITS],
+    depends=[relative(name) for name in (*HEADERS, *(f"{unit}.h" for unit in UNITS))],
     include_dirs=[str(HERE)],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread", *EXTRA_FLAGS],
     extra_link_args=["-pthread"],

@@ -10,6 +10,8 @@
 #include <sys/stat.h>
 #include <sys/vfs.h>
 
+#include "log.h"
+
 /* Index of the first map that ends behind iova; `count` if there is none. */
 static size_t first_ending_behind(const struct dma_table *table, uint64_t iova)
 {
@@ -111,32 +113,65 @@ static int map_file(int fd, uint64_t offset, uint64_t size, bool writable, uint8
     return 0;
 }
 
-int dma_add(struct dma_table *table, uint64_t iova, uint64_t size, int fd, uint64_t offset, bool writable)
+/* Make room for a range and say at which index it belongs. */
+static int find_place(struct dma_table *table, uint64_t iova, uint64_t size, size_t *at)
 {
-    struct dma_map map = { .iova = iova, .size = size, .writable = writable };
     uint64_t last;
-    size_t at;
-    int result;
 
-    if (size == 0 || __builtin_add_overflow(iova, size - 1, &last) || (iova | size) % DMA_PAGE_SIZE != 0) {
+    if (size == 0 || __builtin_add_overflow(iova, size - 1, &last)) {
         return -EINVAL;
     }
-    at = first_ending_behind(table, iova);
-    if (at < table->count && table->map[at].iova <= last) {
+    *at = first_ending_behind(table, iova);
+    if (*at < table->count && table->map[*at].iova <= last) {
         return -EEXIST;
     }
-    result = make_room(table);
-    if (result == 0 && fd >= 0) {
-        result = map_file(fd, offset, size, writable, &map.host);
-    }
-    if (result < 0) {
-        return result;
-    }
+    return make_room(table);
+}
+
+static void put(struct dma_table *table, size_t at, struct dma_map map)
+{
     memmove(&table->map[at + 1], &table->map[at], (table->count - at) * sizeof(map));
     table->map[at] = map;
     table->count++;
     table->generation++;
-    return 0;
+}
+
+int dma_add(struct dma_table *table, uint64_t iova, uint64_t size, int fd, uint64_t offset, bool writable)
+{
+    struct dma_map map = { .iova = iova, .size = size, .writable = writable };
+    size_t at;
+    int result;
+
+    if ((iova | size) % DMA_PAGE_SIZE != 0) {
+        return -EINVAL;
+    }
+    result = find_place(table, iova, size, &at);
+    if (result == 0 && fd >= 0) {
+        result = map_file(fd, offset, size, writable, &map.host);
+    }
+    if (result == 0) {
+        put(table, at, map);
+    }
+    return result;
+}
+
+int dma_borrow(struct dma_table *table, uint64_t iova, uint64_t size, void *host)
+{
+    struct dma_map map = { .iova = iova, .size = size, .host = host, .writable = true, .borrowed = true };
+    size_t at;
+    int result = find_place(table, iova, size, &at);
+
+    if (result == 0) {
+        put(table, at, map);
+    }
+    return result;
+}
+
+static void unmap(const struct dma_map *map)
+{
+    if (map->host != NULL && !map->borrowed) {
+        munmap(map->host, map->size);
+    }
 }
 
 int dma_remove(struct dma_table *table, uint64_t iova, uint64_t size)
@@ -148,9 +183,7 @@ int dma_remove(struct dma_table *table, uint64_t iova, uint64_t size)
         return -ENOENT;
     }
     map = &table->map[at];
-    if (map->host != NULL) {
-        munmap(map->host, map->size);
-    }
+    unmap(map);
     table->count--;
     memmove(map, map + 1, (table->count - at) * sizeof(*map));
     table->recent = 0;
@@ -161,9 +194,7 @@ int dma_remove(struct dma_table *table, uint64_t iova, uint64_t size)
 void dma_remove_all(struct dma_table *table)
 {
     for (size_t i = 0; i < table->count; i++) {
-        if (table->map[i].host != NULL) {
-            munmap(table->map[i].host, table->map[i].size);
-        }
+        unmap(&table->map[i]);
     }
     free(table->map);
     *table = (struct dma_table){ .generation = table->generation + 1 };
@@ -224,8 +255,7 @@ void dma_mark(struct dma_table *table, const struct dma_log *log, uint64_t iova,
         }
         byte = dma_translate(table, at, &one, true);
         if (byte != NULL) {
-            /* Release: whoever sees the bit and copies the page must see what was written to it. */
-            __atomic_fetch_or(byte, (uint8_t)(1u << (page % 8)), __ATOMIC_RELEASE);
+            log_set(byte, (uint8_t)(1u << (page % 8)));
         }
     }
 }

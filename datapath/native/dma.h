@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What an emulated device may reach by DMA: the memory that its client mapped, by IOVA, and the dirty log.
- * Plain data without a lock; the engine's mutex guards it. Whoever touches memory that was translated
- * here does so under guard_run(), for the file behind it may shrink.
+ * A device's memory by IOVA: for an emulated device what its client mapped, and where the dirty log is; for
+ * a relay what the front-end shares. Plain data without a lock; the owner's mutex guards it. Whoever
+ * touches memory that was translated here does so under guard_run(), for the file behind it may shrink.
  */
 #ifndef LIBVIRT_VDPA_DMA_H
 #define LIBVIRT_VDPA_DMA_H
@@ -27,6 +27,7 @@ struct dma_map {
     uint64_t size;
     uint8_t *host;              /* NULL: no descriptor came along, so the device cannot reach it */
     bool writable;
+    bool borrowed;              /* somebody else unmaps it */
 };
 
 struct dma_table {
@@ -50,6 +51,9 @@ struct dma_log {
  * -EOPNOTSUPP: a file whose pages may not come.
  */
 int dma_add(struct dma_table *table, uint64_t iova, uint64_t size, int fd, uint64_t offset, bool writable);
+
+/* The same with memory that is mapped here already, and stays so until it is removed. No alignment needed. */
+int dma_borrow(struct dma_table *table, uint64_t iova, uint64_t size, void *host);
 
 /* Drop a mapping, exactly as it was made. -ENOENT: there is none. */
 int dma_remove(struct dma_table *table, uint64_t iova, uint64_t size);

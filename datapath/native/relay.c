@@ -2,9 +2,7 @@
 #define _GNU_SOURCE
 #include "relay.h"
 
-#include <endian.h>
 #include <errno.h>
-#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -13,140 +11,37 @@
 #include <sys/eventfd.h>
 #include <sys/stat.h>
 #include <sys/timerfd.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
-#define EVENTS_AT_ONCE 32
+#include "forwarder.h"
+#include "guard.h"
+
 #define POLL_INTERVAL_NS 1000000
 
-/* What epoll_event.data.u64 says: a ring number and its generation, or one of these two. */
-#define TOKEN_STOP UINT64_MAX
-#define TOKEN_POLL (UINT64_MAX - 1)
-
-struct relay_entry {
-    bool added;
-    bool waiting;               /* kick_fd is registered with epoll */
-    uint32_t generation;        /* tells an event of a removed ring from one of its successor */
-    int kick_fd;
-    int doorbell_fd;
-    volatile uint16_t *doorbell;
-    struct relay_counters count;
-};
-
-struct relay {
-    pthread_t thread;
-    pthread_mutex_t lock;       /* guards all below; the thread holds it while it handles events */
-    int epoll_fd;
-    int stop_fd;
-    int poll_fd;                /* timerfd, armed while some ring is polled */
-    unsigned int polled;
-    uint16_t rings;
-    struct relay_entry ring[];
-};
-
-static uint64_t token(uint16_t ring, uint32_t generation)
+/* The thread gives way to whoever waits, even under load, when a mutex alone would starve them. */
+static void enter(struct relay *relay)
 {
-    return (uint64_t)ring << 32 | generation;
+    relay->callers++;
+    pthread_mutex_lock(&relay->lock);
 }
 
-/*
- * Write to an eventfd that the device gave. The device shares its flags, so it may be one that blocks when
- * full, and whoever takes a ring out waits for the lock that is held here.
- */
-static bool signal_device(int fd)
+static void leave(struct relay *relay)
+{
+    if (--relay->callers == 0) {
+        pthread_cond_signal(&relay->no_callers);
+    }
+    pthread_mutex_unlock(&relay->lock);
+}
+
+/* Let the thread see what has changed. */
+static void leave_and_wake(struct relay *relay)
 {
     static const uint64_t one = 1;
-    struct pollfd room = { .fd = fd, .events = POLLOUT };
 
-    return poll(&room, 1, 0) == 1 && (room.revents & POLLOUT) && write(fd, &one, sizeof(one)) == sizeof(one);
-}
-
-static void ring_doorbell(struct relay_entry *entry, uint16_t ring)
-{
-    if (entry->doorbell_fd < 0) {
-        /* The guest's ring updates must be visible to the device before the store is. */
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        *entry->doorbell = htole16(ring);
-    } else if (!signal_device(entry->doorbell_fd)) {
-        /* Full: a device that is woken by writes alone misses this one. */
-        entry->count.errors++;
+    /* Cannot fail: the eventfd is ours, and as good as empty. */
+    while (write(relay->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR) {
     }
-}
-
-static void stop_waiting(struct relay *relay, struct relay_entry *entry)
-{
-    if (entry->waiting) {
-        epoll_ctl(relay->epoll_fd, EPOLL_CTL_DEL, entry->kick_fd, NULL);
-        entry->waiting = false;
-    }
-}
-
-static void handle_kick(struct relay *relay, uint64_t event)
-{
-    uint16_t ring = event >> 32;
-    struct relay_entry *entry = &relay->ring[ring];
-    uint64_t kicks;
-    struct iovec buffer = { &kicks, sizeof(kicks) };
-    ssize_t got;
-
-    if (!entry->waiting || token(ring, entry->generation) != event) {
-        return;                 /* removed after epoll_wait() had reported it */
-    }
-    /*
-     * The descriptor is the front-end's: it may be a blocking one that somebody else has drained
-     * meanwhile, and its flags are not ours to change.
-     */
-    got = preadv2(entry->kick_fd, &buffer, 1, -1, RWF_NOWAIT);
-    if (got == sizeof(kicks)) {
-        entry->count.kicks++;
-        ring_doorbell(entry, ring);
-    } else if (got >= 0 || (errno != EAGAIN && errno != EINTR)) {
-        /* Not an eventfd, or closed at the other end: it would stay readable for ever. */
-        entry->count.errors++;
-        stop_waiting(relay, entry);
-    }
-}
-
-static void handle_poll(struct relay *relay)
-{
-    uint64_t expirations;
-
-    if (read(relay->poll_fd, &expirations, sizeof(expirations)) < 0) {
-        return;                 /* disarmed after epoll_wait() had reported it */
-    }
-    for (uint16_t ring = 0; ring < relay->rings; ring++) {
-        struct relay_entry *entry = &relay->ring[ring];
-
-        if (entry->added && entry->kick_fd < 0) {
-            ring_doorbell(entry, ring);
-        }
-    }
-}
-
-static void *relay_main(void *argument)
-{
-    struct relay *relay = argument;
-    struct epoll_event events[EVENTS_AT_ONCE];
-    bool stop = false;
-
-    while (!stop) {
-        int count = epoll_wait(relay->epoll_fd, events, EVENTS_AT_ONCE, -1);
-
-        pthread_mutex_lock(&relay->lock);
-        for (int i = 0; i < count; i++) {
-            uint64_t event = events[i].data.u64;
-
-            if (event == TOKEN_STOP) {
-                stop = true;
-            } else if (event == TOKEN_POLL) {
-                handle_poll(relay);
-            } else {
-                handle_kick(relay, event);
-            }
-        }
-        pthread_mutex_unlock(&relay->lock);
-    }
-    return NULL;
+    leave(relay);
 }
 
 static int watch(struct relay *relay, int fd, uint64_t event)
@@ -157,10 +52,10 @@ static int watch(struct relay *relay, int fd, uint64_t event)
 }
 
 /*
- * Whether a front-end may give a descriptor of this kind. Some character devices (/dev/random) always have
- * something to read, and would keep the thread busy at no cost to who gave them.
+ * Whether a descriptor may be of this kind. Some character devices (/dev/random) always have something to
+ * read, and would keep the thread busy at no cost to who gave them.
  */
-static int check_kick(int fd)
+static int check_kind(int fd)
 {
     struct stat status;
 
@@ -187,13 +82,18 @@ static void arm_timer(struct relay *relay, unsigned int before)
 
 static void relay_free(struct relay *relay)
 {
-    int fds[] = { relay->epoll_fd, relay->stop_fd, relay->poll_fd };
+    int fds[] = { relay->epoll_fd, relay->wake_fd, relay->poll_fd, relay->broken_fd };
 
     for (unsigned int i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
         if (fds[i] >= 0) {
             close(fds[i]);
         }
     }
+    for (uint16_t ring = 0; ring < relay->rings; ring++) {
+        shadow_free(relay->ring[ring].shadow);
+    }
+    dma_remove_all(&relay->memory);
+    pthread_cond_destroy(&relay->no_callers);
     pthread_mutex_destroy(&relay->lock);
     free(relay);
 }
@@ -210,12 +110,24 @@ static int start_thread(struct relay *relay)
         sigdelset(&blocked, faults[i]);
     }
     pthread_sigmask(SIG_BLOCK, &blocked, &before);
-    error = pthread_create(&relay->thread, NULL, relay_main, relay);
+    error = pthread_create(&relay->thread, NULL, forwarder_main, relay);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (!error) {
-        pthread_setname_np(relay->thread, "notify-relay");
+        pthread_setname_np(relay->thread, "relay");
     }
     return -error;
+}
+
+static int open_descriptors(struct relay *relay)
+{
+    relay->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    relay->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    relay->poll_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    relay->broken_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (relay->epoll_fd < 0 || relay->wake_fd < 0 || relay->poll_fd < 0 || relay->broken_fd < 0) {
+        return -errno;
+    }
+    return 0;
 }
 
 int relay_open(uint16_t rings, struct relay **opened)
@@ -228,15 +140,16 @@ int relay_open(uint16_t rings, struct relay **opened)
     }
     relay->rings = rings;
     pthread_mutex_init(&relay->lock, NULL);
-    relay->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    relay->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    relay->poll_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
-    error = relay->epoll_fd < 0 || relay->stop_fd < 0 || relay->poll_fd < 0 ? -errno : 0;
+    pthread_cond_init(&relay->no_callers, NULL);
+    error = open_descriptors(relay);
     if (!error) {
-        error = watch(relay, relay->stop_fd, TOKEN_STOP);
+        error = guard_install();
     }
     if (!error) {
-        error = watch(relay, relay->poll_fd, TOKEN_POLL);
+        error = watch(relay, relay->wake_fd, EVENT_WAKE);
+    }
+    if (!error) {
+        error = watch(relay, relay->poll_fd, EVENT_POLL);
     }
     if (!error) {
         error = start_thread(relay);
@@ -249,37 +162,95 @@ int relay_open(uint16_t rings, struct relay **opened)
     return 0;
 }
 
+/* Wait for what comes along one of a ring's wires; -1: for nothing. */
+static int watch_wire(struct relay *relay, uint16_t ring, enum wire wire, int fd)
+{
+    struct relay_entry *entry = &relay->ring[ring];
+    int error;
+
+    entry->fd[wire] = fd;
+    if (fd < 0) {
+        return 0;
+    }
+    error = check_kind(fd);
+    if (!error) {
+        error = watch(relay, fd, forwarder_token(ring, entry->generation, wire));
+    }
+    entry->waiting[wire] = error == 0;
+    return error;
+}
+
+/* Add a ring, which takes `shadow` over unless there is an error. */
+static int add(struct relay *relay, uint16_t ring, struct shadow *shadow, const struct relay_wires *wires)
+{
+    struct relay_entry *entry = &relay->ring[ring];
+    int error;
+
+    if (entry->added) {
+        return -EBUSY;
+    }
+    entry->generation++;
+    error = watch_wire(relay, ring, WIRE_KICK, wires->kick_fd);
+    if (!error) {
+        error = watch_wire(relay, ring, WIRE_INTERRUPT, wires->interrupt_fd);
+    }
+    if (error) {
+        forwarder_unwatch(relay, entry);
+        return error;
+    }
+    entry->added = true;
+    entry->doorbell_fd = wires->doorbell_fd;
+    entry->doorbell = wires->doorbell;
+    entry->call_fd = wires->call_fd;
+    entry->shadow = shadow;
+    entry->held = false;
+    entry->awake = shadow != NULL;
+    entry->known = false;
+    if (wires->kick_fd < 0) {
+        relay->polled++;
+        arm_timer(relay, relay->polled - 1);
+    }
+    return 0;
+}
+
+static bool is_doorbell(int doorbell_fd, const void *doorbell)
+{
+    return doorbell_fd >= 0 || (doorbell != NULL && (uintptr_t)doorbell % 2 == 0);
+}
+
 int relay_add(struct relay *relay, uint16_t ring, int kick_fd, int doorbell_fd, void *doorbell)
 {
-    struct relay_entry *entry;
-    int error = 0;
+    const struct relay_wires wires = { kick_fd, -1, -1, doorbell_fd, doorbell };
+    int error;
 
-    if (ring >= relay->rings || (doorbell_fd < 0 && (!doorbell || (uintptr_t)doorbell % 2))) {
+    if (ring >= relay->rings || !is_doorbell(doorbell_fd, doorbell)) {
         return -EINVAL;
     }
-    pthread_mutex_lock(&relay->lock);
-    entry = &relay->ring[ring];
-    if (entry->added) {
-        error = -EBUSY;
-    } else if (kick_fd >= 0) {
-        error = check_kick(kick_fd);
-        if (!error) {
-            error = watch(relay, kick_fd, token(ring, entry->generation + 1));
-        }
+    enter(relay);
+    error = add(relay, ring, NULL, &wires);
+    leave(relay);
+    return error;
+}
+
+int relay_add_shadow(struct relay *relay, uint16_t ring, const struct shadow_setup *setup,
+                     const struct relay_wires *wires)
+{
+    struct shadow *shadow;
+    int error;
+
+    if (ring >= relay->rings || !is_doorbell(wires->doorbell_fd, wires->doorbell) || wires->interrupt_fd < 0) {
+        return -EINVAL;
     }
-    if (!error) {
-        entry->added = true;
-        entry->waiting = kick_fd >= 0;
-        entry->generation++;
-        entry->kick_fd = kick_fd;
-        entry->doorbell_fd = doorbell_fd;
-        entry->doorbell = doorbell;
-        if (kick_fd < 0) {
-            relay->polled++;
-            arm_timer(relay, relay->polled - 1);
-        }
+    error = shadow_new(setup, &shadow);
+    if (error) {
+        return error;
     }
-    pthread_mutex_unlock(&relay->lock);
+    enter(relay);
+    error = add(relay, ring, shadow, wires);
+    leave_and_wake(relay);
+    if (error) {
+        shadow_free(shadow);
+    }
     return error;
 }
 
@@ -290,29 +261,130 @@ void relay_remove(struct relay *relay, uint16_t ring)
     if (ring >= relay->rings) {
         return;
     }
-    pthread_mutex_lock(&relay->lock);
+    enter(relay);
     entry = &relay->ring[ring];
     if (entry->added) {
-        stop_waiting(relay, entry);
+        forwarder_unwatch(relay, entry);
         entry->added = false;
-        if (entry->kick_fd < 0) {
+        if (entry->fd[WIRE_KICK] < 0) {
             relay->polled--;
             arm_timer(relay, relay->polled + 1);
         }
     }
-    pthread_mutex_unlock(&relay->lock);
+    if (entry->shadow != NULL) {
+        forwarder_finish(relay, entry);
+        entry->last = shadow_position(entry->shadow);
+        entry->known = true;
+        entry->awake = false;
+        shadow_free(entry->shadow);
+        entry->shadow = NULL;
+    }
+    leave(relay);
+}
+
+/* The shadow ring of this number, NULL if it is none. */
+static struct relay_entry *find_shadow(struct relay *relay, uint16_t ring)
+{
+    return ring < relay->rings && relay->ring[ring].shadow != NULL ? &relay->ring[ring] : NULL;
+}
+
+int relay_set_call(struct relay *relay, uint16_t ring, int call_fd)
+{
+    struct relay_entry *entry;
+
+    enter(relay);
+    entry = find_shadow(relay, ring);
+    if (entry != NULL) {
+        entry->call_fd = call_fd;
+    }
+    leave(relay);
+    return entry != NULL ? 0 : -ENOENT;
+}
+
+int relay_hold(struct relay *relay, uint16_t ring)
+{
+    struct relay_entry *entry;
+
+    enter(relay);
+    entry = find_shadow(relay, ring);
+    if (entry != NULL) {
+        entry->held = true;
+    }
+    leave(relay);
+    return entry != NULL ? 0 : -ENOENT;
+}
+
+int relay_state(struct relay *relay, uint16_t ring, struct shadow_state *state)
+{
+    struct relay_entry *entry;
+    int error = 0;
+
+    enter(relay);
+    entry = find_shadow(relay, ring);
+    if (entry != NULL) {
+        *state = shadow_position(entry->shadow);
+    } else if (ring < relay->rings && relay->ring[ring].known) {
+        *state = relay->ring[ring].last;
+    } else {
+        error = -ENOENT;
+    }
+    leave(relay);
+    return error;
+}
+
+int relay_map(struct relay *relay, uint64_t address, uint64_t size, void *host)
+{
+    int error;
+
+    enter(relay);
+    error = dma_borrow(&relay->memory, address, size, host);
+    leave(relay);
+    return error;
+}
+
+int relay_unmap(struct relay *relay, uint64_t address, uint64_t size)
+{
+    int error;
+
+    enter(relay);
+    error = dma_remove(&relay->memory, address, size);
+    leave(relay);
+    return error;
+}
+
+void relay_log(struct relay *relay, void *bitmap, uint64_t bytes)
+{
+    enter(relay);
+    relay->log.bitmap = bitmap;
+    relay->log.bytes = bytes;
+    leave(relay);
+}
+
+uint64_t relay_log_missed(struct relay *relay)
+{
+    uint64_t missed;
+
+    enter(relay);
+    missed = relay->log.missed;
+    leave(relay);
+    return missed;
+}
+
+int relay_broken_fd(struct relay *relay)
+{
+    return relay->broken_fd;
 }
 
 int relay_ring(struct relay *relay, uint16_t ring)
 {
     int error = -ENOENT;
 
-    pthread_mutex_lock(&relay->lock);
+    enter(relay);
     if (ring < relay->rings && relay->ring[ring].added) {
-        ring_doorbell(&relay->ring[ring], ring);
+        forwarder_ring(&relay->ring[ring], ring);
         error = 0;
     }
-    pthread_mutex_unlock(&relay->lock);
+    leave(relay);
     return error;
 }
 
@@ -321,20 +393,18 @@ struct relay_counters relay_count(struct relay *relay, uint16_t ring)
     struct relay_counters count = { 0 };
 
     if (ring < relay->rings) {
-        pthread_mutex_lock(&relay->lock);
+        enter(relay);
         count = relay->ring[ring].count;
-        pthread_mutex_unlock(&relay->lock);
+        leave(relay);
     }
     return count;
 }
 
 void relay_close(struct relay *relay)
 {
-    static const uint64_t one = 1;
-
-    /* Cannot fail: the eventfd is ours, and empty. */
-    while (write(relay->stop_fd, &one, sizeof(one)) < 0 && errno == EINTR) {
-    }
+    enter(relay);
+    relay->stop = true;
+    leave_and_wake(relay);
     pthread_join(relay->thread, NULL);
     relay_free(relay);
 }

@@ -2,52 +2,10 @@
 #define _GNU_SOURCE
 #include "ring.h"
 
-#include <endian.h>
 #include <errno.h>
 #include <string.h>
 
-/* Section 2.7.5: flags of a descriptor. */
-#define DESC_NEXT 1
-#define DESC_WRITE 2
-#define DESC_INDIRECT 4
-/* Sections 2.7.6 and 2.7.8: the one flag of each ring. */
-#define AVAIL_NO_INTERRUPT 1
-#define USED_NO_NOTIFY 1
-
-struct ring_descriptor {
-    uint64_t address;
-    uint32_t length;
-    uint16_t flags;
-    uint16_t next;
-};
-
-struct ring_avail {
-    uint16_t flags;
-    uint16_t index;
-    uint16_t ring[];            /* then used_event */
-};
-
-struct ring_used_element {
-    uint32_t id;
-    uint32_t length;
-};
-
-struct ring_used {
-    uint16_t flags;
-    uint16_t index;
-    struct ring_used_element ring[];    /* then avail_event */
-};
-
-/* The driver writes at the same time: each value is read once, and then judged. */
-static uint16_t load16(const uint16_t *from)
-{
-    return le16toh(__atomic_load_n(from, __ATOMIC_RELAXED));
-}
-
-static void store16(uint16_t *to, uint16_t value)
-{
-    __atomic_store_n(to, htole16(value), __ATOMIC_RELAXED);
-}
+#include "split.h"
 
 static bool fail(struct ring *ring, const char *error)
 {
@@ -59,31 +17,6 @@ static bool fail(struct ring *ring, const char *error)
 static uint16_t slot(const struct ring *ring, uint16_t index)
 {
     return index & (ring->setup.size - 1);
-}
-
-static uint64_t descriptors_bytes(uint16_t size)
-{
-    return sizeof(struct ring_descriptor) * size;
-}
-
-static uint64_t avail_bytes(uint16_t size)
-{
-    return sizeof(struct ring_avail) + sizeof(uint16_t) * (size + 1u);
-}
-
-static uint64_t used_bytes(uint16_t size)
-{
-    return sizeof(struct ring_used) + sizeof(struct ring_used_element) * size + sizeof(uint16_t);
-}
-
-static uint16_t *used_event(struct ring *ring)
-{
-    return &ring->avail->ring[ring->setup.size];
-}
-
-static uint16_t *avail_event(struct ring *ring)
-{
-    return (uint16_t *)&ring->used->ring[ring->setup.size];
 }
 
 int ring_start(struct ring *ring, const struct ring_setup *setup)
@@ -337,15 +270,14 @@ bool ring_wants_interrupt(struct ring *ring)
     if (!ring->setup.event_idx) {
         return !(load16(&ring->avail->flags) & AVAIL_NO_INTERRUPT);
     }
-    /* Section 2.7.7.2: did the index pass used_event since it was `old`? */
-    return !valid || (uint16_t)(new - load16(used_event(ring)) - 1) < (uint16_t)(new - old);
+    return !valid || event_passed(load16(used_event_of(ring->avail, ring->setup.size)), new, old);
 }
 
 bool ring_arm(struct ring *ring)
 {
     ring->armed = true;
     if (ring->setup.event_idx) {
-        store16(avail_event(ring), ring->seen);
+        store16(avail_event_of(ring->used, ring->setup.size), ring->seen);
     } else {
         store16(&ring->used->flags, 0);
     }

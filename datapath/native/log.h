@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The dirty log: a bitmap, shared with whoever moves a guest, in which bit n says that page n of the
+ * guest's memory (4 KiB) was written (QEMU docs/interop/vhost-user.rst, "Migration").
+ *
+ * Plain data without a lock, but for the bits, which the other side takes and clears at any time. The file
+ * behind it may shrink: what touches it runs under guard_run().
+ */
+#ifndef LIBVIRT_VDPA_LOG_H
+#define LIBVIRT_VDPA_LOG_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi: begin */
+/* cffi: end */
+
+#define LOG_PAGE_SIZE 4096
+
+struct dirty_log {
+    uint8_t *bitmap;            /* NULL: nothing is logged */
+    uint64_t bytes;
+    uint64_t missed;            /* pages that lie beyond the bitmap */
+};
+
+/*
+ * Set bits of one byte. Release: whoever takes the bit and then copies the page sees what was written to
+ * it before. Atomic also against others who set bits beside: no bit is lost.
+ */
+static inline void log_set(uint8_t *byte, uint8_t bits)
+{
+    __atomic_fetch_or(byte, bits, __ATOMIC_RELEASE);
+}
+
+/* Mark the pages of `length` written bytes at a guest physical address. */
+void log_mark(struct dirty_log *log, uint64_t address, uint64_t length);
+
+#endif
