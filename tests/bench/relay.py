@@ -1,16 +1,20 @@
 """What our relay takes for a used entry, beside the one that DPDK's drivers have.
 
 Both carry over the same ring: 256 receive buffers, a page each. A sample is a ring full, in calls of some
-entries each; samples of both alternate, so that both meet the same machine.
+entries each; samples of both alternate, so that both meet the same machine. Ours also logs what it writes
+into the used ring, which DPDK leaves to its caller, and checks what the device says.
 """
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
 from tests.bench.relay_dpdk import DpdkRelay
+from tests.bench.relay_ours import OurRelay
 from tests.bench.used_entries import LENGTH, check
 from tests.harness.processes import HarnessError
 from tests.harness.virtqueue import Virtqueue
@@ -29,6 +33,7 @@ class UsedRelay(Protocol):
     def log(self, on: bool) -> None: ...
     def measure(self, length: int, batch: int, count: int) -> list[float]: ...
     def logged(self) -> bytes: ...
+    def close(self) -> None: ...
 
 
 def sample(relay: UsedRelay, batch: int, log: bool) -> float:
@@ -44,23 +49,27 @@ def sample(relay: UsedRelay, batch: int, log: bool) -> float:
     return statistics.median(times)
 
 
-def show(times: Iterable[float]) -> str:
-    """Median, least and most as a column."""
+def column(times: Iterable[float]) -> str:
+    """Median, least and most."""
     values = sorted(times)
-    return f"{statistics.median(values):8.1f}   {values[0]:6.1f} … {values[-1]:<6.1f}"
+    return f"{statistics.median(values):8.1f}   {values[0]:5.1f} … {values[-1]:<5.1f}"
 
 
 def measure(runs: int) -> None:
     """Print the table."""
-    with tempfile.TemporaryDirectory(prefix="vdpa-bench-") as folder:
-        dpdk = DpdkRelay(Path(folder))
-        try:
-            print(f"nanoseconds per used entry, {runs} runs: median, least … most")
-            print(f"{'log':<5}{'batch':>5}   {dpdk.name}")
-            for log in (False, True):
-                dpdk.log(log)
-                for batch in BATCHES:
-                    times = [sample(dpdk, batch, log) for _ in range(runs)]
-                    print(f"{'on' if log else 'off':<5}{batch:>5}   {show(times)}")
-        finally:
-            dpdk.close()
+    with tempfile.TemporaryDirectory(prefix="vdpa-bench-") as folder, ExitStack() as stack:
+        relays: list[UsedRelay] = []
+        for kind in (OurRelay, DpdkRelay):
+            relays.append(kind(Path(folder)))
+            stack.callback(relays[-1].close)
+        print(f"nanoseconds per used entry: median, least … most of {runs} runs")
+        print(f"{'log':<4}{'batch':>5}" + "".join(f"   {relay.name:<34}" for relay in relays) + "ratio")
+        for log, batch in itertools.product((False, True), BATCHES):
+            for relay in relays:
+                relay.log(log)
+            # The first sample of each kind meets cold caches.
+            samples = [[sample(relay, batch, log) for relay in relays] for _ in range(runs + 1)][1:]
+            times = list(zip(*samples, strict=True))
+            ratio = statistics.median(times[0]) / statistics.median(times[1])
+            columns = "".join(f"   {column(each):<34}" for each in times)
+            print(f"{'on' if log else 'off':<4}{batch:>5}{columns}{ratio:5.2f}")

@@ -1,15 +1,15 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "relay_dpdk.h"
 
 #include <linux/virtio_ring.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include <rte_eal.h>
 #include <rte_vdpa.h>
 #include <rte_vhost.h>
+
+#include "used_entries.h"
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
@@ -47,10 +47,12 @@ int dpdk_begin(char **words, int count)
 
 int dpdk_serve(const char *path)
 {
-    if (rte_vhost_driver_register(path, 0) != 0)
+    if (rte_vhost_driver_register(path, 0) != 0) {
         return -1;
-    if (rte_vhost_driver_callback_register(path, &operations) != 0)
+    }
+    if (rte_vhost_driver_callback_register(path, &operations) != 0) {
         return -1;
+    }
     return rte_vhost_driver_start(path);
 }
 
@@ -72,30 +74,23 @@ int dpdk_wait_device(int milliseconds)
         end.tv_nsec -= 1000000000L;
     }
     pthread_mutex_lock(&lock);
-    while (device < 0 && pthread_cond_timedwait(&changed, &lock, &end) == 0)
-        ;
+    while (device < 0 && pthread_cond_timedwait(&changed, &lock, &end) == 0) {
+    }
     vid = device;
     pthread_mutex_unlock(&lock);
     return vid;
 }
 
-static double nanoseconds(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1e9 + now.tv_nsec;
-}
-
-int dpdk_relay(int vid, uint16_t queue, void *ring, uint16_t size, uint32_t length, uint16_t batch, uint8_t *log,
-               size_t log_size, double *times, int count)
+int dpdk_relay(int vid, uint16_t queue, void *ring, uint16_t size, uint32_t length, uint16_t batch,
+               uint8_t *log, size_t log_size, double *times, int count)
 {
     struct vring mediated;
     volatile uint16_t *index;
 
     vring_init(&mediated, size, ring, 4096);
-    for (uint16_t n = 0; n < size; n++)
+    for (uint16_t n = 0; n < size; n++) {
         mediated.used->ring[n] = (struct vring_used_elem){.id = n, .len = length};
+    }
     index = &mediated.used->idx;
     for (int n = 0; n < count; n++) {
         double begin;
@@ -104,8 +99,9 @@ int dpdk_relay(int vid, uint16_t queue, void *ring, uint16_t size, uint32_t leng
         begin = nanoseconds();
         for (uint16_t done = 0; done < size; done += batch) {
             *index += batch;
-            if (rte_vdpa_relay_vring_used(vid, queue, &mediated) != batch)
+            if (rte_vdpa_relay_vring_used(vid, queue, &mediated) != batch) {
                 return -1;
+            }
         }
         times[n] = (nanoseconds() - begin) / size;
     }

@@ -5,55 +5,23 @@ guest memory is shared, addresses are translated, the log is a memfd. Owns the d
 drives it, which is compiled for each run.
 """
 
-import importlib.util
 import mmap
 import os
 from pathlib import Path
 from typing import Any
 
-from cffi import FFI, PkgConfigError, VerificationError
-
-from datapath.native.build import declarations
 from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES
 from datapath.vhost_user.messages import LogArea, Message, ProtocolFeature, Request, encode_request
 from datapath.virtio import Feature, bit
+from tests.bench.compiled import compiled
 from tests.bench.used_entries import LOG_SIZE, QUEUE, fill
 from tests.harness.front_end import SocketFrontEnd
 from tests.harness.processes import HarnessError
 
-HERE = Path(__file__).parent
-MODULE = "relay_dpdk"
 FEATURES = bit(Feature.F_VERSION_1)
 PROTOCOL = bit(ProtocolFeature.LOG_SHMFD) | bit(ProtocolFeature.REPLY_ACK)
 EAL = ("bench", "--no-huge", "-m", "64", "--no-pci", "--no-shconf", "--no-telemetry", "--log-level=error")
 SERVE_TIME = 5.0
-
-
-def compile_module(folder: Path) -> Any:
-    """The C beside this file as a module.
-
-    :raise HarnessError: when DPDK's development files are not installed or do not fit.
-    """
-    builder = FFI()
-    builder.cdef(declarations(HERE / f"{MODULE}.h"))
-    try:
-        builder.set_source_pkgconfig(
-            MODULE,
-            ["libdpdk"],
-            f'#include "{MODULE}.h"\n',
-            sources=[str(HERE / f"{MODULE}.c")],
-            include_dirs=[str(HERE)],
-            extra_compile_args=["-O2", "-DALLOW_INTERNAL_API"],
-        )
-        path = builder.compile(tmpdir=str(folder))
-    except (PkgConfigError, VerificationError) as error:
-        raise HarnessError(f"DPDK's relay cannot be compiled: {error}") from None
-    spec = importlib.util.spec_from_file_location(MODULE, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class DpdkRelay:
@@ -63,7 +31,7 @@ class DpdkRelay:
 
     def __init__(self, folder: Path) -> None:
         """:raise HarnessError: when DPDK cannot be compiled against, does not start or takes no front-end."""
-        module = compile_module(folder)
+        module = compiled("relay_dpdk", folder, libraries=["libdpdk"], defines=["ALLOW_INTERNAL_API"])
         self._ffi, self._lib = module.ffi, module.lib
         os.environ["RUNTIME_DIRECTORY"] = str(folder)
         words = [self._ffi.new("char[]", word.encode()) for word in EAL]
