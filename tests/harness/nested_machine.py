@@ -9,7 +9,7 @@ powers off. By hand:
     .venv/bin/python -m tests.harness.nested_machine -- sh -c 'dmesg | grep -e DMAR -e IOMMU'
 
 which prints the command's output as it comes and exits as the command did. Several machines may run at the
-same time. The hardware is in `HARDWARE`, and described in tests/nested/conftest.py.
+same time. The hardware is in nested_hardware.py, and described in tests/nested/conftest.py.
 
 Owns the image (the checkout's .cache/nested), QEMU's process and the folder through which the two sides
 exchange files. What runs inside, others say.
@@ -30,6 +30,7 @@ from typing import Self
 
 from tests.harness.guest import CACHE, CHECKOUT
 from tests.harness.kernel import BUSYBOX, alone, pack_initrd, unpacked_kernel
+from tests.harness.nested_hardware import WIRES, hardware
 from tests.harness.processes import POLL_INTERVAL, HarnessError, Process, run, tail
 
 KERNEL_PACKAGE = "linux-image-amd64"
@@ -54,9 +55,6 @@ KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet intel_iommu=on iommu=nopt net.ifnames=0 mitigations=off tsc=reliable "
     "no_timer_check random.trust_cpu=on panic=-1 oops=panic"
 )
-
-#: Megabytes of memory, of which the overlay gets half.
-MEMORY = 2048
 
 #: Where the exchange folder is, inside.
 INSIDE = Path("/run/nested")
@@ -93,12 +91,15 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TMPDIR=/run/tm
 mkdir -p $TMPDIR /run/lock "/lib/modules/$(uname -r)"
 mount --bind {modules} "/lib/modules/$(uname -r)"
 ip link set lo up
+{wires}
 : >{inside}/booted
 {command} </dev/null >{inside}/output 2>&1
 echo $? >{inside}/status.partial
 mv {inside}/status.partial {inside}/status
 /bin/busybox poweroff -f
 """
+
+WIRE = 'ip link set "$(ls /sys/bus/pci/devices/{address}/virtio*/net)" name {name} up'
 
 
 @dataclass(frozen=True)
@@ -160,44 +161,6 @@ def make_initrd(modules: Path, initrd: Path) -> None:
         pack_initrd(root, initrd)
 
 
-def function(bus: str, **properties: str) -> str:
-    """A virtio NIC as a VF is one: modern, and all its DMA through the IOMMU."""
-    words = [f"{name}={value}" for name, value in properties.items()]
-    return ",".join(["virtio-net-pci", f"bus={bus}", "disable-legacy=on,iommu_platform=on,ats=on", *words])
-
-
-def cable(number: int, folder: Path) -> list[str]:
-    """A function's network: its NIC is `vf{number}`, the other end `w{number}`.
-
-    A third end throws all away, so that a cable whose other end is not plugged in takes frames as a real one
-    does, rather than hold them for ever.
-    """
-    nowhere = (
-        f"local.type=unix,local.path={folder}/cable{number},remote.type=unix,remote.path={folder}/nowhere"
-    )
-    return [
-        *("-netdev", f"hubport,hubid={number},id=vf{number}"),
-        *("-netdev", f"hubport,hubid={number},id=w{number}"),
-        *("-netdev", f"dgram,id=sink{number},{nowhere}"),
-        *("-netdev", f"hubport,hubid={number},id=drain{number},netdev=sink{number}"),
-        *("-device", f"virtio-net-pci,netdev=w{number},mac=52:54:00:00:01:{number:02x},addr=0x1{number}"),
-    ]
-
-
-def hardware(folder: Path) -> list[str]:
-    """QEMU's arguments for the machine."""
-    return [
-        *("-machine", "q35,kernel-irqchip=split", "-accel", "tcg", "-cpu", "max", "-smp", "2"),
-        *("-m", str(MEMORY), "-no-user-config", "-nodefaults", "-display", "none"),
-        *("-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on"),
-        *("-device", "pcie-root-port,id=rp1,chassis=1,addr=0x2"),
-        *("-device", "pcie-root-port,id=rp2,chassis=2,addr=0x3"),
-        *(word for number in (1, 2) for word in cable(number, folder)),
-        *("-device", function("rp1", id="vf1", netdev="vf1", mac="52:54:00:00:00:01")),
-        *("-device", function("rp2", id="vf2", netdev="vf2", mac="52:54:00:00:00:02")),
-    ]
-
-
 class NestedMachine(Process):
     """A running machine and its one command; as a context manager it is gone at the end."""
 
@@ -218,7 +181,8 @@ class NestedMachine(Process):
         #: What the command prints.
         self.output = self.exchange / "output"
         self.output.touch()
-        words = {"checkout": CHECKOUT, "modules": made.modules, "inside": INSIDE}
+        wires = "\n".join(WIRE.format(name=name, address=address) for name, address in WIRES.items())
+        words = {"checkout": CHECKOUT, "modules": made.modules, "inside": INSIDE, "wires": wires}
         (self.exchange / "start").write_text(START.format(command=shlex.join(command), **words))
         argv: list[str | Path] = [
             # Whoever starts a machine and is killed leaves none.
