@@ -9,10 +9,12 @@ import os
 import pwd
 import re
 import tomllib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from datapath.bus.sysfs import ADDRESS
 from datapath.vdpa import DRIVERS
 
 CONFIG_FILE = Path("/etc/libvirt-vdpa/virtvdpad.toml")
@@ -24,9 +26,23 @@ SOCKET_NAME = "virtvdpad.sock"
 #: (/ports/UUID/.MAC.ctl.PID), and the path of a UNIX socket at most 107 (unix(7)).
 MAX_RUN_FOLDER = 33
 #: What messages call the types of values.
-TYPE_NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number"}
+TYPE_NAMES: dict[type, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+}
 #: Most VFs that one emulated NIC serves.
 MAX_EMULATED = 64
+#: Most VFs that a physical function can have: NumVFs has 16 bits (PCI Express Base Specification, 9.3.3.7).
+MAX_VFS = 65535
+#: What makes up a pool -> further keys that such a pool takes.
+POOL_KINDS: dict[str, tuple[str, ...]] = {
+    "emulated": ("tap", "bridge"),
+    "devices": ("bind",),
+    "pf": ("vfs", "bind"),
+}
 
 T = TypeVar("T")
 
@@ -46,16 +62,25 @@ class SocketConfig:
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """VFs that guests get without naming one."""
+    """VFs that guests get without naming one: emulated ones, PCI functions by address, or the VFs of a
+    physical function."""
 
     name: str
     driver: str
-    #: Number of VFs that an emulated NIC of ours provides.
-    emulated: int
+    #: Number of VFs that an emulated NIC of ours provides; 0: the pool has PCI functions of the host.
+    emulated: int = 0
     #: Names of the emulated VFs' TAP devices, with `%d` for the VF's number; None: the NIC's default.
     tap: str | None = None
     #: Bridge that the TAP devices join.
     bridge: str | None = None
+    #: Addresses of PCI functions, such as "0000:06:00.3".
+    devices: tuple[str, ...] = ()
+    #: Address of the physical function whose VFs make up the pool.
+    pf: str | None = None
+    #: Number of VFs that it is to have; None: as many as somebody else gave it.
+    vfs: int | None = None
+    #: Whether the daemon binds the pool's functions to vfio-pci.
+    bind: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,10 @@ class _Table:
             raise self.error(key, "must not contain a NUL character")
         return value
 
+    def has(self, key: str) -> bool:
+        """Whether the key is given, and nobody took it yet."""
+        return key in self._left
+
     def tables(self, key: str) -> list[tuple[str, "_Table"]]:
         """The named tables below a key: [key.NAME]."""
         content = self._left.pop(key, {})
@@ -150,6 +179,7 @@ def read_config(file: Path) -> Config:
         raise top.error("run-folder", f"must have at most {MAX_RUN_FOLDER} bytes, for the sockets below it")
     if not 1 <= config.hook_time_limit <= 600:
         raise top.error("hook-time-limit", "must be from 1 to 600 seconds")
+    _check_apart(top, config.pools)
     top.end()
     return config
 
@@ -185,15 +215,81 @@ def _pool(name: str, table: _Table) -> PoolConfig:
     driver = table.take("driver", str, "")
     if driver not in DRIVERS:
         raise table.error("driver", f"must be one of {', '.join(DRIVERS)}, not '{driver}'")
+    kind = _pool_kind(table)
+    pool = POOL_READERS[kind](name, driver, table)
+    for other, keys in POOL_KINDS.items():
+        for key in keys:
+            if table.has(key):
+                raise table.error(key, f"is for pools with '{other}', this one has '{kind}'")
+    table.end()
+    return pool
+
+
+def _pool_kind(table: _Table) -> str:
+    """The one key that says what the pool is made of."""
+    given = [kind for kind in POOL_KINDS if table.has(kind)]
+    if len(given) > 1:
+        raise table.error(given[1], f"excludes '{given[0]}'; keep one")
+    if not given:
+        raise table.error("", f"needs one of {', '.join(POOL_KINDS)}: what the pool is made of")
+    return given[0]
+
+
+def _emulated_pool(name: str, driver: str, table: _Table) -> PoolConfig:
     emulated = table.take("emulated", int, 0)
     if not 1 <= emulated <= MAX_EMULATED:
         raise table.error("emulated", f"must be a number of VFs from 1 to {MAX_EMULATED}")
-    pool = PoolConfig(
-        name=name,
-        driver=driver,
+    return PoolConfig(
+        name,
+        driver,
         emulated=emulated,
         tap=table.take("tap", str, "") or None,
         bridge=table.take("bridge", str, "") or None,
     )
-    table.end()
-    return pool
+
+
+def _devices_pool(name: str, driver: str, table: _Table) -> PoolConfig:
+    devices = tuple(_address(table, "devices", item) for item in table.take("devices", list, []))
+    if not devices:
+        raise table.error("devices", "must have one PCI address at least")
+    for address in devices:
+        if devices.count(address) > 1:
+            raise table.error("devices", f"{address} is given twice")
+    return PoolConfig(name, driver, devices=devices, bind=table.take("bind", bool, False))
+
+
+def _pf_pool(name: str, driver: str, table: _Table) -> PoolConfig:
+    pf = _address(table, "pf", table.take("pf", str, ""))
+    vfs = table.take("vfs", int, 0) if table.has("vfs") else None
+    if vfs is not None and not 1 <= vfs <= MAX_VFS:
+        raise table.error("vfs", f"must be a number of VFs from 1 to {MAX_VFS}")
+    return PoolConfig(name, driver, pf=pf, vfs=vfs, bind=table.take("bind", bool, False))
+
+
+#: What makes up a pool -> who reads it.
+POOL_READERS: dict[str, Callable[[str, str, _Table], PoolConfig]] = {
+    "emulated": _emulated_pool,
+    "devices": _devices_pool,
+    "pf": _pf_pool,
+}
+
+
+def _address(table: _Table, key: str, value: object) -> str:
+    """A PCI address in its full form, in lower case as the kernel writes it."""
+    if not isinstance(value, str) or not ADDRESS.fullmatch(value.lower()):
+        raise table.error(key, f"{value!r} is no PCI address; write it like '0000:01:00.0'")
+    return value.lower()
+
+
+def _check_apart(top: _Table, pools: Iterable[PoolConfig]) -> None:
+    """No PCI function may be in two pools.
+
+    :raise ConfigError: when one is.
+    """
+    seen: dict[str, str] = {}
+    for pool in pools:
+        for address in (*pool.devices, *([pool.pf] if pool.pf else [])):
+            if address in seen:
+                key = "pf" if pool.pf else "devices"
+                raise top.error(f"pool.{pool.name}.{key}", f"{address} is in pool '{seen[address]}' already")
+            seen[address] = pool.name

@@ -21,7 +21,9 @@ from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.config import CONFIG_FILE, Config, ConfigError, read_config
 from libvirt_vdpa.emulated import EmulatedNic, end_strays
 from libvirt_vdpa.events import DomainWatcher
-from libvirt_vdpa.inventory import Inventory, InventoryError
+from libvirt_vdpa.host_pools import HostPools
+from libvirt_vdpa.inventory import Inventory, InventoryError, Vf
+from libvirt_vdpa.kernel import Kernel
 from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError, holder_of
 from libvirt_vdpa.ports import Record
 from libvirt_vdpa.supervisor import Port, Supervisor
@@ -42,11 +44,14 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._inventory = Inventory(config.pools)
+        self._host_pools = HostPools(config.pools, Kernel(), config.run_folder)
+        self._inventory = Inventory(config.pools, self._host_pools.obstacle)
         self._supervisor = Supervisor(config.socket, self._port_changed, self._port_forgotten)
-        self._lifecycle = Lifecycle(config, self._inventory, self._supervisor)
+        self._lifecycle = Lifecycle(config, self._inventory, self._supervisor, self._refresh_devices)
         self._nics = [
-            EmulatedNic(pool, config.run_folder, config.log_folder, self._inventory) for pool in config.pools
+            EmulatedNic(pool, config.run_folder, config.log_folder, self._inventory)
+            for pool in config.pools
+            if pool.emulated
         ]
         self._api = ApiServer(self._commands())
         self._end = asyncio.Event()
@@ -60,7 +65,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end.set)
         await self._adopt()
-        await asyncio.gather(*(nic.start() for nic in self._nics))
+        await asyncio.gather(self._host_pools.start(self._inventory), *(nic.start() for nic in self._nics))
         try:
             self._api.start(self._config.socket_path)
         except OSError as error:
@@ -96,6 +101,9 @@ class Daemon:
         watcher.start()
         return watcher
 
+    async def _refresh_devices(self) -> None:
+        await self._host_pools.refresh(self._inventory)
+
     def _port_changed(self, port: Port) -> None:
         self._api.event("PORT_STATE_CHANGE", describe(port))
 
@@ -125,6 +133,7 @@ class Daemon:
         return {}
 
     async def _query_status(self, _arguments: Arguments) -> object:
+        await self._refresh_devices()
         return {
             "version": VERSION,
             "pid": os.getpid(),
@@ -136,8 +145,8 @@ class Daemon:
                     "name": pool.name,
                     "driver": pool.driver,
                     "vfs": len(pool.vfs),
-                    "free": sum(vf.holder is None for vf in pool.vfs),
-                    "problem": pool.problem,
+                    "free": sum(vf.holder is None and not self._inventory.problem(vf) for vf in pool.vfs),
+                    "problem": pool.problem or pool.warning,
                 }
                 for pool in self._inventory.pools.values()
             ],
@@ -158,19 +167,20 @@ class Daemon:
         return {"ports": [describe(port) for port in ports]}
 
     async def _query_devices(self, _arguments: Arguments) -> object:
+        await self._refresh_devices()
+        return {"devices": [self._describe_vf(vf) for vf in self._inventory]}
+
+    def _describe_vf(self, vf: Vf) -> dict[str, object]:
+        problem = self._inventory.problem(vf)
         return {
-            "devices": [
-                {
-                    "device": vf.device,
-                    "driver": vf.driver,
-                    "pool": vf.pool,
-                    "queue_pairs": vf.queue_pairs,
-                    "state": "lent" if vf.holder else "free",
-                    "domain": vf.holder.domain if vf.holder else None,
-                    "mac": vf.holder.mac if vf.holder else None,
-                }
-                for vf in self._inventory
-            ]
+            "device": vf.device,
+            "driver": vf.driver,
+            "pool": vf.pool,
+            "queue_pairs": vf.queue_pairs,
+            "state": "lent" if vf.holder else "unusable" if problem else "free",
+            "domain": vf.holder.domain if vf.holder else None,
+            "mac": vf.holder.mac if vf.holder else None,
+            "problem": problem,
         }
 
     async def _quit(self, _arguments: Arguments) -> object:

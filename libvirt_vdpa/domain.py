@@ -13,6 +13,7 @@ from pathlib import Path
 from lxml import etree
 
 from datapath.vdpa import DRIVERS
+from libvirt_vdpa.inventory import InventoryError, address
 from libvirt_vdpa.metadata import ANY_DRIVER, NAMESPACE, InterfaceRequest, Problem, line_of, read_metadata
 
 #: `mode=` of an interface's source (QEMU's part) -> our role on the vhost-user socket.
@@ -233,6 +234,16 @@ def check_driver_name(check: InterfaceCheck) -> Iterator[Finding]:
         yield check.request.line, text, True
 
 
+def check_device(check: InterfaceCheck) -> Iterator[Finding]:
+    """A VF that is named must be named in a form that can be found; whether it is there, its host knows."""
+    if check.request.device is None or check.request.driver not in DRIVERS:
+        return
+    try:
+        address(f"{check.request.driver},{check.request.device}")
+    except InventoryError as error:
+        yield check.request.line, f"metadata attribute device: {error}", True
+
+
 def check_effect(check: InterfaceCheck) -> Iterator[Finding]:
     """What is read but does nothing yet must not be relied on."""
     for attribute in WITHOUT_EFFECT:
@@ -308,6 +319,7 @@ def check_queues(check: InterfaceCheck) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[InterfaceCheck], Iterator[Finding]], ...] = (
     check_type,
     check_driver_name,
+    check_device,
     check_effect,
     check_source,
     check_reconnect,

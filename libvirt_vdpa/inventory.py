@@ -1,13 +1,15 @@
 """Which VFs this host has, in which pools, and who holds which.
 
 A VF is lent to one port at a time, whether it was taken from a pool or named by the domain. Owns nothing
-but this bookkeeping; that a VF really works is found out by the port that opens it.
+but this bookkeeping: what stands against a PCI function is asked for when it is to be lent, and that a VF
+really works is found out by the port that opens it.
 """
 
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from datapath.bus.sysfs import ADDRESS
 from datapath.vdpa import DeviceSpec, DeviceSpecError
 from libvirt_vdpa.config import PoolConfig
 from libvirt_vdpa.metadata import ANY_DRIVER
@@ -22,6 +24,9 @@ def plain_path(path: str) -> str:
 #: Device options that say where a VF is -> what makes one of their many spellings; the other options say how
 #: to use it.
 ADDRESS_OPTIONS: dict[str, Callable[[str], str]] = {"vfio-user": plain_path, "pci": str.lower}
+#: Why the PCI function at an address cannot be given to a port by a driver of ours, while ports hold others
+#: (address -> holder); empty when it can.
+Obstacle = Callable[[str, str, Mapping[str, str]], str]
 
 
 class InventoryError(Exception):
@@ -63,6 +68,8 @@ class Pool:
     vfs: list[Vf] = field(default_factory=list)
     #: Why its VFs cannot be used now; empty when they can.
     problem: str = ""
+    #: What is not as configured, though there may be VFs that can be used.
+    warning: str = ""
 
 
 def address(device: str) -> str:
@@ -76,14 +83,33 @@ def address(device: str) -> str:
         raise InventoryError(str(error)) from None
     for option, spelling in ADDRESS_OPTIONS.items():
         if option in spec.options:
-            return f"{option}={spelling(spec.options[option])}"
+            where = spelling(spec.options[option])
+            if option == "pci" and not ADDRESS.fullmatch(where):
+                raise InventoryError(
+                    f"device '{device}': '{where}' is no PCI address; write it like 0000:01:00.0"
+                )
+            return f"{option}={where}"
     raise InventoryError(f"device '{device}': names no VF; it needs one of {', '.join(ADDRESS_OPTIONS)}")
+
+
+def pci_address(device: str) -> str | None:
+    """Address of the PCI function that a device string names; None when the VF is none of this host's.
+
+    :raise InventoryError: when the device string is not one.
+    """
+    option, _, where = address(device).partition("=")
+    return where if option == "pci" else None
 
 
 class Inventory:
     """The VFs of this host."""
 
-    def __init__(self, pools: Iterable[PoolConfig]) -> None:
+    def __init__(self, pools: Iterable[PoolConfig], obstacle: Obstacle = lambda *_: "") -> None:
+        """No VFs yet, but the pools.
+
+        :param obstacle: asked each time that a PCI function is to be lent or shown.
+        """
+        self._obstacle = obstacle
         self.pools = {pool.name: Pool(pool.name, pool.driver) for pool in pools}
         #: VFs of no pool, as long as they are lent.
         self._named: list[Vf] = []
@@ -101,8 +127,27 @@ class Inventory:
         for device, queue_pairs in devices:
             vf = known.get(address(device))
             vfs.append(Vf(device, pool.driver, name, queue_pairs, vf.holder if vf else None))
-        self._named = [vf for vf in self._named if address(vf.device) not in {address(v.device) for v in vfs}]
+        there = {address(vf.device) for vf in vfs}
+        # A VF that has gone from the pool stays held by the port that has it.
+        left = [vf for vf in pool.vfs if vf.holder is not None and address(vf.device) not in there]
+        self._named = [vf for vf in [*self._named, *left] if address(vf.device) not in there]
+        for vf in left:
+            vf.pool = None
         pool.vfs = vfs
+
+    @property
+    def holders(self) -> dict[str, str]:
+        """Address -> holder, of the PCI functions that are lent."""
+        lent = [(pci_address(vf.device), str(vf.holder)) for vf in self if vf.holder is not None]
+        return {where: holder for where, holder in lent if where is not None}
+
+    def problem(self, vf: Vf) -> str:
+        """Why a VF cannot be used now, whoever holds it; empty when it can."""
+        where = pci_address(vf.device)
+        if where is None:
+            return self.pools[vf.pool].problem if vf.pool is not None else ""
+        others = {held: holder for held, holder in self.holders.items() if held != where}
+        return self._obstacle(where, vf.driver, others)
 
     def lend(self, driver: str, pool: str | None, device: str | None, queue_pairs: int, holder: Holder) -> Vf:
         """Take a VF for a port: the one that is named, or a free one of the pool.
@@ -143,13 +188,16 @@ class Inventory:
     def _by_name(self, device: str, driver: str) -> Vf:
         vf = self._find(device)
         if vf is None:
-            return Vf(device, driver, None)
+            where = pci_address(device)
+            vf = Vf(f"{driver},pci={where}" if where else device, driver, None)
         if vf.holder is not None:
             raise InventoryError(f"metadata attribute device: '{device}' is in use by {vf.holder}")
         if vf.driver != driver:
             raise InventoryError(
                 f"metadata attribute driver='{driver}': device '{device}' needs '{vf.driver}'"
             )
+        if problem := self.problem(vf):
+            raise InventoryError(f"device '{vf.device}': {problem}")
         return vf
 
     def _of_pool(self, driver: str, name: str) -> Vf:
@@ -163,13 +211,16 @@ class Inventory:
             )
         if pool.problem:
             raise InventoryError(f"pool '{name}' has no usable VF: {pool.problem}")
-        free = next((vf for vf in pool.vfs if vf.holder is None), None)
-        if free is None:
-            holders = ", ".join(dict.fromkeys(str(vf.holder) for vf in pool.vfs))
-            raise InventoryError(
-                f"pool '{name}' has no free VF: {len(pool.vfs)} of {len(pool.vfs)} lent to {holders}"
-            )
-        return free
+        free = [vf for vf in pool.vfs if vf.holder is None]
+        problems = []
+        for vf in free:
+            if not (problem := self.problem(vf)):
+                return vf
+            problems.append(f"{pci_address(vf.device) or vf.device}: {problem}")
+        holders = ", ".join(dict.fromkeys(str(vf.holder) for vf in pool.vfs if vf.holder is not None))
+        lent = f"{len(pool.vfs) - len(free)} of {len(pool.vfs)} lent to {holders}" if holders else ""
+        reasons = "; ".join(filter(None, [lent, *problems, pool.warning]))
+        raise InventoryError(f"pool '{name}' has no {'usable' if free else 'free'} VF: {reasons}")
 
 
 def too_many_queues(asked: int, has: int) -> str:

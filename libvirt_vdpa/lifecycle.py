@@ -39,10 +39,21 @@ class LifecycleError(Exception):
 class Lifecycle:
     """Carries out hook operations, one at a time for each domain."""
 
-    def __init__(self, config: Config, inventory: Inventory, supervisor: Supervisor) -> None:
+    def __init__(
+        self,
+        config: Config,
+        inventory: Inventory,
+        supervisor: Supervisor,
+        refresh: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Nothing is under way.
+
+        :param refresh: has the inventory know which VFs there are now; awaited before one is lent.
+        """
         self._config = config
         self._inventory = inventory
         self._supervisor = supervisor
+        self._refresh = refresh
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         #: UUID of a domain that has ports, or an operation under way -> number of the last operation on
         #: it, to see whether anything happened since.
@@ -124,6 +135,7 @@ class Lifecycle:
     async def _prepare(self, name: str, xml: bytes) -> None:
         spec = parse_domain(xml, self._config.run_folder)
         await self._end_leftovers(spec)
+        await self._refresh()
         made: list[Port] = []
         try:
             for wanted in spec.ports:
@@ -179,6 +191,7 @@ class Lifecycle:
     async def _reconnect(self, name: str, xml: bytes) -> None:
         """The domain runs: whatever port it lacks is made, with any VF of the pool."""
         spec = parse_domain(xml, self._config.run_folder)
+        await self._refresh()
         for wanted in spec.ports:
             port = self._supervisor.ports.get((spec.uuid, wanted.mac)) or self._make_port(spec, wanted)
             if port.state is State.IDLE:

@@ -1,13 +1,14 @@
 """virt-vdpa, the operator's command. Each subcommand is a function that prints and returns an exit code.
 
-Shows what the daemon says and checks files; owns no state. What cannot be done is told in one line.
+Shows what daemon and kernel say, moves PCI functions between drivers and checks files; owns no state. What
+cannot be done is told in one line.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from libvirt_vdpa.cli import query, xml
+from libvirt_vdpa.cli import binding, devices, query, xml
 from libvirt_vdpa.config import RUN_FOLDER, SOCKET_NAME
 
 
@@ -22,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("--json", action="store_true", help="print what the daemon answers")
         command.set_defaults(run=run)
+    add_function_commands(commands)
     files = commands.add_parser("xml", help="domain XML").add_subparsers(metavar="COMMAND", required=True)
     check = files.add_parser("check", help="say what is wrong with a domain, and in which line")
     check.add_argument("file", type=Path, metavar="FILE", help="domain XML; '-' reads standard input")
@@ -30,6 +32,22 @@ def parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=xml.check)
     return top
+
+
+def add_function_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What an operator does with PCI functions."""
+    summary = "show VFs and PCI functions: who holds them, and why one cannot be used"
+    shown = commands.add_parser("devices", help=summary, description=summary)
+    shown.add_argument("--all", action="store_true", help="PCI functions that no driver of ours serves, too")
+    shown.add_argument("--json", action="store_true", help="print all that is known, for programs")
+    shown.set_defaults(run=devices.show)
+    for name, run, summary in (
+        ("bind", binding.bind, "give PCI functions to vfio-pci, all or none, remembering their drivers"),
+        ("unbind", binding.unbind, "give PCI functions back to the drivers that they had"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("addresses", nargs="+", metavar="ADDRESS", help="such as 0000:01:00.0")
+        command.set_defaults(run=run)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""virt-vdpa status, ports, devices: what the daemon knows, as a table or as JSON."""
+"""virt-vdpa status, ports: what the daemon knows, as a table or as JSON."""
 
 import argparse
 import asyncio
@@ -54,16 +54,6 @@ def ports_text(answer: dict[str, Any]) -> str:
     return table(headings, rows)
 
 
-def devices_text(answer: dict[str, Any]) -> str:
-    """One line a VF."""
-    headings = ("DEVICE", "POOL", "QUEUES", "STATE", "DOMAIN", "MAC")
-    rows = [
-        (vf["device"], vf["pool"], vf["queue_pairs"], vf["state"], vf["domain"], vf["mac"])
-        for vf in answer["devices"]
-    ]
-    return table(headings, rows)
-
-
 def show(command: str, text: Callable[[dict[str, Any]], str]) -> Callable[[argparse.Namespace], int]:
     """A subcommand that asks the daemon one thing and prints it."""
 
@@ -83,5 +73,4 @@ def show(command: str, text: Callable[[dict[str, Any]], str]) -> Callable[[argpa
 COMMANDS = {
     "status": (show("query-status", status_text), "show the daemon and its pools"),
     "ports": (show("query-ports", ports_text), "show the ports: which guest has which VF"),
-    "devices": (show("query-devices", devices_text), "show the VFs and who holds them"),
 }

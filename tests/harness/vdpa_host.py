@@ -123,7 +123,7 @@ class VdpaHost(LibvirtHost):
 
     def lent(self) -> list[str]:
         """Device strings of the VFs that are not free."""
-        return [vf["device"] for vf in self.virt_vdpa("devices")["devices"] if vf["state"] != "free"]
+        return [vf["device"] for vf in self.virt_vdpa("devices")["devices"] if vf["state"] == "lent"]
 
     def console(self, domain: DomainXml, *, seconds: float = 60.0) -> Console:
         """The guest's console, once its shell answers."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from datapath.vdpa import DRIVERS
 from libvirt_vdpa.config import Config, ConfigError, PoolConfig, SocketConfig, read_config
 
 WHOLE = """
@@ -20,6 +21,14 @@ driver = "ifcvf"
 emulated = 3
 tap = "fast%d"
 bridge = "br0"
+[pool.cards]
+driver = "ifcvf"
+devices = ["0000:06:0A.3", "10000:07:00.0"]
+bind = true
+[pool.card]
+driver = "ifcvf"
+pf = "0000:08:00.0"
+vfs = 4
 """
 
 
@@ -36,7 +45,11 @@ def test_everything(file: Path) -> None:
         libvirt_uri="",
         hook_time_limit=4.0,
         socket=SocketConfig(0, 0, 0o666),
-        pools=(PoolConfig("fast", "ifcvf", 3, "fast%d", "br0"),),
+        pools=(
+            PoolConfig("fast", "ifcvf", 3, "fast%d", "br0"),
+            PoolConfig("cards", "ifcvf", devices=("0000:06:0a.3", "10000:07:00.0"), bind=True),
+            PoolConfig("card", "ifcvf", pf="0000:08:00.0", vfs=4),
+        ),
     )
 
 
@@ -50,7 +63,7 @@ def test_nothing_means_defaults(file: Path) -> None:
     [
         ("x = 1", "x: is not known"),
         ("[socket]\nowner = 'x'", "socket.owner: is not known"),
-        ("[pool.a]\ndriver = 'ifcvf'\nemulated = 1\nvfs = 1", "pool.a.vfs: is not known"),
+        ("[pool.a]\ndriver = 'ifcvf'\nemulated = 1\nvf = 1", "pool.a.vf: is not known"),
         ("run-folder = 1", "run-folder: must be a string, not 1"),
         ("run-folder = 'run'", "run-folder: must be an absolute path, not 'run'"),
         (f"run-folder = '/{33 * 'x'}'", "run-folder: must have at most 33 bytes, for the sockets below it"),
@@ -70,8 +83,7 @@ def test_nothing_means_defaults(file: Path) -> None:
         ("pool = 1", "pool: must be tables, [pool.NAME]"),
         ("[pool]\na = 1", "pool.a: must be a table, [pool.a]"),
         ("[pool.'a/b']", "pool.a/b: a pool's name has up to 32 letters, digits, '_' and '-'"),
-        ("[pool.a]", "pool.a.driver: must be one of ifcvf, not ''"),
-        ("[pool.a]\ndriver = 'ifcvf'", "pool.a.emulated: must be a number of VFs from 1 to 64"),
+        ("[pool.a]", f"pool.a.driver: must be one of {', '.join(DRIVERS)}, not ''"),
         (
             "[pool.a]\ndriver = 'ifcvf'\nemulated = 65",
             "pool.a.emulated: must be a number of VFs from 1 to 64",
@@ -81,6 +93,49 @@ def test_nothing_means_defaults(file: Path) -> None:
 )
 def test_mistakes_name_file_and_key(file: Path, text: str, message: str) -> None:
     file.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        read_config(file)
+    assert str(refused.value) == f"{file}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "pool.a: needs one of emulated, devices, pf: what the pool is made of"),
+        ("emulated = 1\npf = '0000:01:00.0'", "pool.a.pf: excludes 'emulated'; keep one"),
+        ("emulated = 1\nvfs = 1", "pool.a.vfs: is for pools with 'pf', this one has 'emulated'"),
+        ("emulated = 1\nbind = true", "pool.a.bind: is for pools with 'devices', this one has 'emulated'"),
+        (
+            "pf = '0000:01:00.0'\ntap = 'x%d'",
+            "pool.a.tap: is for pools with 'emulated', this one has 'pf'",
+        ),
+        (
+            "devices = ['0000:01:00.0']\nvfs = 1",
+            "pool.a.vfs: is for pools with 'pf', this one has 'devices'",
+        ),
+        ("devices = '0000:01:00.0'", "pool.a.devices: must be a list, not '0000:01:00.0'"),
+        ("devices = []", "pool.a.devices: must have one PCI address at least"),
+        ("devices = [1]", "pool.a.devices: 1 is no PCI address; write it like '0000:01:00.0'"),
+        (
+            "devices = ['01:00.0']",
+            "pool.a.devices: '01:00.0' is no PCI address; write it like '0000:01:00.0'",
+        ),
+        (
+            "devices = ['0000:0a:00.0', '0000:0A:00.0']",
+            "pool.a.devices: 0000:0a:00.0 is given twice",
+        ),
+        ("pf = 'eth0'", "pool.a.pf: 'eth0' is no PCI address; write it like '0000:01:00.0'"),
+        ("pf = '0000:01:00.0'\nvfs = 0", "pool.a.vfs: must be a number of VFs from 1 to 65535"),
+        ("pf = '0000:01:00.0'\nvfs = true", "pool.a.vfs: must be a whole number, not True"),
+        ("pf = '0000:01:00.0'\nbind = 1", "pool.a.bind: must be true or false, not 1"),
+        (
+            "pf = '0000:01:00.0'\n[pool.b]\ndriver = 'ifcvf'\ndevices = ['0000:01:00.0']",
+            "pool.b.devices: 0000:01:00.0 is in pool 'a' already",
+        ),
+    ],
+)
+def test_mistakes_of_pools(file: Path, lines: str, message: str) -> None:
+    file.write_text(f"[pool.a]\ndriver = 'ifcvf'\n{lines}")
     with pytest.raises(ConfigError) as refused:
         read_config(file)
     assert str(refused.value) == f"{file}: {message}"

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datapath.vdpa import DRIVERS
 from libvirt_vdpa.domain import DomainError, PortSpec, check_domain, domain_identity, parse_domain
 from libvirt_vdpa.metadata import xml_folder
 
@@ -124,7 +125,20 @@ WRONG = {
     "driver-to-come": (
         "driver='ifcvf'",
         "driver='mlx5'",
-        f"interface {MAC}: metadata attribute driver='mlx5': not available in this version; available: ifcvf",
+        f"interface {MAC}: metadata attribute driver='mlx5': not available in this version;"
+        f" available: {', '.join(DRIVERS)}",
+    ),
+    "no-address": (
+        "pool='default'",
+        "device='pci=06:00.3'",
+        f"interface {MAC}: metadata attribute device: device 'ifcvf,pci=06:00.3': '06:00.3' is no PCI address;"
+        " write it like 0000:01:00.0",
+    ),
+    "no-vf": (
+        "pool='default'",
+        "device='vf=3'",
+        f"interface {MAC}: metadata attribute device: device 'ifcvf,vf=3': names no VF; it needs one of"
+        " vfio-user, pci",
     ),
     "announce": (
         "pool='default'",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from datapath.vdpa import DRIVERS
 from libvirt_vdpa.config import PoolConfig
 from libvirt_vdpa.emulated import in_use
 from libvirt_vdpa.inventory import Holder, Inventory, InventoryError
@@ -89,7 +90,20 @@ def test_what_does_not_fit_is_refused(inventory: Inventory) -> None:
         ("mlx5", "default", None, 1, "metadata attribute driver='mlx5': pool 'default' has 'ifcvf' VFs"),
         ("any", "default", None, 4, "<driver queues='4'>: the VF has 1 queue pair; lower queues"),
         ("ifcvf", None, "vf=1", 1, "device 'ifcvf,vf=1': names no VF; it needs one of vfio-user, pci"),
-        ("nix", None, "pci=1", 1, "device 'nix,pci=1': no driver 'nix'; use one of: ifcvf"),
+        (
+            "nix",
+            None,
+            "pci=1",
+            1,
+            f"device 'nix,pci=1': no driver 'nix'; use one of: {', '.join(DRIVERS)}",
+        ),
+        (
+            "ifcvf",
+            None,
+            "pci=06:00.3",
+            1,
+            "device 'ifcvf,pci=06:00.3': '06:00.3' is no PCI address; write it like 0000:01:00.0",
+        ),
     ):
         with pytest.raises(InventoryError) as refused:
             inventory.lend(driver, pool, device, queue_pairs, A)
@@ -113,3 +127,69 @@ def test_vfs_of_adopted_ports_stay_held_when_their_pool_appears() -> None:
         (VF0, "default", None),
         (VF1, "default", A),
     ]
+
+
+class TestPciFunctions:
+    """Functions of the host, against which something may stand: here what a dict says."""
+
+    FIRST, SECOND = "0000:06:00.1", "0000:06:00.2"
+
+    @pytest.fixture
+    def obstacles(self) -> dict[str, str]:
+        return {}
+
+    @pytest.fixture
+    def host(self, obstacles: dict[str, str]) -> Inventory:
+        inventory = Inventory(
+            [PoolConfig("cards", "ifcvf", devices=(self.FIRST, self.SECOND))],
+            lambda where, driver, holders: obstacles.get(where, ""),
+        )
+        inventory.set_pool("cards", [(f"ifcvf,pci={where}", None) for where in (self.FIRST, self.SECOND)])
+        return inventory
+
+    def test_one_that_cannot_be_used_is_passed_over(self, host: Inventory, obstacles: dict[str, str]) -> None:
+        obstacles[self.FIRST] = "bound to virtio-pci"
+        assert host.lend("any", "cards", None, 1, A).device == f"ifcvf,pci={self.SECOND}"
+        with pytest.raises(InventoryError) as refused:
+            host.lend("any", "cards", None, 1, B)
+        assert str(refused.value) == (
+            "pool 'cards' has no usable VF: 1 of 2 lent to domain 'a' (52:54:00:00:00:01);"
+            " 0000:06:00.1: bound to virtio-pci"
+        )
+        obstacles.clear()
+        assert host.lend("any", "cards", None, 1, B).device == f"ifcvf,pci={self.FIRST}"
+
+    def test_one_that_is_named_is_refused_with_the_reason(
+        self, host: Inventory, obstacles: dict[str, str]
+    ) -> None:
+        obstacles["0000:07:00.0"] = "no such PCI function on this host"
+        with pytest.raises(InventoryError) as refused:
+            host.lend("ifcvf", None, "pci=0000:07:00.0", 1, A)
+        assert str(refused.value) == "device 'ifcvf,pci=0000:07:00.0': no such PCI function on this host"
+        assert len(list(host)) == 2
+
+    def test_addresses_are_handed_on_as_the_kernel_writes_them(self, host: Inventory) -> None:
+        assert host.lend("ifcvf", None, "pci=0000:0A:00.0", 1, A).device == "ifcvf,pci=0000:0a:00.0"
+
+    def test_one_that_leaves_the_pool_stays_held(self, host: Inventory) -> None:
+        lent = host.lend("any", "cards", None, 1, A)
+        host.set_pool("cards", [(f"ifcvf,pci={self.SECOND}", None)])
+        assert host.holders == {self.FIRST: "domain 'a' (52:54:00:00:00:01)"}
+        with pytest.raises(InventoryError, match="in use by domain 'a'"):
+            host.lend("ifcvf", None, f"pci={self.FIRST}", 1, B)
+        host.set_pool("cards", [(f"ifcvf,pci={where}", None) for where in (self.FIRST, self.SECOND)])
+        assert [(vf.device, vf.pool, vf.holder) for vf in host] == [
+            (lent.device, "cards", A),
+            (f"ifcvf,pci={self.SECOND}", "cards", None),
+        ]
+        host.give_back(lent.device, A)
+        assert host.holders == {}
+
+    def test_a_warning_is_told_when_there_is_nothing_to_lend(
+        self, host: Inventory, obstacles: dict[str, str]
+    ) -> None:
+        host.pools["cards"].warning = "0000:06:00.0: has 2 VFs, not 4"
+        host.lend("any", "cards", None, 1, A)
+        host.lend("any", "cards", None, 1, B)
+        with pytest.raises(InventoryError, match=r"no free VF: 2 of 2 lent to .*; 0000:06:00\.0: has 2 VFs"):
+            host.lend("any", "cards", None, 1, A)

@@ -77,7 +77,13 @@ class Bench:
         self.inventory.set_pool("default", [(f"ifcvf,vfio-user=/vf{n}.sock", 1) for n in range(2)])
         self.supervisor = StandInSupervisor(self.inventory)
         config = Config(run_folder=Path("/run/libvirt-vdpa"), hook_time_limit=1.0)
-        self.lifecycle = Lifecycle(config, self.inventory, cast(Supervisor, self.supervisor))
+        self.refreshed = 0
+        self.lifecycle = Lifecycle(
+            config, self.inventory, cast(Supervisor, self.supervisor), self._count_refresh
+        )
+
+    async def _count_refresh(self) -> None:
+        self.refreshed += 1
 
     def hook(self, *operations: str, xml: bytes = DEMO) -> None:
         async def run() -> None:

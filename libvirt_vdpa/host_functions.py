@@ -1,0 +1,195 @@
+"""Whether a PCI function of this host can carry a guest's interface, and if not, why and what to do.
+
+Looks at sysfs and /proc and changes nothing: binding.py and sriov.py do. Every answer is about this
+moment: functions come, go and change their driver while one looks.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+
+from datapath.bus.pci import PciIds
+from datapath.bus.sysfs import HostFunction, SysfsError, function, group_members
+from libvirt_vdpa.kernel import DEVICES, Kernel, entries
+
+VFIO_PCI = "vfio-pci"
+VFIO_FOLDER = "/dev/vfio/"
+#: Base class of bridges, the class's top byte.
+BRIDGE_CLASS = 0x06
+#: Drivers that leave DMA to whoever owns the rest of the IOMMU group (drivers/vfio/vfio_main.c; since Linux
+#: 5.18 `driver_managed_dma`).
+HARMLESS_DRIVERS = (None, "pci-stub", "pcieport")
+#: Vendor of virtio functions, and the device ids of network cards: modern and transitional, whose
+#: subsystem device then is the virtio device type (virtio 1.3 section 4.1.2).
+VIRTIO_VENDOR, MODERN_NET, TRANSITIONAL_NET = 0x1AF4, 0x1041, 0x1000
+#: IFF_UP of linux/if.h, in an interface's flags.
+INTERFACE_UP = 0x1
+#: Processor -> how its IOMMU is switched on.
+IOMMU_REMEDIES = {
+    "GenuineIntel": "enable VT-d in the firmware and boot with intel_iommu=on",
+    "AuthenticAMD": "enable the IOMMU (AMD-Vi) in the firmware and boot without amd_iommu=off",
+}
+IOMMU_REMEDY = "enable the IOMMU in the firmware and boot without iommu=off"
+
+#: Address of a PCI function -> who holds it.
+Holders = Mapping[str, str]
+#: File of VFIO -> the processes that have it open.
+Openers = Mapping[str, list[str]]
+
+
+def is_ifcvf(ids: PciIds) -> bool:
+    # Loads the C module, which none of the other commands needs.
+    from datapath.drivers.ifcvf import IDS
+
+    return ids in IDS
+
+
+def is_virtio_net(ids: PciIds) -> bool:
+    return ids.vendor == VIRTIO_VENDOR and ids.device in (MODERN_NET, TRANSITIONAL_NET)
+
+
+#: Driver of ours -> which functions it serves, and what messages call those; the most general one last.
+SERVED: dict[str, tuple[Callable[[PciIds], bool], str]] = {
+    "ifcvf": (is_ifcvf, "an IFCVF network function"),
+    "virtio": (is_virtio_net, "a virtio-net function"),
+}
+
+
+def drivers_for(ids: PciIds) -> tuple[str, ...]:
+    """The drivers of ours that serve a function with these ids."""
+    return tuple(driver for driver, (serves, _) in SERVED.items() if serves(ids))
+
+
+def wrong_ids(ids: PciIds, driver: str | None) -> str:
+    """Why a driver of ours, or any of them, does not serve a function; empty when it does."""
+    asked = SERVED if driver is None else {driver: SERVED[driver]}
+    if any(serves(ids) for serves, _ in asked.values()):
+        return ""
+    *_, (_, what) = asked.values()
+    return f"not {what}: {ids}"
+
+
+class HostFunctions:
+    """The PCI functions of a host, looked at anew each time."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self._root = kernel.sysfs
+
+    def look(self, address: str) -> HostFunction:
+        """One function.
+
+        :raise SysfsError: when there is none at `address`.
+        """
+        return function(address, self._root)
+
+    def obstacle(self, address: str, driver: str, holders: Holders) -> str:
+        """Why a function cannot be given to a port now, and what to do; empty when it can.
+
+        :param driver: the driver of ours that is to serve it.
+        :param holders: what ports hold.
+        """
+        try:
+            found = self.look(address)
+        except SysfsError as error:
+            return str(error).removeprefix(f"{address}: ")
+        return (
+            wrong_ids(found.ids, driver)
+            or self.without_iommu(found)
+            or self._bound_elsewhere(found)
+            or self.unviable(found)
+            or self.group_held(found, holders)
+        )
+
+    def without_iommu(self, found: HostFunction) -> str:
+        """Why a function has no IOMMU group; empty when it has one."""
+        if found.iommu_group is not None:
+            return ""
+        if entries(self._root / "class/iommu"):
+            return "no IOMMU group: this host's IOMMU does not stand before it; use another slot"
+        remedy = IOMMU_REMEDIES.get(self.kernel.processor_vendor(), IOMMU_REMEDY)
+        return f"no IOMMU group, the IOMMU is off: {remedy}"
+
+    def _bound_elsewhere(self, found: HostFunction) -> str:
+        if found.driver == VFIO_PCI:
+            return ""
+        behind = f" (interface {', '.join(found.net_interfaces)})" if found.net_interfaces else ""
+        state = f"bound to {found.driver}{behind}" if found.driver else "bound to no driver"
+        if use := self.network_use(found):
+            return f"{state}: {use}"
+        together = [found.address, *(member.address for member in self._in_the_way(found))]
+        return f"{state}: virt-vdpa bind {' '.join(sorted(together))}"
+
+    def unviable(self, found: HostFunction, also: Collection[str] = ()) -> str:
+        """Which other function in the IOMMU group keeps VFIO from it; empty when none does.
+
+        :param also: addresses that will be bound to vfio-pci together with it.
+        """
+        for member in self._in_the_way(found):
+            if member.address not in also:
+                return (
+                    f"IOMMU group {found.iommu_group} is shared with {member.address}, which is bound to"
+                    f" {member.driver}: bind both (virt-vdpa bind takes several), or use another slot"
+                )
+        return ""
+
+    def _in_the_way(self, found: HostFunction) -> list[HostFunction]:
+        """The functions in the IOMMU group whose drivers use its DMA."""
+        return [
+            member
+            for member in self._others_in_group(found)
+            if not is_bridge(member)
+            and member.driver not in HARMLESS_DRIVERS
+            and "vfio" not in str(member.driver)
+        ]
+
+    def group_held(self, found: HostFunction, holders: Holders) -> str:
+        """A group is opened by one process: only one port can have a function of it."""
+        for member in self._others_in_group(found):
+            if holder := holders.get(member.address):
+                return f"IOMMU group {found.iommu_group} is held by {holder}, with {member.address}"
+        return ""
+
+    def _others_in_group(self, found: HostFunction) -> list[HostFunction]:
+        if found.iommu_group is None:
+            return []
+        others = []
+        for address in group_members(found.iommu_group, self._root):
+            if address != found.address:
+                try:
+                    others.append(self.look(address))
+                except SysfsError:
+                    continue  # gone meanwhile, or no PCI function
+        return others
+
+    def network_use(self, found: HostFunction) -> str:
+        """How the host itself uses a function's network interfaces; empty when it does not."""
+        for interface in found.net_interfaces:
+            folder = self._root / "class/net" / interface
+            flags = self.kernel.read(f"class/net/{interface}/flags")
+            above = [
+                path.name.removeprefix("upper_") for path in entries(folder) if path.name.startswith("upper_")
+            ]
+            if above:
+                return f"its interface {interface} is part of {', '.join(above)}: take it out first"
+            if flags and int(flags, 0) & INTERFACE_UP:
+                return f"its interface {interface} is up: ip link set {interface} down"
+            if self.kernel.has_ipv4_address(interface):
+                return f"its interface {interface} has an address: ip address flush dev {interface}"
+        return ""
+
+    def openers(self) -> Openers:
+        """Who has which file of VFIO open."""
+        return self.kernel.openers(VFIO_FOLDER)
+
+    def users(self, found: HostFunction, openers: Openers) -> list[str]:
+        """Processes that have the function's IOMMU group, or itself, open: name and pid.
+
+        :param openers: what `openers` has found.
+        """
+        own = entries(self._root / DEVICES / found.address / "vfio-dev")
+        nodes = [f"{VFIO_FOLDER}{found.iommu_group}", *(f"{VFIO_FOLDER}devices/{path.name}" for path in own)]
+        return [process for node in nodes for process in openers.get(node, [])]
+
+
+def is_bridge(found: HostFunction) -> bool:
+    """Whether a function is a bridge: it has no DMA of its own that VFIO would mind."""
+    return found.class_code >> 16 == BRIDGE_CLASS
