@@ -9,13 +9,13 @@ stands against it may be gone then.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from datapath.bus.sysfs import SysfsError
 from libvirt_vdpa.binding import Binder, BindingError, MoveError
 from libvirt_vdpa.config import PoolConfig
-from libvirt_vdpa.host_functions import VFIO_PCI, Holders, HostFunctions
+from libvirt_vdpa.host_functions import Holders, HostFunctions
 from libvirt_vdpa.inventory import Inventory
 from libvirt_vdpa.kernel import Kernel
 from libvirt_vdpa.sriov import SriovError, create_vfs, no_autoprobe
@@ -35,17 +35,18 @@ class HostPools:
         self._kernel = kernel
         self._functions = HostFunctions(kernel)
         self._binder = Binder(kernel, run_folder)
-        #: Functions that have been bound, or could not be, and must not be touched again.
-        self._settled: set[tuple[str, int | None]] = set()
-        #: Address -> why it has not been bound.
+        #: Address -> the function there that has been bound, or could not be: it is not touched again.
+        self._settled: dict[str, int] = {}
+        #: Address -> why it must not be bound, as it was told last.
         self._refused: dict[str, str] = {}
+        #: Address -> why it could not be bound.
+        self._failed: dict[str, str] = {}
         self._refreshing: asyncio.Task[None] | None = None
 
     def obstacle(self, address: str, driver: str, holders: Holders) -> str:
         """Why a function cannot be lent now; empty when it can. As `HostFunctions.obstacle`."""
         obstacle = self._functions.obstacle(address, driver, holders)
-        refused = self._refused.get(address)
-        return f"not bound to {VFIO_PCI}: {refused}" if obstacle and refused else obstacle
+        return self._failed.get(address, obstacle) if obstacle else ""
 
     async def start(self, inventory: Inventory) -> None:
         """Create the VFs that the configuration asks for and bind what it wants bound.
@@ -108,21 +109,26 @@ class HostPools:
             return str(error)
         return ""
 
-    def _bind(self, pool: str, addresses: Iterable[str]) -> None:
+    def _bind(self, pool: str, addresses: Collection[str]) -> None:
         """Bind what has appeared in a pool."""
         for address in addresses:
-            appearance = (address, self._kernel.identity(address))
-            if appearance in self._settled:
+            appearance = self._kernel.identity(address)
+            if appearance is None:
+                self._settled.pop(address, None)
                 continue
+            if self._settled.get(address) == appearance:
+                continue
+            self._failed.pop(address, None)
             try:
-                for line in self._binder.bind([address], also=tuple(addresses)):
+                for line in self._binder.bind([address], also=addresses):
                     logger.info("pool '%s': %s", pool, line)
+            except MoveError as error:
+                logger.error("pool '%s': %s", pool, error)
+                self._failed[address] = str(error).removeprefix(f"{address}: ")
             except BindingError as error:
-                if self._refused.get(address) != (reason := str(error).removeprefix(f"{address}: ")):
+                if self._refused.get(address) != str(error):
                     logger.error("pool '%s': %s", pool, error)
-                self._refused[address] = reason
-                if not isinstance(error, MoveError):
-                    continue
-            else:
-                self._refused.pop(address, None)
-            self._settled = {known for known in self._settled if known[0] != address} | {appearance}
+                self._refused[address] = str(error)
+                continue
+            self._refused.pop(address, None)
+            self._settled[address] = appearance

@@ -42,7 +42,9 @@ class FakeKernel(Kernel):
         files: Mapping[str, str] = NO_FILES,
     ) -> Path:
         """Add a function."""
-        folder = add_function(self.sysfs, address, driver_override="(null)", numa_node="-1", **files)
+        folder = add_function(
+            self.sysfs, address, **{"driver_override": "(null)", "numa_node": "-1", **files}
+        )
         if group is not None:
             join_group(self.sysfs, folder, group)
         if driver is not None:

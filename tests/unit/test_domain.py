@@ -131,8 +131,8 @@ WRONG = {
     "no-address": (
         "pool='default'",
         "device='pci=06:00.3'",
-        f"interface {MAC}: metadata attribute device: device 'ifcvf,pci=06:00.3': '06:00.3' is no PCI address;"
-        " write it like 0000:01:00.0",
+        f"interface {MAC}: metadata attribute device: device 'ifcvf,pci=06:00.3': '06:00.3' is no PCI"
+        " address; write it like 0000:01:00.0",
     ),
     "no-vf": (
         "pool='default'",
