@@ -169,15 +169,13 @@ static void take_turn(void *argument)
         moved += shadow_give(shadow);
         turn->doorbell |= shadow_wants_doorbell(shadow);
     }
-    if (shadow->error != NULL) {
-        return;
-    }
-    if (moved > 0) {
+    if (shadow->error == NULL && moved > 0) {
         shadow_disarm(shadow, &relay->log);
         turn->more = true;
-    } else {
+    } else if (shadow->error == NULL) {
         turn->more = shadow_arm(shadow, &relay->log, !turn->entry->held);
     }
+    log_flush(&relay->log);
 }
 
 static void take_last_turn(void *argument)
@@ -195,22 +193,21 @@ static void take_last_turn(void *argument)
     if (shadow->error == NULL) {
         shadow_leave(shadow, &relay->log);
     }
+    log_flush(&relay->log);
 }
 
-/* Run a turn, whatever vanishes meanwhile: without the log it goes on, without the ring not. */
+/* Run a turn, whatever vanishes meanwhile: without the log it goes on, without the guest's memory not. */
 static void run_turn(struct turn *turn, void (*body)(void *turn))
 {
     struct shadow *shadow = turn->entry->shadow;
     uint16_t before = shadow->next_used;
 
     while (!guard_run(body, turn)) {
-        if (!shadow->marking) {
+        if (!turn->relay->log.flushing) {
             shadow_fail(shadow, "memory has gone under the ring");
             break;
         }
-        shadow->marking = false;
-        turn->relay->log.bitmap = NULL;
-        turn->relay->log.missed++;
+        log_lose(&turn->relay->log);
     }
     turn->entry->count.relayed += (uint16_t)(shadow->next_used - before);
     if (turn->interrupt && turn->entry->call_fd >= 0 && !signal_other(turn->entry->call_fd)) {

@@ -1,10 +1,33 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "log.h"
 
-/* Set the bits first to last, of one byte. */
-static void set_bits(uint8_t *byte, unsigned int first, unsigned int last)
+#include "barrier.h"
+
+static void note(struct dirty_log *log, uint64_t byte, uint8_t bits)
 {
-    log_set(byte, (uint8_t)(0xffu << first & 0xffu >> (7 - last)));
+    if (log->pending > 0 && log->set[log->pending - 1].byte == byte) {
+        log->set[log->pending - 1].bits |= bits;
+        return;
+    }
+    if (log->pending == LOG_PENDING) {
+        log_flush(log);
+    }
+    log->set[log->pending].byte = byte;
+    log->set[log->pending].bits = bits;
+    log->pending++;
+}
+
+/* The part of a range that lies beyond the bitmap is only counted. False: that is all of it. */
+static bool clip(struct dirty_log *log, uint64_t first, uint64_t *last)
+{
+    uint64_t end = log->bytes * 8;
+
+    if (*last < end) {
+        return true;
+    }
+    log->missed += *last - (first < end ? end : first) + 1;
+    *last = end - 1;
+    return first < end;
 }
 
 void log_mark(struct dirty_log *log, uint64_t address, uint64_t length)
@@ -19,18 +42,45 @@ void log_mark(struct dirty_log *log, uint64_t address, uint64_t length)
     }
     first = address / LOG_PAGE_SIZE;
     last = last_byte / LOG_PAGE_SIZE;
-    if (last / 8 >= log->bytes) {
-        uint64_t end = log->bytes * 8;
+    if (!clip(log, first, &last)) {
+        return;
+    }
+    for (; first / 8 < last / 8; first = (first / 8 + 1) * 8) {
+        note(log, first / 8, 0xffu << first % 8);
+    }
+    note(log, last / 8, (0xffu << first % 8) & (0xffu >> (7 - last % 8)));
+}
 
-        log->missed += last - (first < end ? end : first) + 1;
-        if (first >= end) {
-            return;
+void log_flush(struct dirty_log *log)
+{
+    if (log->pending == 0) {
+        return;
+    }
+    /* SIGBUS may leave this in the middle, and then the flag must be in memory already. */
+    log->flushing = true;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    /*
+     * A bit that is set already need not be set again, which is most of them and much cheaper: whoever takes
+     * it later copies the page later still. For that the pages must be out, those that the device wrote
+     * too, before the bit is read; the other side takes the bit before it reads the page.
+     */
+    device_fence();
+    for (unsigned int i = 0; i < log->pending; i++) {
+        uint8_t *byte = &log->bitmap[log->set[i].byte], bits = log->set[i].bits;
+
+        if ((__atomic_load_n(byte, __ATOMIC_RELAXED) & bits) != bits) {
+            log_set(byte, bits);
         }
-        last = end - 1;
     }
-    while (first / 8 < last / 8) {
-        set_bits(&log->bitmap[first / 8], first % 8, 7);
-        first = (first / 8 + 1) * 8;
-    }
-    set_bits(&log->bitmap[last / 8], first % 8, last % 8);
+    log->pending = 0;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    log->flushing = false;
+}
+
+void log_lose(struct dirty_log *log)
+{
+    log->bitmap = NULL;
+    log->pending = 0;
+    log->flushing = false;
+    log->missed++;
 }

@@ -3,12 +3,12 @@
  * The dirty log: a bitmap, shared with whoever moves a guest, in which bit n says that page n of the
  * guest's memory (4 KiB) was written (QEMU docs/interop/vhost-user.rst, "Migration").
  *
- * Plain data without a lock, but for the bits, which the other side takes and clears at any time. The file
- * behind it may shrink: what touches it runs under guard_run().
+ * Plain data without a lock, but for the bits, which the other side takes and clears at any time.
  */
 #ifndef LIBVIRT_VDPA_LOG_H
 #define LIBVIRT_VDPA_LOG_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -16,11 +16,17 @@
 /* cffi: end */
 
 #define LOG_PAGE_SIZE 4096
+#define LOG_PENDING 64
 
 struct dirty_log {
     uint8_t *bitmap;            /* NULL: nothing is logged */
     uint64_t bytes;
-    uint64_t missed;            /* pages that lie beyond the bitmap */
+    uint64_t missed;            /* pages that lie beyond the bitmap, plus bitmaps that vanished */
+
+    /* Bits that are to be set, of bytes that are all but one unlike the one before. */
+    unsigned int pending;
+    struct { uint64_t byte; uint8_t bits; } set[LOG_PENDING];
+    bool flushing;              /* the bitmap is being touched */
 };
 
 /*
@@ -32,7 +38,16 @@ static inline void log_set(uint8_t *byte, uint8_t bits)
     __atomic_fetch_or(byte, bits, __ATOMIC_RELEASE);
 }
 
-/* Mark the pages of `length` written bytes at a guest physical address. */
+/* Note that `length` bytes at a guest physical address have been written. */
 void log_mark(struct dirty_log *log, uint64_t address, uint64_t length);
+
+/*
+ * Set the bits of what was noted. Like log_mark(), which does so when it has noted much, it touches the
+ * bitmap, whose file may shrink, and so runs under guard_run(); log_lose() if it was left while `flushing`.
+ */
+void log_flush(struct dirty_log *log);
+
+/* Log no more, for the bitmap has gone. */
+void log_lose(struct dirty_log *log);
 
 #endif

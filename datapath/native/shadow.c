@@ -134,30 +134,16 @@ static void fetch(struct shadow *shadow)
 
 static void mark_batch(struct shadow *shadow, struct dma_table *table, struct dirty_log *log)
 {
-    if (log->bitmap == NULL) {
-        return;
-    }
-    shadow->marking = true;
-    settle();
-    for (unsigned int i = 0; i < shadow->waiting; i++) {
+    for (unsigned int i = 0; log->bitmap != NULL && i < shadow->waiting; i++) {
         written_mark(log, table, shadow->descriptors, shadow->setup.size, shadow->batch[i].head,
                      shadow->batch[i].length);
     }
-    settle();
-    shadow->marking = false;
 }
 
 /* Mark a part of the guest's used ring that has just been written. */
 static void mark_used(struct shadow *shadow, struct dirty_log *log, const void *part, uint64_t bytes)
 {
-    if (log->bitmap == NULL) {
-        return;
-    }
-    shadow->marking = true;
-    settle();
     log_mark(log, shadow->setup.used + (uint64_t)((const uint8_t *)part - (uint8_t *)shadow->used), bytes);
-    settle();
-    shadow->marking = false;
 }
 
 /* Mark entries of the guest's used ring, which may go on at its beginning, and its index. */
@@ -199,7 +185,7 @@ unsigned int shadow_complete(struct shadow *shadow, struct dma_table *table, str
     if (count == 0) {
         return 0;
     }
-    /* Before the guest sees them: then it has them for as short a time as possible with the bits not set. */
+    /* Before the guest sees them and may use the descriptors for something else. */
     mark_batch(shadow, table, log);
     pass_on(shadow);
     settle();

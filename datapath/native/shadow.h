@@ -9,9 +9,8 @@
  * device completed without having been given it never reaches the guest.
  *
  * Plain data without thread or lock. Everything but the first four functions touches memory that others
- * share and so runs under guard_run(). A call that was left in the middle may
- * be repeated if that happened while `marking` was set and the log was taken away since; otherwise the ring
- * is lost.
+ * share and so runs under guard_run(). Those that take a log leave log_flush() to the caller. One of them that
+ * was left in the middle may be called again if the log was lost (log_lose()), otherwise the ring is lost.
  */
 #ifndef LIBVIRT_VDPA_SHADOW_H
 #define LIBVIRT_VDPA_SHADOW_H
@@ -76,7 +75,6 @@ struct shadow {
     unsigned int waiting;
     struct { uint16_t head; uint32_t length; } batch[SHADOW_BATCH];
 
-    bool marking;               /* the log is being written */
     bool outstanding[];         /* by head: the device has it */
 };
 

@@ -65,6 +65,7 @@ static void turn(void *argument)
     if (shadow_resolve(ours->shadow, &ours->table)) {
         ours->carried = shadow_complete(ours->shadow, &ours->table, &ours->log);
     }
+    log_flush(&ours->log);
 }
 
 /* Turns until what the device has completed is carried over. */
