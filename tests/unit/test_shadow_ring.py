@@ -1,167 +1,17 @@
-"""The shadow-ring relay, with a guest and a device played by hand on shared memory."""
+"""The shadow-ring relay: how it begins and ends, and its notifications."""
 
-import itertools
 import mmap
 import os
 import select
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 
 import pytest
 
 from datapath.native._native import ffi
-from datapath.native.relay import Relay, ShadowRing, ShadowState
+from datapath.native.relay import Doorbell, ShadowState
 from tests.harness.private_ring import PrivateRing
 from tests.harness.processes import wait_for
-from tests.harness.virtqueue import (
-    USED_F_NO_NOTIFY,
-    Buffer,
-    MemfdMemory,
-    Virtqueue,
-)
-
-PAGE = 4096
-BASE = 0x40000000
-MEMORY = 4 << 20
-RING = BASE
-BUFFERS = BASE + (2 << 20)
-LOG_BYTES = (BASE + MEMORY) // PAGE // 8
-
-
-class Link:
-    """A guest's ring, a device's, and the relay between them as ring 0."""
-
-    def __init__(
-        self, relay: Relay, size: int = 8, start: int = 0, event_idx: bool = False, polled: bool = False
-    ) -> None:
-        self.relay = relay
-        self.event_idx = event_idx
-        self.polled = polled
-        self.memory = MemfdMemory(MEMORY, BASE)
-        self.view = mmap.mmap(self.memory.fd, MEMORY)
-        self.address = int(ffi.cast("uintptr_t", ffi.from_buffer(self.view)))
-        self.guest = Virtqueue(self.memory, RING, size, start)
-        self.device = PrivateRing(size)
-
-    def map(self, *splits: int) -> None:
-        """Map guest memory, in pieces that end at these addresses."""
-        edges = [BASE, *splits, BASE + MEMORY]
-        for start, end in itertools.pairwise(edges):
-            self.relay.map(start, end - start, self.address + start - BASE)
-
-    def ring(self, **changes: object) -> ShadowRing:
-        guest = self.guest
-        values = {
-            "size": guest.size,
-            "event_idx": self.event_idx,
-            "descriptors": guest.descriptors,
-            "avail": guest.avail,
-            "used": guest.used,
-            "index": guest.used_index,
-            "private_avail": self.device.avail_address,
-            "private_used": self.device.used_address,
-            "kick": None if self.polled else guest.kick_fd,
-            "call": guest.call_fd,
-            "interrupt": self.device.interrupt_fd,
-            "doorbell": self.device.doorbell,
-        }
-        return ShadowRing(**{**values, **changes})  # type: ignore[arg-type]
-
-    def add(self, **changes: object) -> None:
-        self.relay.add_shadow(0, self.ring(**changes))
-
-    def offer(self, count: int = 1, size: int = PAGE) -> list[int]:
-        """Make writable buffers available, each on pages of its own, and kick."""
-        heads = [
-            self.guest.add(Buffer(BUFFERS + size * (self.guest._next_descriptor), size, True))
-            for _ in range(count)
-        ]
-        self.guest.kick()
-        return heads
-
-    def given(self, count: int = 1) -> list[int]:
-        """Wait until the device has been given so many heads more."""
-        heads: list[int] = []
-
-        def enough() -> bool:
-            heads.extend(self.device.take())
-            return len(heads) >= count
-
-        wait_for(f"{count} heads", enough, 5)
-        return heads
-
-    def settled(self) -> None:
-        """Wait until the relay has seen all there is, and asks for notifications on both sides."""
-
-        def armed() -> bool:
-            if self.event_idx:
-                return (
-                    self.avail_event == self.guest.avail_index
-                    and self.device.used_event == self.device.used_index
-                )
-            return self.device.interrupts_wanted and not self.guest_flags & USED_F_NO_NOTIFY
-
-        wait_for("the relay to sleep", armed, 5)
-
-    @property
-    def guest_flags(self) -> int:
-        return int.from_bytes(self.memory.read(self.guest.used, 2), "little")
-
-    @property
-    def avail_event(self) -> int:
-        at = self.guest.used + 4 + 8 * self.guest.size
-        return int.from_bytes(self.memory.read(at, 2), "little")
-
-    def set_used_event(self, index: int) -> None:
-        at = self.guest.avail + 4 + 2 * self.guest.size
-        self.memory.write(at, (index & 0xFFFF).to_bytes(2, "little"))
-
-    def set_avail_flags(self, flags: int) -> None:
-        self.memory.write(self.guest.avail, flags.to_bytes(2, "little"))
-
-    @property
-    def state(self) -> ShadowState:
-        return self.relay.state(0)
-
-    def broken(self) -> str:
-        """Wait until the ring is broken; why."""
-        assert select.select([self.relay.broken_fd], [], [], 5)[0], "the ring is not broken"
-        os.eventfd_read(self.relay.broken_fd)
-        assert self.state.error is not None
-        return self.state.error
-
-    def close(self) -> None:
-        self.device.close()
-        self.guest.close()
-        self.memory.close()
-
-
-MakeLink = Callable[..., Link]
-
-
-@pytest.fixture
-def make_link() -> Iterator[MakeLink]:
-    """Makes links; the first call's relay is the only one."""
-    with ExitStack() as stack:
-
-        def make(size: int = 8, start: int = 0, event_idx: bool = False, polled: bool = False) -> Link:
-            relay = Relay(2)
-            link = Link(relay, size, start, event_idx, polled)
-            stack.callback(link.close)
-            stack.callback(relay.close)
-            link.map()
-            return link
-
-        yield make
-
-
-def quiet(fd: int) -> bool:
-    return not select.select([fd], [], [], 0.02)[0]
-
-
-def rung(fd: int) -> int:
-    assert select.select([fd], [], [], 5)[0], "not signalled"
-    return os.eventfd_read(fd)
+from tests.harness.shadow_link import BASE, BUFFERS, MEMORY, PAGE, MakeLink, quiet, rung
+from tests.harness.virtqueue import AVAIL_F_NO_INTERRUPT, USED_F_NO_NOTIFY, Buffer
 
 
 @pytest.mark.parametrize("event_idx", [False, True])
@@ -181,3 +31,285 @@ def test_one_buffer_there_and_back(make_link: MakeLink, event_idx: bool) -> None
         link.settled()
     link.relay.remove(0)
     assert link.relay.statistics()["relayed.0"] == 5
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 1024, 32768])
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_rings_of_all_sizes_wrap_around(make_link: MakeLink, size: int, event_idx: bool) -> None:
+    """All buffers at once, given back in another order, again and again."""
+    link = make_link(size, start=0xFFFF - size // 2, event_idx=event_idx)
+    link.add()
+    for turn in range(3):
+        heads = link.offer(size, 16)
+        assert link.given(size) == heads
+        link.set_used_event(link.guest.seen + size - 1)
+        link.device.complete(*reversed(heads), length=turn)
+        assert link.guest.wait_used(size) == [(head, turn) for head in reversed(heads)]
+    link.relay.remove(0)
+    assert link.state == ShadowState(link.guest.avail_index, link.guest.avail_index, 0, None)
+
+
+def test_without_a_kick_descriptor_the_ring_is_looked_at_by_time(make_link: MakeLink) -> None:
+    link = make_link(polled=True)
+    link.add()
+    for _ in range(3):
+        link.settled()
+        head = link.guest.add(Buffer(BUFFERS, PAGE))
+        assert link.given() == [head]
+    assert link.relay.statistics()["kicks.0"] == 0
+
+
+def test_what_waits_when_the_ring_is_added_is_given(make_link: MakeLink) -> None:
+    link = make_link(start=5)
+    heads = [link.guest.add(Buffer(BUFFERS, PAGE)) for _ in range(3)]
+    link.add()
+    assert link.given(3) == heads
+    assert link.state.in_flight == 3
+
+
+# Notifications
+
+
+def test_the_doorbell_is_rung_when_the_device_wants_it(make_link: MakeLink) -> None:
+    link = make_link()
+    link.add()
+    link.device.want_notifications(False)
+    link.offer()
+    link.given()
+    link.settled()
+    assert quiet(link.device.doorbell_fd)
+    link.device.want_notifications(True)
+    link.offer()
+    assert rung(link.device.doorbell_fd) == 1
+
+
+def test_the_doorbell_is_rung_when_the_device_wants_it_by_event_index(make_link: MakeLink) -> None:
+    link = make_link(event_idx=True)
+    link.device.set_avail_event(2)
+    link.add()
+    for _ in range(2):
+        link.offer()
+        link.given()
+        link.settled()
+    assert quiet(link.device.doorbell_fd)
+    link.offer()
+    assert rung(link.device.doorbell_fd) == 1
+    link.offer()
+    link.given()
+    link.settled()
+    assert quiet(link.device.doorbell_fd)
+
+
+def test_the_guest_is_interrupted_when_it_wants_it(make_link: MakeLink) -> None:
+    link = make_link()
+    link.add()
+    heads = link.offer(2)
+    link.given(2)
+    link.set_avail_flags(AVAIL_F_NO_INTERRUPT)
+    link.device.complete(heads[0])
+    link.settled()
+    assert link.guest.collect() == [(heads[0], 0)]
+    assert quiet(link.guest.call_fd)
+    link.set_avail_flags(0)
+    link.device.complete(heads[1])
+    assert rung(link.guest.call_fd) == 1
+
+
+def test_the_guest_is_interrupted_when_it_wants_it_by_event_index(make_link: MakeLink) -> None:
+    link = make_link(event_idx=True, start=0xFFFD)
+    link.add()
+    heads = link.offer(5)
+    link.given(5)
+    link.set_used_event(0x7000)
+    link.device.complete(heads[0])
+    assert rung(link.guest.call_fd) == 1, "nobody knows what was interrupted for before"
+    link.set_used_event(0xFFFD + 3)
+    for head in heads[1:3]:
+        link.device.complete(head)
+        link.settled()
+    assert quiet(link.guest.call_fd)
+    link.device.complete(*heads[3:])
+    assert rung(link.guest.call_fd) == 1
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_sleeping_relay_asks_for_notifications(make_link: MakeLink, event_idx: bool) -> None:
+    """On both sides, whatever stood there before; and it does not while it works."""
+    link = make_link(event_idx=event_idx, start=100)
+    link.memory.write(link.guest.used, USED_F_NO_NOTIFY.to_bytes(2, "little"))
+    link.add()
+    link.settled()
+    heads = link.offer(3)
+    link.given(3)
+    link.settled()
+    link.device.complete(*heads)
+    link.guest.wait_used(3)
+    link.settled()
+    if event_idx:
+        assert (link.avail_event, link.device.used_event) == (103, 3)
+        assert link.guest_flags == USED_F_NO_NOTIFY, "with event indices the flag means nothing"
+    else:
+        assert (link.guest_flags, link.device.interrupts_wanted) == (0, True)
+
+
+def test_another_call_descriptor(make_link: MakeLink) -> None:
+    link = make_link()
+    link.add()
+    heads = link.offer(3)
+    link.given(3)
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    link.relay.set_call(0, other)
+    link.device.complete(heads[0])
+    assert rung(other) == 1
+    link.relay.set_call(0, None)
+    link.device.complete(heads[1])
+    wait_for("the completion", lambda: link.guest.used_index == 2, 5)
+    assert quiet(other)
+    os.close(other)
+    link.relay.set_call(0, link.guest.call_fd)
+    link.device.complete(heads[2])
+    assert rung(link.guest.call_fd) == 1
+    link.relay.remove(0)
+    with pytest.raises(OSError, match="No such file"):
+        link.relay.set_call(0, None)
+
+
+def test_a_mapped_doorbell(make_link: MakeLink) -> None:
+    link = make_link()
+    page = mmap.mmap(-1, PAGE)
+    page[:2] = b"\xff\xff"
+    address = int(ffi.cast("uintptr_t", ffi.from_buffer(page)))
+    link.add(doorbell=Doorbell(address=address))
+    link.offer()
+    wait_for("a store of 0", lambda: page[:2] == b"\0\0", 5)
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_a_mapped_doorbell_that_is_gone(make_link: MakeLink, shadow: bool) -> None:
+    """The register of a function that was pulled out raises SIGBUS."""
+    link = make_link()
+    file = os.memfd_create("bar")
+    os.ftruncate(file, PAGE)
+    page = mmap.mmap(file, PAGE)
+    doorbell = Doorbell(address=int(ffi.cast("uintptr_t", ffi.from_buffer(page))))
+    if shadow:
+        link.add(doorbell=doorbell)
+    else:
+        link.relay.add(0, link.guest.kick_fd, doorbell)
+    os.ftruncate(file, 0)
+    link.relay.ring(0)
+    assert link.relay.statistics()["kick_errors.0"] == 1
+    link.offer()
+    wait_for("another error", lambda: link.relay.statistics()["kick_errors.0"] == 2, 5)
+    os.close(file)
+
+
+# Leaving
+
+
+def test_hold_gives_no_more_and_completes_the_rest(make_link: MakeLink) -> None:
+    link = make_link()
+    link.add()
+    first = link.offer(3)
+    link.given(3)
+    link.relay.hold(0)
+    link.offer(2)
+    link.device.complete(*first[:2])
+    assert len(link.guest.wait_used(2)) == 2
+    assert link.state == ShadowState(3, 2, 1, None)
+    link.device.complete(first[2])
+    assert link.guest.wait_used() == [(first[2], 0)]
+    assert link.device.take() == []
+    link.relay.remove(0)
+    assert link.state == ShadowState(3, 3, 0, None)
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_what_was_completed_last_is_carried_over_when_the_ring_is_removed(
+    make_link: MakeLink, event_idx: bool
+) -> None:
+    link = make_link(256, start=0xFFC0, event_idx=event_idx)
+    link.add()
+    heads = link.offer(200)
+    link.given(200)
+    link.set_used_event(0xFFC0 + 189)
+    for head in heads[:190]:
+        link.device.put(head, 7)
+    link.device.publish()
+    link.relay.remove(0)
+    assert select.select([link.guest.call_fd], [], [], 0)[0], "not interrupted by the time of its return"
+    assert link.guest.collect() == [(head, 7) for head in heads[:190]]
+    assert link.state == ShadowState(0xFFC0 + 200 & 0xFFFF, 0xFFC0 + 190 & 0xFFFF, 10, None)
+    assert link.relay.statistics()["relayed.0"] == 190
+
+
+def test_it_does_not_interrupt_a_guest_that_does_not_want_it_when_it_leaves(make_link: MakeLink) -> None:
+    link = make_link()
+    link.add()
+    heads = link.offer(2)
+    link.given(2)
+    link.set_avail_flags(AVAIL_F_NO_INTERRUPT)
+    for head in heads:
+        link.device.put(head)
+    link.device.publish()
+    link.relay.remove(0)
+    assert quiet(link.guest.call_fd)
+
+
+def test_after_removal_nothing_is_used(make_link: MakeLink) -> None:
+    link = make_link(polled=True)
+    link.add()
+    link.settled()
+    link.relay.remove(0)
+    link.relay.remove(0)
+    link.relay.unmap(BASE, MEMORY)
+    head = link.guest.add(Buffer(BUFFERS, PAGE))
+    link.device.complete(head)
+    assert quiet(link.guest.call_fd)
+    assert os.eventfd_read(link.device.interrupt_fd) == 1
+    assert (link.device.take(), link.guest.used_index, link.state.error) == ([], 0, None)
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_ring_is_left_asking_for_notifications(make_link: MakeLink, event_idx: bool) -> None:
+    """The device that comes next may never write what it wants where the guest looks."""
+    link = make_link(event_idx=event_idx)
+    link.add()
+    link.settled()
+    link.relay.hold(0)
+    link.memory.write(link.guest.used, USED_F_NO_NOTIFY.to_bytes(2, "little"))
+    link.relay.remove(0)
+    if not event_idx:
+        assert link.guest_flags == 0
+    else:
+        assert link.avail_event == link.guest.avail_index
+
+
+def test_a_ring_goes_on_in_another_shadow(make_link: MakeLink) -> None:
+    """What the device had and did not complete is given again."""
+    link = make_link(start=0xFFFE)
+    link.add()
+    heads = link.offer(6)
+    link.given(6)
+    link.device.complete(*heads[:2])
+    link.guest.wait_used(2)
+    link.relay.remove(0)
+    assert link.state == ShadowState(4, 0, 4, None)
+    link.device.close()
+    link.device = PrivateRing(8)
+    link.add()
+    assert link.given(4) == heads[2:]
+    link.device.complete(*heads[2:])
+    assert [head for head, _ in link.guest.wait_used(4)] == heads[2:]
+
+
+def test_what_cannot_be_given_again_is_told(make_link: MakeLink) -> None:
+    """The next device begins at the used index: it would miss head 0 and get 1 a second time."""
+    link = make_link()
+    link.add()
+    heads = link.offer(3)
+    link.given(3)
+    link.device.complete(heads[1])
+    link.guest.wait_used()
+    link.relay.remove(0)
+    assert "out of order" in str(link.state.error)
