@@ -169,6 +169,7 @@ class VfioFunction(PciFunction):
     def reset(self) -> None:
         if not self._info.flags & DeviceFlag.RESET:
             return
+        self._check_present()  # the kernel would wait a minute for an answer to come back
         deadline = time.monotonic() + RESET_DEADLINE
         while True:
             try:

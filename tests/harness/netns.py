@@ -24,6 +24,14 @@ ETH_P_ALL = 3
 SET_UP = "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6 && echo ready && exec sleep infinity"
 
 
+def open_packet_socket(link: str) -> socket.socket:
+    """A raw socket on a link: sends and sees whole Ethernet frames."""
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+    sock.bind((link, 0))
+    sock.settimeout(10)
+    return sock
+
+
 class NetworkNamespace:
     """A namespace with its loopback down and nothing else in it."""
 
@@ -51,14 +59,7 @@ class NetworkNamespace:
 
     def packet_socket(self, link: str) -> socket.socket:
         """A raw socket on a link inside: sends and sees whole Ethernet frames."""
-
-        def make() -> socket.socket:
-            sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
-            sock.bind((link, 0))
-            sock.settimeout(10)
-            return sock
-
-        return self._inside(make)
+        return self._inside(lambda: open_packet_socket(link))
 
     def _inside(self, make: Callable[[], T]) -> T:
         """Call a function in a thread that has entered the namespace: a socket stays where it was made."""

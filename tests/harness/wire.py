@@ -1,8 +1,8 @@
-"""Frames on the TAP of an emulated VF, seen from the host's side of the cable."""
+"""Frames on the cable of a VF, seen from the other end: of an emulated VF, the host's side of its TAP."""
 
 import socket
 
-from tests.harness.netns import NetworkNamespace
+from tests.harness.netns import NetworkNamespace, open_packet_socket
 
 #: Broadcast, from a locally administered address, of an EtherType for experiments (RFC 7042).
 HEADER = bytes.fromhex("ffffffffffff 02000000aa01 88b5".replace(" ", ""))
@@ -23,10 +23,11 @@ def number_of(data: bytes) -> int | None:
 
 
 class Wire:
-    """The host's end of a TAP."""
+    """The host's end of a TAP, or whatever interface is at the other end of a VF's cable."""
 
-    def __init__(self, namespace: NetworkNamespace, link: str) -> None:
-        self.socket = namespace.packet_socket(link)
+    def __init__(self, namespace: NetworkNamespace | None, link: str) -> None:
+        """Listen on an interface; without a namespace, on one of the test's own."""
+        self.socket = open_packet_socket(link) if namespace is None else namespace.packet_socket(link)
 
     def send(self, *numbers: int) -> None:
         """Send numbered frames to the guest."""

@@ -223,9 +223,11 @@ def test_a_function_that_was_pulled_out(kernel: FakeVfio, function: VfioFunction
         function.read(Region.BAR4, 0x14, 1)
     with pytest.raises(DeviceLostError, match="reads as ones"):
         function.config_space()
-    kernel.refusals[Request.DEVICE_RESET] = errno.ENOTTY
-    with pytest.raises(DeviceLostError, match="reset: the function is gone"):
+    with pytest.raises(DeviceLostError, match="reads as ones"):
         function.reset()
+    kernel.refusals[Request.DEVICE_SET_IRQS] = errno.EIO
+    with pytest.raises(DeviceLostError, match="eventfds for MSIX 0 to 0: the function is gone"):
+        function.set_eventfds(Irq.MSIX, 0, [None])
 
 
 def test_mappable_parts(kernel: FakeVfio, function: VfioFunction) -> None:
