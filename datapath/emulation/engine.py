@@ -95,16 +95,18 @@ def _check(result: int) -> None:
 class Engine:
     """The engine behind one packet descriptor; `close` ends its thread."""
 
-    def __init__(self, packet_fd: int, prefetch: int = 0) -> None:
+    def __init__(self, packet_fd: int, prefetch: int = 0, keep: bool = False) -> None:
         """Start.
 
         :param packet_fd: a non-blocking TAP or datagram socket; stays the caller's, open until `close`.
         :param prefetch: receive descriptors to fetch ahead of need.
+        :param keep: leave what comes on the uplink while nobody receives.
         :raise OSError: when the system has no more descriptors or threads.
         """
         handle = ffi.new("struct engine **")
         _check(lib.engine_open(packet_fd, handle))
         self._engine = handle[0]
+        lib.engine_keep_packets(self._engine, keep)
         self._prefetch = prefetch
         #: Eventfd, owned by the engine, that is readable after a fault.
         self.fault_fd: int = lib.engine_fault_fd(self._engine)

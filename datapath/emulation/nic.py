@@ -135,6 +135,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="receive descriptors to fetch ahead of use, as hardware may (default: 0)",
     )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="leave frames in the TAP while nobody receives; without it they are lost, as on most NICs",
+    )
     parser.add_argument("--control", type=Path, metavar="PATH", help="control socket (default: DIR/control)")
     options = parser.parse_args(arguments)
     for name, given in (("--mac", options.mac), ("--tap", options.tap)):
@@ -157,6 +162,7 @@ def _spec(options: argparse.Namespace, index: int) -> VfSpec:
         bridge=options.bridge,
         mapped_doorbells=options.doorbell == "mapped",
         prefetch=options.prefetch,
+        keep=options.keep,
     )
 
 

@@ -32,6 +32,8 @@ class VfSpec:
     mapped_doorbells: bool = False
     #: Receive descriptors to fetch ahead of use, as hardware may.
     prefetch: int = 0
+    #: Whether frames that nobody receives wait in the TAP, rather than being lost.
+    keep: bool = False
 
 
 class Vf:
@@ -48,7 +50,7 @@ class Vf:
         with contextlib.ExitStack() as undo:
             tap_fd = open_tap(spec.tap, MTU, spec.bridge)
             undo.callback(os.close, tap_fd)
-            self._engine = Engine(tap_fd, spec.prefetch)
+            self._engine = Engine(tap_fd, spec.prefetch, spec.keep)
             undo.callback(self._engine.close)
             self._device = Ifcvf(self._engine, spec.mac, MTU)
             selector.register(self._engine.fault_fd, selectors.EVENT_READ, self._fault)

@@ -240,6 +240,13 @@ void engine_close_doorbells(struct engine *engine)
     leave_and_wake(engine);
 }
 
+void engine_keep_packets(struct engine *engine, bool keep)
+{
+    enter(engine);
+    engine->keeps_packets = keep;
+    leave_and_wake(engine);
+}
+
 int engine_kick_fd(struct engine *engine, unsigned int queue)
 {
     return engine->queue[queue].kick_fd;
@@ -293,9 +300,12 @@ int engine_start_queue(struct engine *engine, unsigned int index, const struct r
     return result;
 }
 
-/* The packet that waits for buffers is lost with its queue. */
+/* The packet that waits for buffers is lost with its queue, as a rule. */
 static void drop_packet(struct engine *engine)
 {
+    if (engine->keeps_packets) {
+        return;
+    }
     engine->queue[ENGINE_RX].count.dropped += engine->packet_length > 0;
     engine->packet_length = 0;
 }

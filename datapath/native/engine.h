@@ -47,6 +47,9 @@ void engine_close(struct engine *engine);
 int engine_open_doorbells(struct engine *engine, int doorbell_fd);
 void engine_close_doorbells(struct engine *engine);
 
+/* While nobody receives, leave what comes on the uplink; without this it is lost, as on most NICs. */
+void engine_keep_packets(struct engine *engine, bool keep);
+
 /* Eventfd that notifies a queue, owned by the engine, -1 without doorbells; and one for faults. */
 int engine_kick_fd(struct engine *engine, unsigned int queue);
 int engine_fault_fd(struct engine *engine);

@@ -183,6 +183,9 @@ bool packets_receive(struct engine *engine)
         engine_break(engine, ENGINE_RX, queue->ring.error);
         return false;
     }
+    if (!live && engine->keeps_packets) {
+        return false;
+    }
     for (; moved < BATCH && fetch_packet(engine); moved++) {
         if (!live) {            /* nobody receives: what comes is lost, as on any NIC */
             queue->count.dropped++;

@@ -132,7 +132,7 @@ static void take_turn(struct engine *engine)
 static void watch_uplink(struct engine *engine)
 {
     struct epoll_event event = { .data.u32 = TOKEN_PACKET };
-    bool no_room = engine_is_live(engine, ENGINE_RX) && engine->queue[ENGINE_RX].held;
+    bool no_room = engine_is_live(engine, ENGINE_RX) ? engine->queue[ENGINE_RX].held : engine->keeps_packets;
     bool congested = engine_is_live(engine, ENGINE_TX) && engine->queue[ENGINE_TX].held;
     int operation = EPOLL_CTL_MOD;
 

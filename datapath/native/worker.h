@@ -49,6 +49,7 @@ struct engine {
     int packet_fd;
     uint32_t packet_events;     /* what epoll waits for on packet_fd; 0: not registered */
     bool uplink_lost;
+    bool keeps_packets;
     void *doorbells;
 
     bool running;
