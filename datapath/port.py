@@ -198,6 +198,7 @@ class Port:
             "feature_names": virtio.feature_names(acked),
             "queue_pairs": self._device.queue_pairs,
             "max_queue_size": self._device.max_queue_size,
+            "shadowed": self._device.shadowed,
             "rings": list(self._rings(backend)) if backend is not None else [],
             "last_error": self._last_error,
             "connections": self._connections,

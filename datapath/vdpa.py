@@ -9,6 +9,7 @@ A driver turns a VF into a `VdpaDevice`; the back-end drives it. The order of ca
         set_call(index, fd)              another interrupt eventfd for a running ring
         stop_ring(index) -> RingState    one ring less
         take_event()                     when event_fd is readable
+      start_logging(bitmap) / stop_logging()   any time, before start and while rings run
       suspend() -> {index: RingState}    running -> idle; state of every ring that ran
     close()                              from any state; releases the VF
 
@@ -84,6 +85,19 @@ class Ring:
     call: int | None
 
 
+@dataclass(frozen=True)
+class DirtyBitmap:
+    """Where the pages that a VF writes are marked: bit n says that page n (4 KiB) of guest memory was.
+
+    Pages beyond its end are not marked. Source: QEMU docs/interop/vhost-user.rst, "Migration".
+    """
+
+    #: Address of the first byte in this process; whoever made the bitmap keeps it mapped.
+    address: int
+    #: Length in bytes.
+    size: int
+
+
 class DeviceEvent(Enum):
     """What a VF reports by its configuration interrupt, or by vanishing."""
 
@@ -141,6 +155,23 @@ class VdpaDevice(abc.ABC):
         After `DeviceError` too the VF no longer runs the rings, or is lost.
         """
 
+    @abc.abstractmethod
+    def start_logging(self, bitmap: DirtyBitmap) -> None:
+        """From now on mark what the VF writes to guest memory, ring entries among it; again: elsewhere.
+
+        Rings may run on through a relay in software, after a pause of milliseconds. After `DeviceError`
+        nothing is logged, and the VF may not run.
+        """
+
+    @abc.abstractmethod
+    def stop_logging(self) -> None:
+        """Mark no more: on return the bitmap is not touched. Without effect when nothing is logged."""
+
+    @property
+    @abc.abstractmethod
+    def shadowed(self) -> bool:
+        """Whether rings run through the shadow-ring relay now, not between guest and VF alone."""
+
     @property
     @abc.abstractmethod
     def event_fd(self) -> int:
@@ -193,6 +224,7 @@ class DeviceSpec:
 #: `open_device(spec: DeviceSpec) -> VdpaDevice`.
 DRIVERS: Mapping[str, str] = {
     "ifcvf": "datapath.drivers.ifcvf",
+    "virtio": "datapath.drivers.virtio_pci",
 }
 
 

@@ -69,6 +69,10 @@ class PciFunction(abc.ABC):
         """No interrupt of this kind signals any more."""
 
     @abc.abstractmethod
+    def iova_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The DMA addresses that memory can be mapped at: (first, last) of each range, rising."""
+
+    @abc.abstractmethod
     def dma_map(self, memory: MemoryRegion) -> None:
         """Let the function read and write memory, at the guest's addresses.
 

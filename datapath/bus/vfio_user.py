@@ -258,6 +258,9 @@ class VfioUserFunction(PciFunction):
 
     # Memory
 
+    def iova_ranges(self) -> tuple[tuple[int, int], ...]:
+        return ((0, (1 << 64) - 1),)  # vfio-user knows no IOMMU that could want less
+
     def dma_map(self, memory: MemoryRegion) -> None:
         where = f"{self.name}: memory {memory.guest_address:#x}+{memory.size:#x}"
         if len(self._dma_maps) >= self._limits.max_dma_maps:

@@ -9,10 +9,10 @@ from collections.abc import Collection
 
 from datapath.bus.function import PciFunction
 from datapath.bus.pci import PciIds
-from datapath.bus.vfio_user import VfioUserFunction
+from datapath.bus.registry import open_function
 from datapath.drivers.virtio_net import VirtioNetDevice
 from datapath.drivers.virtio_registers import wait_until
-from datapath.vdpa import DeviceError, DeviceSpec, DeviceSpecError, RingState
+from datapath.vdpa import DeviceError, DeviceSpec, Ring, RingState
 from datapath.vfio import Region
 
 #: Network functions. The vendor and device ids are those of any virtio-net card: the subsystem decides.
@@ -48,6 +48,9 @@ class LiveMigration:
 class IfcvfDevice(VirtioNetDevice):
     """An IFCVF VF, idle or running."""
 
+    HAS_RING_STATE = True
+    MAX_PAIRS = 32  # IFCVF_MAX_QUEUES of DPDK
+
     def __init__(self, name: str, function: PciFunction) -> None:
         """Take a function over.
 
@@ -82,39 +85,31 @@ class IfcvfDevice(VirtioNetDevice):
             LiveMigration.BAR, LiveMigration.ring_state(index), 4, state.used | state.used << 16
         )
 
-    def _stop_rings(self, rings: Collection[int]) -> dict[int, RingState]:
+    def _quiesce(self, rings: Collection[int]) -> None:
         # A virtio driver may not disable a queue; for IFCVF it means: fetch no more, finish, publish.
         for index in rings:
             self._registers.enable_queue(index, False)
-        return {index: self._stopped_state(index) for index in rings}
+        for index in rings:
+            self._await_stop(index)
 
-    def _stopped_state(self, index: int) -> RingState:
+    def _await_stop(self, index: int) -> None:
         wait_until(
             lambda: not self._registers.queue_enabled(index),
             STOP_DEADLINE,
             f"{self.name}: queue {index} does not stop",
         )
-        used = self._function.read(LiveMigration.BAR, LiveMigration.ring_state(index), 4) >> 16
-        return RingState(used, used)
+
+    def _used_index(self, index: int, ring: Ring) -> int:
+        return self._function.read(LiveMigration.BAR, LiveMigration.ring_state(index), 4) >> 16
 
 
 def open_device(spec: DeviceSpec) -> IfcvfDevice:
-    """Take hold of the VF that a device string names: `ifcvf,vfio-user=PATH`.
+    """Take hold of the VF that a device string names: `ifcvf,pci=ADDRESS` or `ifcvf,vfio-user=PATH`.
 
     :raise DeviceSpecError: for other options.
-    :raise DeviceError: when nobody serves the VF, or it is no IFCVF.
+    :raise DeviceError: when the VF cannot be had, or is no IFCVF.
     """
-    if "pci" in spec.options:
-        raise DeviceSpecError(
-            f"device '{spec}': 'pci' needs kernel VFIO, which is not served yet; use vfio-user=PATH"
-        )
-    unknown = sorted(set(spec.options) - {"vfio-user"})
-    if unknown:
-        raise DeviceSpecError(f"device '{spec}': ifcvf takes no option '{unknown[0]}'; use vfio-user=PATH")
-    path = spec.options.get("vfio-user")
-    if path is None:
-        raise DeviceSpecError(f"device '{spec}': which VF? use vfio-user=PATH, the socket of the device")
-    function = VfioUserFunction(path)
+    function = open_function(spec)
     try:
         return IfcvfDevice(str(spec), function)
     except BaseException:

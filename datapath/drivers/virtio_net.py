@@ -1,31 +1,38 @@
 """A modern virtio-net PCI function as a vDPA device: the part of the life cycle that is plain virtio 1.3.
 
-What virtio does not define, namely to stop a ring and to tell and set where it stands, is left to three
-hooks (`_use_rings`, `_restore_ring`, `_stop_rings`) that a driver supplies. Registers are `virtio_registers`.
+What virtio does not define, namely to stop a ring and to tell and set where it stands, is left to hooks
+(`_use_rings`, `_restore_ring`, `_quiesce`, `_used_index`) that a driver supplies. Registers are
+`virtio_registers`; how rings travel between guest and function is `ring_paths`.
 
     open: function reset, memory decoding and bus mastering on, virtio reset: idle
     start: virtio reset, ACKNOWLEDGE, DRIVER, features, FEATURES_OK, MSI-X eventfds, rings, DRIVER_OK,
-           notify relay, one notification a ring: running
-    suspend: relay off, rings stopped and read, MSI-X off, virtio reset: idle
+           relay, one notification a ring: running
+    suspend: no more kicks, rings stopped and read, MSI-X off, virtio reset: idle
 
-The guest's notifications go kick eventfd -> notify relay -> doorbell of the bus; interrupts go from the
-function to the guest's own eventfds with nothing in between. Vector 0 is for configuration changes,
-vector q + 1 for queue q.
+Rings are shadowed while writes are logged, and when one is to begin where the function cannot. Going over
+from one way to the other is a suspend and a start, between which the guest's kicks wait in their eventfds.
+
+Vector 0 is for configuration changes, vector q + 1 for queue q.
 """
 
 import abc
 import contextlib
+import dataclasses
 import os
 import select
 from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 from datapath.bus.function import PciFunction
+from datapath.descriptors import signal_eventfd
+from datapath.drivers.guest_regions import GuestRegions
+from datapath.drivers.ring_paths import RingPaths
 from datapath.drivers.virtio_registers import VirtioRegisters
-from datapath.native.relay import Relay
 from datapath.vdpa import (
     DeviceError,
     DeviceEvent,
     DeviceLostError,
+    DirtyBitmap,
     MemoryRegion,
     Ring,
     RingState,
@@ -67,6 +74,10 @@ CARRIED = sum(
     )
 )
 
+#: What the driver agrees to without asking the guest: DMA addresses that an IOMMU translates are the
+#: addresses that the function is given here, whether the guest knows of an IOMMU or not (section 6.1).
+OWN = bit(Feature.F_ACCESS_PLATFORM)
+
 #: Promised on the front-end's behalf, which owns the control queue and the link status it shows (QEMU),
 #: and the two vhost bits. Never written to the function unless it has them itself.
 PROMISED = sum(
@@ -90,6 +101,11 @@ def queue_vector(index: int) -> int:
 class VirtioNetDevice(VdpaDevice):
     """A virtio-net function, idle or running."""
 
+    #: Whether the function keeps ring state: its rings begin anywhere, and stop and start one by one.
+    HAS_RING_STATE: ClassVar[bool]
+    #: Most queue pairs that the driver runs.
+    MAX_PAIRS: ClassVar[int]
+
     def __init__(self, name: str, function: PciFunction) -> None:
         """Reset the function and learn what it offers; `close` closes it.
 
@@ -99,27 +115,32 @@ class VirtioNetDevice(VdpaDevice):
         self._function = function
         self._running = False
         self._lost = False
+        self._features = 0
         self._rings: dict[int, Ring] = {}
+        self._bitmap: DirtyBitmap | None = None
+        self._guest = GuestRegions()
         function.reset()
         function.enable()
         self._registers = VirtioRegisters(function)
         self._registers.reset()
         self._device_features = self._registers.device_features()
-        self.features = self._device_features & CARRIED | PROMISED
+        if not self._device_features & bit(Feature.F_VERSION_1):
+            raise DeviceError(f"{name}: is a legacy virtio device (no VERSION_1); only virtio 1.x is driven")
         self.queue_pairs = self._count_pairs()
+        self.features = self._device_features & CARRIED | PROMISED
         self.max_queue_size = min(
             self._registers.max_queue_size(queue) for queue in range(2 * self.queue_pairs)
         )
         has_mtu = self._device_features & bit(Feature.NET_F_MTU)
         self.max_mtu = self._registers.mtu() if has_mtu else None
         with contextlib.ExitStack() as undo:
-            self._relay = Relay(2 * self.queue_pairs)
-            undo.callback(self._relay.close)
+            self._paths = RingPaths(function, 2 * self.queue_pairs, self.max_queue_size)
+            undo.callback(self._paths.end)
             self._config_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, self._config_fd)
             self._events = undo.enter_context(select.epoll())
-            self._events.register(self._config_fd, select.EPOLLIN)
-            self._events.register(function.lost_fd, select.EPOLLIN)
+            for fd in (self._config_fd, function.lost_fd, self._paths.broken_fd):
+                self._events.register(fd, select.EPOLLIN)
             self._resources = undo.pop_all()
 
     # What virtio does not define
@@ -130,21 +151,33 @@ class VirtioNetDevice(VdpaDevice):
 
     @abc.abstractmethod
     def _restore_ring(self, index: int, state: RingState) -> None:
-        """Tell the function where a ring stands, before it is enabled."""
+        """Tell a function that has ring state where a ring stands, before it is enabled."""
 
     @abc.abstractmethod
-    def _stop_rings(self, rings: Collection[int]) -> dict[int, RingState]:
-        """Stop rings, wait until nothing of them is in flight, return where each stands."""
+    def _quiesce(self, rings: Collection[int]) -> None:
+        """Stop rings and wait until nothing of them is in flight; all, unless there is ring state."""
+
+    @abc.abstractmethod
+    def _used_index(self, index: int, ring: Ring) -> int:
+        """The used index at which a ring that was not shadowed has stopped."""
 
     # Memory
 
     def map_memory(self, region: MemoryRegion) -> None:
         self._check_present()
-        self._function.dma_map(region)
+        self._paths.map(region)
+        try:
+            self._function.dma_map(region)
+        except BaseException:
+            self._paths.unmap(region)
+            raise
+        self._guest.add(region)
 
     def unmap_memory(self, region: MemoryRegion) -> None:
         self._check_present()
         self._function.dma_unmap(region)
+        self._paths.unmap(region)
+        self._guest.remove(region)
 
     # Running
 
@@ -158,30 +191,25 @@ class VirtioNetDevice(VdpaDevice):
             )
         for index, ring in rings.items():
             self._check_ring(index, ring)
-        self._running = True
-        self._rings.update(rings)
-        try:
-            self._initialise(features & self._device_features)
-            for index, ring in rings.items():
-                self._program(index, ring)
-            self._registers.add_status(Status.DRIVER_OK)
-            for index, ring in rings.items():
-                self._notify(index, ring)
-        except BaseException:
-            self._halt()
-            raise
+        self._features = features & self._device_features
+        self._run(rings)
 
     def start_ring(self, index: int, ring: Ring) -> None:
         self._check_present()
         if not self._running or index in self._rings:
             raise DeviceError(f"{self.name}: ring {index} runs already, or the device does not")
         self._check_ring(index, ring)
+        if not self.HAS_RING_STATE:
+            # Rings are set up before DRIVER_OK (section 3.1.1), so all of them once more.
+            self._restart(more={index: ring})
+            return
         self._rings[index] = ring
         try:
-            self._function.set_eventfds(Irq.MSIX, queue_vector(index), [ring.call])
+            placed = self._paths.as_seen_by_device(index, ring)
+            self._function.set_eventfds(Irq.MSIX, queue_vector(index), [placed.call])
             self._use_rings(self._rings)
-            self._program(index, ring)
-            self._notify(index, ring)
+            self._program(index, placed)
+            self._paths.open(index, ring, self._registers.doorbell(index))
         except BaseException:
             with contextlib.suppress(DeviceError):
                 self.stop_ring(index)
@@ -189,12 +217,19 @@ class VirtioNetDevice(VdpaDevice):
 
     def set_call(self, index: int, fd: int | None) -> None:
         self._check_ring_runs(index)
-        self._function.set_eventfds(Irq.MSIX, queue_vector(index), [fd])
+        if self._paths.shadowed:
+            self._paths.set_call(index, fd)
+        else:
+            self._function.set_eventfds(Irq.MSIX, queue_vector(index), [fd])
+        self._rings[index] = dataclasses.replace(self._rings[index], call=fd)
 
     def stop_ring(self, index: int) -> RingState:
         self._check_ring_runs(index)
-        self._relay.remove(index)
-        state = self._stop_rings([index])[index]
+        if not self.HAS_RING_STATE:
+            state = self._restart(without=index)
+            assert state is not None
+            return state
+        state = self._stop([index])[index]
         # Only now: the guest must hear of the entries that were completed last.
         self._registers.set_queue_vector(index, NO_VECTOR)
         self._function.set_eventfds(Irq.MSIX, queue_vector(index), [None])
@@ -205,10 +240,8 @@ class VirtioNetDevice(VdpaDevice):
 
     def suspend(self) -> dict[int, RingState]:
         self._check_present()
-        for index in self._rings:
-            self._relay.remove(index)
         try:
-            states = self._stop_rings(self._rings)
+            states = self._stop(self._rings)
             self._function.disable_irqs(Irq.MSIX)
             self._registers.reset()
         except BaseException:
@@ -217,6 +250,28 @@ class VirtioNetDevice(VdpaDevice):
         self._rings.clear()
         self._running = False
         return states
+
+    # Logging
+
+    def start_logging(self, bitmap: DirtyBitmap) -> None:
+        self._check_present()
+        self._paths.log(bitmap)
+        self._bitmap = bitmap
+        if self._running and not self._paths.shadowed:
+            try:
+                self._restart()
+            except BaseException:
+                self._forget_log()
+                raise
+
+    def stop_logging(self) -> None:
+        self._forget_log()
+        if self._running and self._paths.shadowed and self._can_be_direct(self._rings):
+            self._restart()
+
+    @property
+    def shadowed(self) -> bool:
+        return self._running and self._paths.shadowed
 
     # Events and numbers
 
@@ -228,29 +283,35 @@ class VirtioNetDevice(VdpaDevice):
         ready = {fd for fd, _ in self._events.poll(0)}
         if not ready:
             return None
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._config_fd)
+        for fd in ready & {self._config_fd, self._paths.broken_fd}:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(fd)
         try:
-            if ready != {self._config_fd}:
-                raise DeviceLostError(f"{self.name}: the connection is gone")
+            if self._function.lost_fd in ready:
+                raise DeviceLostError(f"{self.name}: the function is gone")
             self._check_present()
             status = self._registers.status
         except DeviceError:
             self._give_up()
             return DeviceEvent.LOST
-        return DeviceEvent.NEEDS_RESET if status & Status.DEVICE_NEEDS_RESET else DeviceEvent.CONFIG_CHANGED
+        if status & Status.DEVICE_NEEDS_RESET or self._paths.broken_fd in ready:
+            return DeviceEvent.NEEDS_RESET
+        return DeviceEvent.CONFIG_CHANGED
 
     def statistics(self) -> dict[str, int]:
-        return self._relay.statistics()
+        return self._paths.statistics()
 
     def close(self) -> None:
         if not self._lost:
             self._halt()
-        self._relay.close()
         self._function.close()
         self._resources.close()
 
-    # Inside
+    # Inside: the function as a whole
+
+    def _forget_log(self) -> None:
+        self._paths.log(None)
+        self._bitmap = None
 
     def _count_pairs(self) -> int:
         """Queue pairs that the function has queues and vectors for."""
@@ -262,21 +323,69 @@ class VirtioNetDevice(VdpaDevice):
             raise DeviceError(
                 f"{self.name}: {queues} data queues, {vectors} MSI-X vectors for them; 2 are needed"
             )
-        return pairs
+        return min(pairs, self.MAX_PAIRS)
 
-    def _initialise(self, features: int) -> None:
+    def _can_be_direct(self, rings: Mapping[int, Ring]) -> bool:
+        """Whether the function itself can take rings up where they stand, and nobody wants a log."""
+        if self._bitmap is not None:
+            return False
+        return self.HAS_RING_STATE or all(ring.state == RingState(0, 0) for ring in rings.values())
+
+    def _run(self, rings: Mapping[int, Ring]) -> None:
+        """From idle to running, with the features that were agreed on."""
+        self._running = True
+        self._rings.update(rings)
+        try:
+            event_idx = bool(self._features & bit(Feature.F_EVENT_IDX))
+            self._paths.prepare(not self._can_be_direct(rings), event_idx)
+            placed = {index: self._paths.as_seen_by_device(index, ring) for index, ring in rings.items()}
+            self._initialise(placed)
+            for index, ring in placed.items():
+                self._program(index, ring)
+            self._registers.add_status(Status.DRIVER_OK)
+            for index, ring in rings.items():
+                self._paths.open(index, ring, self._registers.doorbell(index))
+        except BaseException:
+            self._halt()
+            raise
+
+    def _restart(
+        self, without: int | None = None, more: Mapping[int, Ring] | None = None
+    ) -> RingState | None:
+        """Stop, and start again where the rings stand, on whichever path fits now.
+
+        :param without: a ring that is to rest; where it stopped is returned.
+        :param more: rings that are new.
+        """
+        before = dict(self._rings)
+        states = self.suspend()
+        rings = {index: dataclasses.replace(ring, state=states[index]) for index, ring in before.items()}
+        rings.update(more or {})
+        if without is not None:
+            del rings[without]
+        if rings:
+            self._run(rings)
+        for ring in before.values():
+            # An interrupt that was on its way when the function stopped may have been lost.
+            if ring.call is not None:
+                signal_eventfd(ring.call)
+        return None if without is None else states[without]
+
+    def _initialise(self, rings: Mapping[int, Ring]) -> None:
         """From reset up to the rings (section 3.1.1, steps 1 to 6 and the beginning of 7)."""
         self._registers.reset()
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._config_fd)  # what the device said of the run before
         self._registers.add_status(Status.ACKNOWLEDGE)
         self._registers.add_status(Status.DRIVER)
-        self._registers.accept_features(features)
-        rings = (self._rings.get(index) for index in range(2 * self.queue_pairs))
-        calls = (ring.call if ring else None for ring in rings)
+        self._registers.accept_features(self._features | self._device_features & OWN)
+        given = (rings.get(index) for index in range(2 * self.queue_pairs))
+        calls = (ring.call if ring else None for ring in given)
         self._function.set_eventfds(Irq.MSIX, CONFIG_VECTOR, [self._config_fd, *calls])
         self._registers.set_config_vector(CONFIG_VECTOR)
-        self._use_rings(self._rings)
+        self._use_rings(rings)
+
+    # Inside: rings
 
     def _program(self, index: int, ring: Ring) -> None:
         self._registers.set_ring(index, ring)
@@ -284,14 +393,41 @@ class VirtioNetDevice(VdpaDevice):
         self._registers.set_queue_vector(index, queue_vector(index))
         self._registers.enable_queue(index, True)
 
-    def _notify(self, index: int, ring: Ring) -> None:
-        """Forward the guest's notifications, and add one of ours: entries may be waiting already."""
-        doorbell = self._registers.doorbell(index)
-        try:
-            self._relay.add(index, ring.kick, doorbell)
-            self._relay.ring(index)
-        except OSError as error:
-            raise DeviceError(f"{self.name}: ring {index}: kick descriptor: {error.strerror}") from error
+    def _stop(self, rings: Collection[int]) -> dict[int, RingState]:
+        """Stop rings and return where each stands."""
+        for index in rings:
+            self._paths.hold(index)
+        self._quiesce(rings)
+        for index in rings:
+            self._paths.close(index)
+        # What was fetched but not completed is fetched again: the used index counts for both.
+        used = {index: self._stopped_at(index) for index in rings}
+        return {index: RingState(at, at) for index, at in used.items()}
+
+    def _stopped_at(self, index: int) -> int:
+        ring = self._rings[index]
+        # What the function says of a shadowed ring is about the private one.
+        return self._guest_used(ring) if self._paths.shadowed else self._used_index(index, ring)
+
+    def _guest_used(self, ring: Ring) -> int:
+        """The used index that the guest sees (section 2.7.8)."""
+        return self._guest.read16(ring.used + 2)
+
+    def _check_ring_runs(self, index: int) -> None:
+        self._check_present()
+        if index not in self._rings:
+            raise DeviceError(f"{self.name}: ring {index} does not run")
+
+    def _check_ring(self, index: int, ring: Ring) -> None:
+        if not 0 <= index < 2 * self.queue_pairs:
+            raise DeviceError(f"{self.name}: no ring {index}; the device has {self.queue_pairs} queue pairs")
+        if ring.size > self.max_queue_size or ring.size < 1 or ring.size & (ring.size - 1):
+            raise DeviceError(
+                f"{self.name}: ring {index} of {ring.size} descriptors; the device takes"
+                f" powers of two up to {self.max_queue_size}"
+            )
+
+    # Inside: when things go wrong
 
     def _halt(self) -> None:
         """Make sure that nothing runs, by ever harder means; the last is to let the function go."""
@@ -316,24 +452,10 @@ class VirtioNetDevice(VdpaDevice):
 
     def _forget_rings(self) -> None:
         for index in self._rings:
-            self._relay.remove(index)
+            self._paths.close(index)
         self._rings.clear()
         self._running = False
 
     def _check_present(self) -> None:
         if self._lost:
             raise DeviceLostError(f"{self.name}: the device is gone")
-
-    def _check_ring_runs(self, index: int) -> None:
-        self._check_present()
-        if index not in self._rings:
-            raise DeviceError(f"{self.name}: ring {index} does not run")
-
-    def _check_ring(self, index: int, ring: Ring) -> None:
-        if not 0 <= index < 2 * self.queue_pairs:
-            raise DeviceError(f"{self.name}: no ring {index}; the device has {self.queue_pairs} queue pairs")
-        if ring.size > self.max_queue_size or ring.size < 1 or ring.size & (ring.size - 1):
-            raise DeviceError(
-                f"{self.name}: ring {index} of {ring.size} descriptors; the device takes"
-                f" powers of two up to {self.max_queue_size}"
-            )

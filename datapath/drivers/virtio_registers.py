@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datapath.bus.function import PciFunction
 from datapath.bus.pci import VirtioStructure, virtio_structures
 from datapath.native.relay import Doorbell
-from datapath.vdpa import DeviceError, Ring
+from datapath.vdpa import DeviceError, DeviceLostError, Ring
 from datapath.vfio import Region
 from datapath.virtio import NO_VECTOR, Common, NetConfig, PciCapability, Status
 
@@ -18,6 +18,8 @@ from datapath.virtio import NO_VECTOR, Common, NetConfig, PciCapability, Status
 POLL_INTERVAL = 0.001
 #: Seconds that a device has to finish a reset. DPDK waits for ever.
 RESET_DEADLINE = 3.0
+#: What a read of 8 bits gives when no function answers; no status has the bits 16 and 32 (section 2.1).
+ALL_ONES = 0xFF
 #: Structures that a driver cannot do without.
 REQUIRED = (PciCapability.COMMON, PciCapability.NOTIFY, PciCapability.DEVICE)
 
@@ -55,7 +57,11 @@ class VirtioRegisters:
 
     @property
     def status(self) -> Status:
-        return Status(self._read(Common.DEVICE_STATUS, 1))
+        """:raise DeviceLostError: when it reads as a PCI function that is not there any more."""
+        status = self._read(Common.DEVICE_STATUS, 1)
+        if status == ALL_ONES:
+            raise DeviceLostError(f"{self._function.name}: is gone: its registers read as all ones")
+        return Status(status)
 
     def add_status(self, bits: Status) -> None:
         """Set status bits; none is ever cleared but by `reset`."""

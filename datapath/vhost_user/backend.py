@@ -81,6 +81,9 @@ class Backend:
         self.rings = [Vring(index) for index in range(2 * device.queue_pairs)]
         self._report = report
         self._log: DirtyLog | None = None
+        #: The log that the device was last told of, and whether it marks its writes in it.
+        self._settled_log: DirtyLog | None = None
+        self._device_marks = False
         self._back_channel: int | None = None
 
     @property
@@ -105,6 +108,7 @@ class Backend:
             if rule is None or not (rule.needs is None or self.negotiated(rule.needs)):
                 return self._refuse(message)
             answer = rule.handler(self, message)
+            self._settle_log()
             self._settle()
             if LAYOUTS[message.request].reply is None or answer is None:
                 return self._acknowledge(message, answer or 0)
@@ -132,7 +136,7 @@ class Backend:
 
     def close(self) -> None:
         """Stop the rings, take guest memory from the device and release whatever the front-end gave."""
-        steps: list[Callable[[], None]] = [self._suspend]
+        steps: list[Callable[[], None]] = [self._suspend, self._end_log]
         steps += [partial(self.device.unmap_memory, mapping.memory) for mapping in self.memory]
         for step in steps:
             try:
@@ -145,6 +149,8 @@ class Backend:
         for ring in self.rings:
             ring.close()
         self._replace_log(None)
+        if self._settled_log is not None:  # the device is lost, and marks nothing any more
+            self._settled_log.close()
         self._replace_back_channel(None)
 
     # When rings run
@@ -363,13 +369,53 @@ class Backend:
         return 0
 
     def _replace_log(self, log: DirtyLog | None) -> None:
-        if self._log is not None:
+        """Have another log, or none. One that the device may still use is `_settle_log`'s to close."""
+        if self._log is not None and self._log is not self._settled_log:
             self._log.close()
         self._log = log
 
+    def _end_log(self) -> None:
+        self._replace_log(None)
+        self._settle_log()
+
+    def _settle_log(self) -> None:
+        """Make the device mark its writes in the log that is valid now, if there is one.
+
+        A log that cannot be used is reported and no error, because no log message may be answered with one;
+        every page counts as written then, when rings stop.
+        """
+        log = self._log if (self.acked or 0) & F_LOG_ALL else None
+        if log is self._settled_log:
+            return
+        before, self._settled_log = self._settled_log, log
+        marked = self._device_marks
+        try:
+            self._device_marks = log is not None and self._mark(log)
+            if marked and not self._device_marks:
+                self.device.stop_logging()
+        finally:
+            if before is not None:
+                before.close()
+
+    def _mark(self, log: DirtyLog) -> bool:
+        """Have the device mark its writes; whether it does. If it cannot, rings may have to start anew."""
+        try:
+            self.device.start_logging(log.bitmap)
+        except DeviceLostError:
+            raise
+        except DeviceError as error:
+            for ring in self.rings:
+                ring.placed = None
+            self._report(f"{self.device.name} marks no writes: {error}")
+        except OSError as error:
+            self._report(f"{self.device.name} marks no writes: the log cannot be mapped: {error}")
+        else:
+            return True
+        return False
+
     def _log_writes(self) -> None:
-        """Rings have stopped: what the VF wrote goes into the log now, if there is one."""
-        if self._log is None or not (self.acked or 0) & F_LOG_ALL:
+        """Rings have stopped: if there is a log in which the device marks nothing, all is marked now."""
+        if self._log is None or self._device_marks or not (self.acked or 0) & F_LOG_ALL:
             return
         try:
             self._log.mark_all()

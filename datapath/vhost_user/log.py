@@ -1,17 +1,21 @@
 """The dirty log: the bitmap in which a front-end that saves or moves a guest learns what was written.
 
 Bit n says that page n of guest memory (4 KiB) was written (QEMU docs/interop/vhost-user.rst, "Migration").
-No driver logs its VF's writes one by one yet. Until one does, every page counts as written when rings
-stop, which is before the front-end reads the log for the last time: a guest that is saved while it runs
-is then saved whole, only not as quickly.
+The device marks its writes in the mapped bitmap while rings run. Where it cannot, every page counts as
+written when rings stop, which is before the front-end reads the log for the last time: a guest that is
+saved while it runs is then saved whole, only not as quickly.
 
-Owns the log's descriptor. A log that cannot be used is not the protocol's affair: QEMU before 10.1 aborts,
-and takes the guest with it, when a log message is refused.
+Owns the log's descriptor and mapping. A log that cannot be used is not the protocol's affair: QEMU before
+10.1 aborts, and takes the guest with it, when a log message is refused.
 """
 
+import contextlib
+import mmap
 import os
 
 from datapath.descriptors import close_all
+from datapath.native._native import ffi
+from datapath.vdpa import DirtyBitmap
 from datapath.vhost_user.messages import LogArea
 
 _CHUNK = 1 << 20
@@ -24,18 +28,47 @@ class DirtyLog:
         """Take the descriptor over; `area` is where the bitmap lies in it, in bytes."""
         self._fd = fd
         self._area = area
+        self._mapping = contextlib.ExitStack()
+        self._bitmap: DirtyBitmap | None = None
+
+    @property
+    def bitmap(self) -> DirtyBitmap:
+        """The bitmap in this process's memory, until `close`. Its file may shrink at any time.
+
+        :raise OSError: when the log cannot be mapped.
+        """
+        if self._bitmap is None:
+            self._check_size()
+            start = self._area.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            length = self._area.offset + self._area.size - start
+            try:
+                view = mmap.mmap(self._fd, length, offset=start)
+            except ValueError as error:
+                raise OSError(str(error)) from error
+            self._mapping.callback(view.close)
+            pin = ffi.from_buffer(view)
+            self._mapping.callback(ffi.release, pin)
+            address = int(ffi.cast("uintptr_t", pin)) + self._area.offset - start
+            self._bitmap = DirtyBitmap(address, self._area.size)
+        return self._bitmap
 
     def mark_all(self) -> None:
         """Set every bit.
 
         :raise OSError: when the log cannot be written, or has shrunk away.
         """
+        self._check_size()
         end = self._area.offset + self._area.size
-        if os.fstat(self._fd).st_size < end:
-            raise OSError(f"the dirty log has {os.fstat(self._fd).st_size} bytes instead of {end}")
         for start in range(self._area.offset, end, _CHUNK):
             os.pwrite(self._fd, b"\xff" * min(_CHUNK, end - start), start)
 
     def close(self) -> None:
-        """Let go of the descriptor."""
+        """Let go of the mapping and the descriptor; nobody may mark anything any more."""
+        self._mapping.close()
         close_all([self._fd])
+
+    def _check_size(self) -> None:
+        end = self._area.offset + self._area.size
+        size = os.fstat(self._fd).st_size
+        if size < end:
+            raise OSError(f"the dirty log has {size} bytes instead of {end}")

@@ -4,14 +4,10 @@ Owns the ring's eventfds and its two flags, started and enabled (QEMU docs/inter
 states"). When a ring runs is decided in `backend.py`.
 """
 
-import contextlib
-import os
-import select
-import sys
 from dataclasses import dataclass
 
 from datapath import virtio
-from datapath.descriptors import close_all
+from datapath.descriptors import close_all, signal_eventfd
 from datapath.vdpa import Ring, RingState
 from datapath.vhost_user.memory import GuestMemory
 from datapath.vhost_user.messages import ProtocolError, VringAddress
@@ -116,27 +112,18 @@ class Vring:
     def signal_call(self) -> None:
         """Interrupt the guest once: entries may have been used, while the ring had no eventfd or by a VF
         that was lost, of which nobody could tell it."""
-        _signal(self.call)
+        if self.call is not None:
+            signal_eventfd(self.call)
 
     def signal_error(self) -> None:
         """Tell the front-end, by the eventfd it gave for that, that the ring has failed."""
-        _signal(self.error)
+        if self.error is not None:
+            signal_eventfd(self.error)
 
     def close(self) -> None:
         """Close the eventfds."""
         for which in ("kick", "call", "error"):
             self.replace_fd(which, None)
-
-
-def _signal(fd: int | None) -> None:
-    """Count an eventfd up; one that cannot take it now has been signalled and not yet read."""
-    if fd is None:
-        return
-    room = select.poll()
-    room.register(fd, select.POLLOUT)
-    with contextlib.suppress(OSError):
-        if room.poll(0):
-            os.write(fd, (1).to_bytes(8, sys.byteorder))
 
 
 def _index(memory: GuestMemory, part: int) -> int:

@@ -122,6 +122,7 @@ class DrivenVf:
     def _take_one(self, end: float) -> list[tuple[int, int]]:
         """One used entry of the receive ring, waited for by its call eventfd."""
         queue = self.queues[RX]
+        queue.want_interrupt()
         while queue.seen == queue.used_index:
             left = end - time.monotonic()
             if left <= 0 or not select.select([queue.call_fd], [], [], left)[0]:

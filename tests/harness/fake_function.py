@@ -185,6 +185,9 @@ class FakeFunction(PciFunction):
         self.log.append("eventfds off")
         self.eventfds.clear()
 
+    def iova_ranges(self) -> tuple[tuple[int, int], ...]:
+        return ((0, 0xFEDFFFFF), (0xFEF00000, (1 << 39) - 1))  # of an IOMMU of 39 bits
+
     def dma_map(self, memory: MemoryRegion) -> None:
         self.mapped.append(memory)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from datapath.vdpa import DeviceError, DeviceEvent, MemoryRegion, Ring, RingState, VdpaDevice
+from datapath.vdpa import DeviceError, DeviceEvent, DirtyBitmap, MemoryRegion, Ring, RingState, VdpaDevice
 from datapath.virtio import Feature, bit
 
 FEATURES = sum(
@@ -37,6 +37,7 @@ class RecordingDevice(VdpaDevice):
     #: Where a ring stands when it is stopped; where it began unless said otherwise.
     states: dict[int, RingState] = field(default_factory=dict)
     failures: dict[str, DeviceError] = field(default_factory=dict)
+    bitmap: DirtyBitmap | None = None
     events: list[DeviceEvent] = field(default_factory=list)
     closed: bool = False
 
@@ -81,6 +82,18 @@ class RecordingDevice(VdpaDevice):
 
     def _state(self, index: int, ring: Ring) -> RingState:
         return self.states.get(index, ring.state)
+
+    def start_logging(self, bitmap: DirtyBitmap) -> None:
+        self._called("start_logging", bitmap.size)
+        self.bitmap = bitmap
+
+    def stop_logging(self) -> None:
+        self._called("stop_logging")
+        self.bitmap = None
+
+    @property
+    def shadowed(self) -> bool:
+        return self.bitmap is not None and bool(self.rings)
 
     @property
     def event_fd(self) -> int:

@@ -125,6 +125,10 @@ class Virtqueue:
         index: int = _U16.unpack(self.memory.read(self.used + 2, 2))[0]
         return index
 
+    def want_interrupt(self) -> None:
+        """Ask for an interrupt at the next used entry, where EVENT_IDX was negotiated (section 2.7.7)."""
+        self.memory.write(self.avail + 4 + 2 * self.size, _U16.pack(self.seen))
+
     def collect(self) -> list[tuple[int, int]]:
         """The used entries not seen yet, each a head and the bytes written."""
         entries = []
@@ -142,6 +146,10 @@ class Virtqueue:
         end = time.monotonic() + deadline
         entries = self.collect()
         while len(entries) < count:
+            self.want_interrupt()
+            if more := self.collect():
+                entries += more
+                continue
             left = end - time.monotonic()
             if left <= 0 or not select.select([self.call_fd], [], [], left)[0]:
                 raise TimeoutError(f"{len(entries)} of {count} buffers used after {deadline} s")

@@ -95,7 +95,7 @@ def test_start_writes_registers_in_order(
         "driver_feature_select = 0x0",
         "driver_feature = 0x8000",
         "driver_feature_select = 0x1",
-        "driver_feature = 0x1",
+        "driver_feature = 0x3",  # ACCESS_PLATFORM, whether the guest knows it or not
         "status = 0xb",
         "eventfds 0..4",
         "config_vector = 0x0",
@@ -255,7 +255,7 @@ def assert_idle(function: FakeFunction, device: IfcvfDevice) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "text"),
-    [("refuse_features", "refuses the features 0x1"), ("no_vectors", "no MSI-X vector 1 for queue 0")],
+    [("refuse_features", "refuses the features 0x3"), ("no_vectors", "no MSI-X vector 1 for queue 0")],
 )
 def test_start_refused_leaves_the_function_idle(
     fault: str, text: str, device: IfcvfDevice, function: FakeFunction, rings: dict[int, Ring]
@@ -394,8 +394,8 @@ def test_close_resets_a_running_function(function: FakeFunction, rings: dict[int
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ifcvf", "which VF. use vfio-user=PATH"),
-        ("ifcvf,pci=0000:06:00.3", "'pci' needs kernel VFIO, which is not served yet"),
+        ("ifcvf", "which VF. use pci=.* or vfio-user=PATH"),
+        ("ifcvf,pci=0000:06:00.3,vfio-user=/x", "names two VFs; use pci=.* or vfio-user=PATH"),
         ("ifcvf,vfio-user=/x,vdpa=1", "ifcvf takes no option 'vdpa'"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from datapath.native._native import ffi
 from datapath.vdpa import DeviceError, RingState
 from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES, PROTOCOL_FEATURES, Backend
 from datapath.vhost_user.messages import (
@@ -237,29 +238,81 @@ def switch_logging(peer: DirectFrontEnd, on: bool) -> None:
         peer.tell(Request.SET_VRING_ADDR, peer.address(index, flags=int(on)))
 
 
-def test_logging_is_switched_without_touching_the_rings(qemu: DirectFrontEnd, log: int) -> None:
+def mark(device: RecordingDevice, at: int) -> None:
+    """Do as a device that marks a page: set a byte of the bitmap that it was given."""
+    assert device.bitmap is not None
+    ffi.memmove(ffi.cast("char *", device.bitmap.address + at), b"\x01", 1)
+
+
+def test_the_device_marks_its_writes_from_the_moment_it_is_told(qemu: DirectFrontEnd, log: int) -> None:
     qemu.device.calls.clear()
     assert qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log) == 0
+    assert qemu.device.calls == [], "a log without LOG_ALL is not used yet"
     switch_logging(qemu, True)
-    assert qemu.device.calls == []
+    assert qemu.device.calls == [("start_logging", 512)]
+    mark(qemu.device, 3)
+    qemu.stop()
+    assert os.pread(log, 4096 + 512, 0) == bytes(4096 + 3) + b"\x01" + bytes(508)
+
+
+def test_logging_ends_with_the_feature(qemu: DirectFrontEnd, log: int) -> None:
+    qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
+    switch_logging(qemu, True)
+    qemu.device.calls.clear()
+    switch_logging(qemu, False)
+    assert qemu.device.calls == [("stop_logging",)]
+    qemu.stop()
     assert os.pread(log, 512, 4096) == bytes(512)
 
 
-def test_every_page_counts_as_written_before_the_base_is_told(qemu: DirectFrontEnd, log: int) -> None:
+def test_a_log_takes_over_from_another(qemu: DirectFrontEnd, log: int) -> None:
+    """As when memory is added to a guest that is on its way: the log has to be larger."""
+    qemu.tell(Request.SET_LOG_BASE, LogArea(256, 4096), log)
+    switch_logging(qemu, True)
+    qemu.device.calls.clear()
+    assert qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log) == 0
+    assert qemu.device.calls == [("start_logging", 512)]
+
+
+def test_a_front_end_that_goes_ends_its_log(qemu: DirectFrontEnd, log: int) -> None:
     qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
     switch_logging(qemu, True)
-    qemu.tell(Request.GET_VRING_BASE, VringState(0, 0))
+    qemu.device.calls.clear()
+    qemu.backend.close()
+    assert names(qemu.device)[:2] == ["suspend", "stop_logging"]
+    assert os.pread(log, 512, 4096) == bytes(512)
+
+
+@pytest.fixture
+def unlogging(qemu: DirectFrontEnd) -> DirectFrontEnd:
+    """A front-end whose device cannot mark what it writes."""
+    qemu.device.failures["start_logging"] = DeviceError("cannot")
+    return qemu
+
+
+def test_without_the_device_every_page_counts_as_written_before_the_base_is_told(
+    unlogging: DirectFrontEnd, log: int
+) -> None:
+    unlogging.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
+    unlogging.device.rings.clear()  # it failed in the middle
+    switch_logging(unlogging, True)
+    assert unlogging.reports == ["recording marks no writes: cannot"]
+    assert set(unlogging.device.rings) == {0, 1}, "the rings run again"
+    unlogging.tell(Request.GET_VRING_BASE, VringState(0, 0))
     assert os.pread(log, 4096 + 512, 0) == bytes(4096) + b"\xff" * 512
     os.pwrite(log, bytes(512), 4096)  # the front-end has read it
-    qemu.tell(Request.GET_VRING_BASE, VringState(1, 0))
+    unlogging.tell(Request.GET_VRING_BASE, VringState(1, 0))
     assert os.pread(log, 512, 4096) == b"\xff" * 512
 
 
-def test_logging_that_was_given_up_leaves_the_log_alone(qemu: DirectFrontEnd, log: int) -> None:
-    qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
-    switch_logging(qemu, True)
-    switch_logging(qemu, False)
-    qemu.stop()
+def test_without_the_device_logging_that_was_given_up_leaves_the_log_alone(
+    unlogging: DirectFrontEnd, log: int
+) -> None:
+    unlogging.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
+    unlogging.device.rings.clear()
+    switch_logging(unlogging, True)
+    switch_logging(unlogging, False)
+    unlogging.stop()
     assert os.pread(log, 512, 4096) == bytes(512)
 
 
@@ -268,7 +321,7 @@ def test_a_log_that_cannot_be_used_is_no_error(qemu: DirectFrontEnd, log: int, a
     assert qemu.tell(Request.SET_LOG_BASE, area, log) == 0
     switch_logging(qemu, True)
     qemu.stop()
-    assert "is not logged" in qemu.reports[0]
+    assert ["cannot be mapped" in qemu.reports[0], "is not logged" in qemu.reports[1]] == [True, True]
 
 
 def test_an_unchanged_memory_table_leaves_the_device_alone(front_end: DirectFrontEnd) -> None:

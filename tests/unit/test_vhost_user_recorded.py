@@ -162,6 +162,9 @@ class Player:
             fds = [self._memory_for(region) for region in bare.payload]
         elif bare.request == Request.ADD_MEM_REG:
             fds = [self._memory_for(bare.payload)]
+        elif bare.request == Request.SET_LOG_BASE:
+            fds = [os.memfd_create("log")]
+            os.ftruncate(fds[0], bare.payload.offset + bare.payload.size)
         else:
             fds = [os.dup(fd) for fd in spare]
         if bare.request == Request.SET_VRING_BASE:
@@ -263,13 +266,15 @@ def test_rings_run_where_the_front_end_put_them(player: Player) -> None:
 
 #: What the device is told in the course of each conversation, memory apart.
 ONE_START = ["start", "suspend"]
+LOGGED_TWICE = ["start_logging", "stop_logging", "start_logging"]
 ORDERS = {
-    # boot, stop and cont, link down and up, reset and boot, managed save (the log changes no ring)
-    "qemu_7": ONE_START * 4,
+    # boot, stop and cont, link down and up, reset and boot, managed save
+    "qemu_7": ONE_START * 3 + ["start", *LOGGED_TWICE, "suspend"],
     "qemu_7_incoming": ONE_START,
     # QEMU 8.1 and later asks for one ring's base after the other while the others still run.
-    "qemu_11_dpdk": ["start", "stop_ring", "suspend"] * 3,
-    "qemu_7_dpdk": ONE_START * 3,
+    "qemu_11_dpdk": ["start", "stop_ring", "suspend"] * 2
+    + ["start", "start_logging", "stop_ring", "suspend"],
+    "qemu_7_dpdk": ONE_START * 2 + ["start", "start_logging", "suspend"],
     "virtio_user_dpdk": ["start", "stop_ring", "suspend"],
 }
 
@@ -287,7 +292,6 @@ def test_a_second_pair_joins_when_the_guest_enables_it() -> None:
     player = Player(recording("vhost_user/qemu_11_two_pairs"))
     for _ in player.play():
         pass
-    boot = ["start", "start_ring", "start_ring", "stop_ring", "stop_ring", "stop_ring", "suspend"]
-    again = ["start", "stop_ring", "stop_ring", "stop_ring", "suspend"]
-    assert names(player.device) == boot + again + boot
+    boot, joined, end = ["start"], ["start_ring"] * 2, ["stop_ring"] * 3 + ["suspend"]
+    assert names(player.device) == boot + joined + end + boot + end + boot + joined + LOGGED_TWICE + end
     player.close()

@@ -1,0 +1,36 @@
+"""The guest memory that a VF has been given, and the few bytes of it that a driver looks at itself.
+
+Owns nothing: regions and their descriptors are whoever's that mapped them. Memory is read through the
+descriptor, because a mapping of a file that has shrunk must not be touched.
+"""
+
+import os
+
+from datapath.vdpa import DeviceError, MemoryRegion
+
+
+class GuestRegions:
+    """Regions by guest physical address."""
+
+    def __init__(self) -> None:
+        self._regions: list[MemoryRegion] = []
+
+    def add(self, region: MemoryRegion) -> None:
+        self._regions.append(region)
+
+    def remove(self, region: MemoryRegion) -> None:
+        self._regions.remove(region)
+
+    def read16(self, address: int) -> int:
+        """The little-endian 16-bit field at a guest physical address.
+
+        :raise DeviceError: when no region has it, or the memory has gone.
+        """
+        for region in self._regions:
+            offset = address - region.guest_address
+            if 0 <= offset <= region.size - 2:
+                data = os.pread(region.fd, 2, region.fd_offset + offset)
+                if len(data) == 2:
+                    return int.from_bytes(data, "little")
+                raise DeviceError(f"guest memory at {address:#x} has shrunk away")
+        raise DeviceError(f"guest address {address:#x} lies in no memory region")

@@ -1,0 +1,163 @@
+"""How rings travel between the guest and the VF: directly, or through the shadow-ring relay.
+
+    direct: the VF works on the guest's own rings and signals the guest's eventfds; only kicks pass through
+            the relay's thread
+    shadow: the VF works on private rings that begin at index 0; the relay copies heads and used entries
+            between them and the guest's, and marks in a dirty bitmap what was written
+
+All rings of a device travel the same way, which can change only while none runs. Owns the relay, and the
+private rings once there are any.
+"""
+
+import dataclasses
+
+from datapath.bus.function import PciFunction
+from datapath.drivers.private_rings import PrivateRings
+from datapath.native.relay import Doorbell, Relay, ShadowRing
+from datapath.vdpa import DeviceError, DirtyBitmap, MemoryRegion, Ring, RingState
+
+
+class RingPaths:
+    """The paths of one function's rings."""
+
+    def __init__(self, function: PciFunction, rings: int, size: int) -> None:
+        """For `rings` rings of up to `size` descriptors; all direct until told otherwise.
+
+        :raise OSError: when descriptors or threads have run out.
+        """
+        self._function = function
+        self._count = rings
+        self._size = size
+        self._relay = Relay(rings)
+        self._private: PrivateRings | None = None
+        self._regions: list[MemoryRegion] = []
+        self._event_idx = False
+        #: Whether the rings that run, or run next, are shadowed.
+        self.shadowed = False
+
+    @property
+    def broken_fd(self) -> int:
+        """An eventfd that is readable when a shadowed ring met something that breaks virtio's rules."""
+        return self._relay.broken_fd
+
+    # Memory
+
+    def map(self, region: MemoryRegion) -> None:
+        """Guest memory that rings and buffers may lie in.
+
+        :raise DeviceError: when it wants DMA addresses that the private rings have.
+        """
+        if self._private is not None and self._private.overlaps(region):
+            raise DeviceError(
+                f"{self._function.name}: guest memory {region.guest_address:#x}+{region.size:#x} is where the"
+                f" private rings are, {self._private.memory.guest_address:#x}"
+            )
+        try:
+            self._relay.map(region.guest_address, region.size, region.address)
+        except OSError as error:
+            raise DeviceError(
+                f"{self._function.name}: guest memory {region.guest_address:#x}+{region.size:#x}:"
+                f" {error.strerror}"
+            ) from error
+        self._regions.append(region)
+
+    def unmap(self, region: MemoryRegion) -> None:
+        """Undo `map`; no ring may lie there any more."""
+        self._relay.unmap(region.guest_address, region.size)
+        self._regions.remove(region)
+
+    # Rings
+
+    def prepare(self, shadowed: bool, event_idx: bool) -> None:
+        """Say how rings travel from now on. None may run.
+
+        The private rings are made even when they are not needed yet: should there be no room for them, that
+        had better be known now than when a migration begins.
+
+        :raise DeviceError: when there is none.
+        """
+        if self._private is None:
+            self._private = PrivateRings(self._function, self._count, self._size, self._regions)
+        self.shadowed = shadowed
+        self._event_idx = event_idx
+
+    def as_seen_by_device(self, index: int, ring: Ring) -> Ring:
+        """A guest's ring as its VF is to be given it."""
+        if not self.shadowed:
+            return ring
+        private = self._rings.clear(index)
+        return dataclasses.replace(
+            ring, avail=private.avail, used=private.used, state=RingState(0, 0), call=private.interrupt
+        )
+
+    def open(self, index: int, ring: Ring, doorbell: Doorbell) -> None:
+        """Let a ring travel; the VF runs it, and is notified once, as entries may be waiting already.
+
+        :raise DeviceError: when the kick eventfd is none.
+        """
+        try:
+            if self.shadowed:
+                self._relay.add_shadow(index, self._shadow_ring(index, ring, doorbell))
+            else:
+                self._relay.add(index, ring.kick, doorbell)
+            self._relay.ring(index)
+        except OSError as error:
+            text = f"{self._function.name}: ring {index}: kick descriptor: {error.strerror}"
+            raise DeviceError(text) from error
+
+    def hold(self, index: int) -> None:
+        """Hand the VF no more of a ring that is about to stop; what it completes still goes to the guest."""
+        if self.shadowed:
+            self._relay.hold(index)
+        else:
+            self._relay.remove(index)
+
+    def in_flight(self, index: int) -> int:
+        """How many buffers of a shadowed ring the VF has."""
+        return self._relay.state(index).in_flight
+
+    def close(self, index: int) -> None:
+        """A ring has stopped: hand over what the VF completed last, and use its eventfds no more."""
+        self._relay.remove(index)
+
+    def set_call(self, index: int, call: int | None) -> None:
+        """Interrupt the guest of a shadowed ring by another eventfd."""
+        self._relay.set_call(index, call)
+
+    def log(self, bitmap: DirtyBitmap | None) -> None:
+        """Mark what shadowed rings write, or no more."""
+        self._relay.log(None if bitmap is None else (bitmap.address, bitmap.size))
+
+    def statistics(self) -> dict[str, int]:
+        return self._relay.statistics()
+
+    def end(self) -> None:
+        """End the relay; nothing is mapped or open afterwards. The function must have been closed."""
+        self._relay.close()
+        if self._private is not None:
+            self._private.close()
+            self._private = None
+
+    # Inside
+
+    @property
+    def _rings(self) -> PrivateRings:
+        assert self._private is not None
+        return self._private
+
+    def _shadow_ring(self, index: int, ring: Ring, doorbell: Doorbell) -> ShadowRing:
+        place = self._rings.place(index)
+        return ShadowRing(
+            size=ring.size,
+            event_idx=self._event_idx,
+            descriptors=ring.descriptors,
+            avail=ring.avail,
+            used=ring.used,
+            index=ring.state.used,
+            private_avail=place.avail_here,
+            private_used=place.used_here,
+            kick=ring.kick,
+            call=ring.call,
+            interrupt=place.interrupt,
+            doorbell=doorbell,
+        )

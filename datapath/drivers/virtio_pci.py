@@ -1,0 +1,84 @@
+"""The vDPA driver for any modern virtio-net PCI function, of whatever vendor.
+
+Virtio defines neither how to stop a queue nor where it would go on (virtio 1.3 section 3.3 knows only the
+reset of the whole device), so this driver needs nothing but what every function has: it stops by a reset,
+takes the position from the guest's used ring, and has the rings shadowed wherever they begin but at 0.
+
+A reset drops what the function has fetched. The driver first gives it a moment to send what it has; frames
+that arrive just then are lost, as they would be on any wire, and their buffers are offered again.
+"""
+
+import contextlib
+from collections.abc import Collection
+
+from datapath.bus.function import PciFunction
+from datapath.bus.pci import PciIds
+from datapath.bus.registry import open_function
+from datapath.drivers.virtio_net import VirtioNetDevice
+from datapath.drivers.virtio_registers import wait_until
+from datapath.vdpa import DeviceError, DeviceSpec, Ring, RingState
+from datapath.virtio import DEVICE_NET, PCI_MODERN_DEVICE_BASE, PCI_VENDOR
+
+#: PCI device ids (section 4.1.2): of a modern network device, and of a transitional one, which serves as a
+#: modern one too when it has the capabilities.
+MODERN = PCI_MODERN_DEVICE_BASE + DEVICE_NET
+TRANSITIONAL = 0x1000
+
+#: Seconds that the function has to send what it was given, before it is reset.
+DRAIN_TIME = 0.05
+
+
+class VirtioPciDevice(VirtioNetDevice):
+    """A virtio-net function, idle or running."""
+
+    HAS_RING_STATE = False
+    MAX_PAIRS = 1  # more want VIRTIO_NET_CTRL_MQ on the function's own control queue (section 5.1.6.5.5)
+
+    def __init__(self, name: str, function: PciFunction) -> None:
+        """Take a function over.
+
+        :raise DeviceError: when it is no modern virtio-net function, or lacks what the driver needs.
+        """
+        ids = PciIds.of(function.config_space())
+        if ids.vendor != PCI_VENDOR or ids.device not in (MODERN, TRANSITIONAL):
+            raise DeviceError(
+                f"{name}: {ids} is not a virtio network function; those are"
+                f" {PCI_VENDOR:04x}:{MODERN:04x} and {PCI_VENDOR:04x}:{TRANSITIONAL:04x}"
+            )
+        super().__init__(name, function)
+
+    def _use_rings(self, rings: Collection[int]) -> None:
+        pass  # there is but one pair
+
+    def _restore_ring(self, index: int, state: RingState) -> None:
+        assert state == RingState(0, 0), "a ring that begins elsewhere is shadowed"
+
+    def _quiesce(self, rings: Collection[int]) -> None:
+        sending = [index for index in rings if index % 2]
+        with contextlib.suppress(DeviceError):  # what is left then will be sent again
+            wait_until(lambda: not any(map(self._has_work, sending)), DRAIN_TIME, "frames are left")
+        self._registers.reset()
+
+    def _has_work(self, index: int) -> bool:
+        """Whether the function may be about to send something of a transmit ring."""
+        if self._paths.shadowed:
+            return self._paths.in_flight(index) > 0
+        ring = self._rings[index]
+        return self._guest.read16(ring.avail + 2) != self._guest.read16(ring.used + 2)
+
+    def _used_index(self, index: int, ring: Ring) -> int:
+        return self._guest_used(ring)
+
+
+def open_device(spec: DeviceSpec) -> VirtioPciDevice:
+    """Take hold of the function that a device string names: `virtio,pci=ADDRESS` or `virtio,vfio-user=PATH`.
+
+    :raise DeviceSpecError: for other options.
+    :raise DeviceError: when the function cannot be had, or is no modern virtio-net function.
+    """
+    function = open_function(spec)
+    try:
+        return VirtioPciDevice(str(spec), function)
+    except BaseException:
+        function.close()
+        raise
