@@ -1,11 +1,14 @@
-"""What all tests share: `--full`, clean beginnings, and a private host's logs in the report of a failure."""
+"""What all tests share: `--full`, `--nested`, clean beginnings, and a private host's logs in the report of
+a failure."""
 
 import gc
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.harness.host import Host
+from tests.harness import nested_inner
+from tests.harness.nested_tier import NestedTier
 
 #: Characters of each log that a failed test shows.
 LOG_TAIL = 3000
@@ -13,6 +16,13 @@ LOG_TAIL = 3000
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the long tests")
+    parser.addoption("--nested", action="store_true", help="run only the tests of the nested machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Inside the machine they are ordinary tests.
+    if not config.pluginmanager.hasplugin(nested_inner.__name__):
+        config.pluginmanager.register(NestedTier(config))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -38,9 +48,10 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    host = getattr(item, "funcargs", {}).get("host")
-    if report.failed and isinstance(host, Host) and host.logs.exists():
-        for log in sorted(host.logs.rglob("*.*")):
+    # Whatever fixture is called so and keeps logs; importing the class would load libvirt for every test.
+    logs = getattr(getattr(item, "funcargs", {}).get("host"), "logs", None)
+    if report.failed and isinstance(logs, Path) and logs.exists():
+        for log in sorted(logs.rglob("*.*")):
             if log.is_file() and (text := log.read_text(errors="replace")[-LOG_TAIL:].strip()):
-                report.sections.append((str(log.relative_to(host.logs)), text))
+                report.sections.append((str(log.relative_to(logs)), text))
     return report

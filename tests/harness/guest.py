@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.harness.kernel import BUSYBOX, alone, pack_initrd, unpacked_kernel
+from tests.harness.kernel import BUSYBOX, kernel, pack_initrd
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CACHE = CHECKOUT / ".cache"
@@ -81,22 +81,18 @@ def guest_image() -> GuestImage:
     :raise HarnessError: when the kernel package can be had neither from the cache nor from the network.
     """
     folder = CACHE / "guest"
-    with alone(folder):
-        kernel = unpacked_kernel(
-            KERNEL_PACKAGE, folder, lambda tree, release: keep_modules(tree, release, folder)
-        )
-        release = kernel.name.removeprefix("vmlinuz-")
-        initrd = folder / f"initrd-{release}"
-        recipe = Path(__file__)
-        if not initrd.exists() or initrd.stat().st_mtime < recipe.stat().st_mtime:
-            make_initrd(folder / f"modules-{release}", initrd)
-    return GuestImage(kernel, initrd, release)
+    vmlinuz = kernel(KERNEL_PACKAGE, folder, keep_modules)
+    release = vmlinuz.name.removeprefix("vmlinuz-")
+    initrd = folder / f"initrd-{release}"
+    recipe = Path(__file__)
+    if not initrd.exists() or initrd.stat().st_mtime < recipe.stat().st_mtime:
+        make_initrd(folder / f"modules-{release}", initrd)
+    return GuestImage(vmlinuz, initrd, release)
 
 
 def keep_modules(tree: Path, release: str, folder: Path) -> None:
     """Put the modules that the guest needs into `folder`/modules-RELEASE, from an unpacked package."""
     modules = folder / f"modules-{release}"
-    shutil.rmtree(modules, ignore_errors=True)
     modules.mkdir()
     for module in MODULES:
         shutil.copy(tree / "lib/modules" / release / module, modules)

@@ -4,14 +4,14 @@ Owns where they come from: the machine's own package sources, under whatever ver
 depends on today. What is kept of a package and what goes into an initramfs, the machines know.
 """
 
-import fcntl
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
+from tests.harness.cached import made_once
+from tests.harness.debian_packages import UnavailableError
 from tests.harness.processes import HarnessError, run
 
 BUSYBOX = Path("/bin/busybox")
@@ -20,41 +20,36 @@ BUSYBOX = Path("/bin/busybox")
 UNSANDBOXED = ("-o", "APT::Sandbox::User=root")
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Make a cache folder, and be the only process that fills it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def kernel(metapackage: str, folder: Path, keep: Callable[[Path, str, Path], None]) -> Path:
+    """The kernel `vmlinuz-RELEASE` in a folder of the cache, fetched at the first call.
 
-
-def unpacked_kernel(metapackage: str, folder: Path, keep: Callable[[Path, str], None]) -> Path:
-    """The kernel `vmlinuz-RELEASE` in a folder, fetched at the first call.
-
-    :param keep: takes what else is wanted into the folder, from the unpacked package and for the release.
-    :raise HarnessError: when the package can be had neither from the cache nor from the network.
+    :param keep: is given the unpacked package, the release, and a folder for what else is wanted of it.
+    :raise UnavailableError: when the package can be had neither from the cache nor from the network.
     """
-    kernels = sorted(folder.glob("vmlinuz-*"))
-    if kernels:
-        return kernels[-1]
-    with tempfile.TemporaryDirectory(prefix="kernel-", dir=folder) as scratch_name:
-        scratch = Path(scratch_name)
-        try:
-            archive = _download(metapackage, scratch)
-        except HarnessError:
-            # The package lists may be older than the package sources.
-            run(["apt-get", "--quiet", "update"], seconds=300)
-            archive = _download(metapackage, scratch)
-        run(["dpkg-deb", "--extract", archive, scratch / "tree"], seconds=300)
-        kernel = next((scratch / "tree/boot").glob("vmlinuz-*"))
-        keep(scratch / "tree", kernel.name.removeprefix("vmlinuz-"))
-        # Last, since its presence says that the rest is there.
-        return kernel.rename(folder / kernel.name)
+
+    def fetch(partial: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="kernel-", dir=partial) as scratch_name:
+            scratch = Path(scratch_name)
+            try:
+                archive = _download(metapackage, scratch)
+            except HarnessError:
+                # The package lists may be older than the package sources.
+                run(["apt-get", "--quiet", "update"], check=False, seconds=300)
+                archive = _download(metapackage, scratch)
+            tree = scratch / "tree"
+            run(["dpkg-deb", "--extract", archive, tree], seconds=300)
+            image = next((tree / "boot").glob("vmlinuz-*"))
+            keep(tree, image.name.removeprefix("vmlinuz-"), partial)
+            image.rename(partial / image.name)
+
+    return next(made_once(folder, fetch).glob("vmlinuz-*"))
 
 
 def _versioned(metapackage: str) -> str:
-    """The package that a kernel metapackage depends on; its name changes with every kernel update."""
+    """The package that a kernel metapackage depends on; its name changes with every kernel update.
+
+    :raise UnavailableError: when the package lists do not have it.
+    """
     answer = run(["apt-cache", "depends", metapackage], check=False).stdout
     found = re.search(r"Depends: (linux-image-\S+)", answer)
     if found is None:
@@ -65,10 +60,13 @@ def _versioned(metapackage: str) -> str:
 def _download(metapackage: str, folder: Path) -> Path:
     """The kernel's package, in `folder`.
 
-    :raise HarnessError: when the package sources do not have it or cannot be reached.
+    :raise UnavailableError: when the package sources do not have it or cannot be reached.
     """
     package = _versioned(metapackage)
-    run(["apt-get", "--quiet", *UNSANDBOXED, "download", package], cwd=folder, seconds=600)
+    try:
+        run(["apt-get", "--quiet", *UNSANDBOXED, "download", package], cwd=folder, seconds=600)
+    except HarnessError as error:
+        raise UnavailableError(f"no package {package}: {error}") from None
     return next(folder.glob("*.deb"))
 
 

@@ -3,7 +3,10 @@
 Those inside learn from tests/nested/conftest.py what all this is for.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 #: Where the functions are that stand for VFs. Each of the first two is alone in its IOMMU group; the last two
 #: share one with the bridge above them.
@@ -24,38 +27,13 @@ MONITOR = "qemu.monitor"
 MEMORY = 2048
 
 #: A virtio NIC as a VF is one: modern, all its DMA through the IOMMU.
-MODERN = "disable-legacy=on,iommu_platform=on"
+MODERN = {"driver": "virtio-net-pci", "disable-legacy": "on", "iommu_platform": True}
 
 
-def root_port(number: int, *options: str) -> list[str]:
-    """A root port `rp{number}`, to whose other side firmware gives the same number."""
-    words = ["pcie-root-port", f"id=rp{number}", f"chassis={number}", f"addr=0x{number + 1:x}", *options]
-    return ["-device", ",".join(words)]
-
-
-def cabled_function(number: int, folder: Path) -> list[str]:
-    """The function `vf{number}` behind a root port of its own, and the NIC at the other end of its cable.
-
-    The cable has a third end, which throws everything away: so a cable whose other end is not plugged in
-    takes frames as a real one does, rather than holding them for ever.
-    """
-    nowhere = (
-        f"local.type=unix,local.path={folder}/cable{number},remote.type=unix,remote.path={folder}/nowhere"
-    )
-    wire = f"addr={WIRES[f'w{number}'].removeprefix('0000:00:').removesuffix('.0')}"
-    return [
-        *root_port(number),
-        *("-netdev", f"hubport,hubid={number},id=vf{number}"),
-        *("-netdev", f"hubport,hubid={number},id=w{number}"),
-        *("-netdev", f"dgram,id=nowhere{number},{nowhere}"),
-        *("-netdev", f"hubport,hubid={number},id=open{number},netdev=nowhere{number}"),
-        *("-device", f"virtio-net-pci,netdev=w{number},mac=52:54:00:00:01:0{number},{wire}"),
-        *(
-            "-device",
-            f"virtio-net-pci,id=vf{number},bus=rp{number},netdev=vf{number},{MODERN},ats=on"
-            f",mac=52:54:00:00:00:0{number}",
-        ),
-    ]
+def cabled_function(number: int) -> dict[str, Any]:
+    """QEMU's properties of the function `vf{number}`, for its command line and for device_add."""
+    place = {"id": f"vf{number}", "bus": f"rp{number}", "netdev": f"vf{number}"}
+    return {**MODERN, **place, "ats": True, "mac": f"52:54:00:00:00:0{number}"}
 
 
 def hardware(folder: Path) -> list[str]:
@@ -63,33 +41,70 @@ def hardware(folder: Path) -> list[str]:
 
     :param folder: for the sockets that QEMU makes.
     """
-    monitor = f"path={folder}/monitor"
-    flexible = 2 * TOTAL_VFS
+    shared = {**MODERN, "bus": "rp3", "multifunction": True}
     return [
         *("-machine", "q35,kernel-irqchip=split", "-accel", "tcg", "-cpu", "max", "-smp", "2"),
         *("-m", str(MEMORY), "-no-user-config", "-nodefaults", "-display", "none"),
-        *("-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on"),
-        *(word for number in (1, 2) for word in cabled_function(number, folder)),
+        *device({"driver": "intel-iommu", "intremap": "on", "caching-mode": True, "device-iotlb": True}),
+        *(word for number in (1, 2) for word in (*root_port(number), *cable(number, folder))),
+        *(word for number in (1, 2) for word in device(cabled_function(number))),
         # Without ACS neither the root port nor the two functions are kept apart.
-        *root_port(3, "disable-acs=on"),
-        *("-device", f"virtio-net-pci,id=shared0,bus=rp3,addr=0.0,multifunction=on,{MODERN}"),
-        *("-device", f"virtio-net-pci,id=shared1,bus=rp3,addr=0.1,multifunction=on,{MODERN}"),
+        *root_port(3, {"disable-acs": True}),
+        *("-netdev", "hubport,hubid=3,id=shared0", "-netdev", "hubport,hubid=3,id=shared1"),
+        *device({**shared, "id": "shared0", "netdev": "shared0", "addr": "0.0"}),
+        *device({**shared, "id": "shared1", "netdev": "shared1", "addr": "0.1"}),
         *root_port(4),
-        *("-device", "nvme-subsys,id=subsystem"),
-        *(
-            "-device",
-            f"nvme,id=pf,bus=rp4,serial=pf,subsys=subsystem,sriov_max_vfs={TOTAL_VFS}"
-            # Queues and vectors for the VFs, and more of them than those.
-            f",sriov_vq_flexible={flexible},max_ioqpairs={flexible + 2}"
-            f",sriov_vi_flexible={flexible},msix_qsize={flexible + 3}",
-        ),
-        # The monitor's only client is the port, at the other end of the same socket.
-        *(
-            "-chardev",
-            f"socket,id=monitor,{monitor},server=on,wait=off",
-            "-mon",
-            "chardev=monitor,mode=control",
-        ),
-        *("-chardev", f"socket,id=port,{monitor}"),
-        *("-device", "virtio-serial-pci,addr=0x1c", "-device", f"virtserialport,chardev=port,name={MONITOR}"),
+        *physical_function(),
+        *monitor(folder),
+    ]
+
+
+def device(properties: Mapping[str, Any]) -> list[str]:
+    return ["-device", json.dumps(properties)]
+
+
+def root_port(number: int, properties: Mapping[str, Any] | None = None) -> list[str]:
+    """A root port `rp{number}`, to whose other side firmware gives the same number."""
+    place = {"id": f"rp{number}", "chassis": number, "addr": f"0x{number + 1:x}"}
+    return device({"driver": "pcie-root-port", **place, **(properties or {})})
+
+
+def cable(number: int, folder: Path) -> list[str]:
+    """The cable of the function `vf{number}`, and the NIC at its other end.
+
+    The cable has a third end, which throws everything away: so a cable whose other end is not plugged in
+    takes frames as a real one does, rather than holding them for ever.
+    """
+    name = f"w{number}"
+    nowhere = f"local.type=unix,local.path={folder}/{name},remote.type=unix,remote.path={folder}/nowhere"
+    nic = {"driver": "virtio-net-pci", "netdev": name, "mac": f"52:54:00:00:01:0{number}"}
+    return [
+        *("-netdev", f"hubport,hubid={number},id=vf{number}"),
+        *("-netdev", f"hubport,hubid={number},id={name}"),
+        *("-netdev", f"dgram,id=nowhere{number},{nowhere}"),
+        *("-netdev", f"hubport,hubid={number},id=open{number},netdev=nowhere{number}"),
+        *device({**nic, "addr": WIRES[name].partition("0000:00:")[2]}),
+    ]
+
+
+def physical_function() -> list[str]:
+    # Queues and vectors for the VFs, and more of them than those.
+    flexible = 2 * TOTAL_VFS
+    queues = {"sriov_vq_flexible": flexible, "max_ioqpairs": flexible + 2}
+    vectors = {"sriov_vi_flexible": flexible, "msix_qsize": flexible + 3}
+    place = {"driver": "nvme", "id": "pf", "bus": "rp4", "serial": "pf", "subsys": "subsystem"}
+    return [
+        *device({"driver": "nvme-subsys", "id": "subsystem"}),
+        *device({**place, "sriov_max_vfs": TOTAL_VFS, **queues, **vectors}),
+    ]
+
+
+def monitor(folder: Path) -> list[str]:
+    """QEMU's own monitor: its only client is a serial port of the same machine."""
+    path = f"path={folder}/monitor"
+    return [
+        *("-chardev", f"socket,id=monitor,{path},server=on,wait=off", "-mon", "chardev=monitor,mode=control"),
+        *("-chardev", f"socket,id=port,{path}"),
+        *device({"driver": "virtio-serial-pci", "addr": "0x1c"}),
+        *device({"driver": "virtserialport", "chardev": "port", "name": MONITOR}),
     ]
