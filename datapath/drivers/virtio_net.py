@@ -283,11 +283,12 @@ class VirtioNetDevice(VdpaDevice):
         ready = {fd for fd, _ in self._events.poll(0)}
         if not ready:
             return None
-        for fd in ready & {self._config_fd, self._paths.broken_fd}:
+        ours = {self._config_fd, self._paths.broken_fd}
+        for fd in ready & ours:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(fd)
         try:
-            if self._function.lost_fd in ready:
+            if ready - ours:
                 raise DeviceLostError(f"{self.name}: the function is gone")
             self._check_present()
             status = self._registers.status
