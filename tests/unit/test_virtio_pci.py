@@ -1,0 +1,268 @@
+"""The driver for any virtio-net function against registers in memory: what it takes, and how it gets along
+with a function that has nothing but what virtio defines."""
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from datapath.drivers.private_rings import ADDRESS_END, PrivateRings
+from datapath.drivers.virtio_pci import VirtioPciDevice
+from datapath.native._native import ffi
+from datapath.vdpa import DeviceError, DeviceEvent, DeviceLostError, MemoryRegion, Ring, RingState
+from datapath.vfio import Region
+from datapath.virtio import Feature, Status, bit, ring_bytes
+from tests.harness.fake_function import FakeFunction, config_space
+
+PLAIN = (0x1AF4, 0x1041, 0x1AF4, 0x1100)
+FEATURES = bit(Feature.F_VERSION_1) | bit(Feature.F_EVENT_IDX)
+BASE = 0x1_0000_0000
+MEMORY_SIZE = 0x20000
+
+
+class Guest:
+    """Guest memory with two rings, and their eventfds."""
+
+    def __init__(self) -> None:
+        fd = os.memfd_create("guest")
+        os.ftruncate(fd, MEMORY_SIZE)
+        self._view = mmap.mmap(fd, MEMORY_SIZE)
+        address = int(ffi.cast("uintptr_t", ffi.from_buffer(self._view)))
+        self.region = MemoryRegion(BASE, MEMORY_SIZE, fd, 0, address)
+        self.eventfds = [[os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)] for _ in range(2)]
+
+    def ring(self, index: int, at: int = 0) -> Ring:
+        """A ring both of whose indices are `at`."""
+        start = BASE + index * 0x8000
+        avail, used = start + 0x2000, start + 0x4000
+        for part in (avail, used):
+            self.set_index(part, at)
+        kick, call = self.eventfds[index]
+        return Ring(256, start, avail, used, RingState(at, at), kick, call)
+
+    def set_index(self, part: int, index: int) -> None:
+        struct.pack_into("<H", self._view, part + 2 - BASE, index)
+
+    def close(self) -> None:
+        for pair in self.eventfds:
+            for fd in pair:
+                os.close(fd)
+        os.close(self.region.fd)
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    guest = Guest()
+    yield guest
+    guest.close()
+
+
+@pytest.fixture
+def function() -> Iterator[FakeFunction]:
+    function = FakeFunction(config=config_space(PLAIN))
+    yield function
+    function.close()
+
+
+@pytest.fixture
+def device(function: FakeFunction, guest: Guest) -> Iterator[VirtioPciDevice]:
+    device = VirtioPciDevice("virtio,fake", function)
+    device.map_memory(guest.region)
+    function.log.clear()
+    yield device
+    device.close()
+
+
+def rings(guest: Guest, at: int = 0) -> dict[int, Ring]:
+    return {index: guest.ring(index, at) for index in (0, 1)}
+
+
+# What it takes
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [PLAIN, (0x1AF4, 0x1000, 0x1AF4, 0x0001), (0x1AF4, 0x1041, 0x15B3, 0x0001)],
+    ids=["modern", "transitional", "another-subsystem"],
+)
+def test_ids_that_are_taken(ids: tuple[int, int, int, int]) -> None:
+    VirtioPciDevice("virtio,fake", FakeFunction(config=config_space(ids))).close()
+
+
+@pytest.mark.parametrize(
+    "ids", [(0x1AF4, 0x1042, 0x1AF4, 0x1100), (0x8086, 0x1041, 0x8086, 0x001A)], ids=["block", "vendor"]
+)
+def test_ids_that_are_refused(ids: tuple[int, int, int, int]) -> None:
+    function = FakeFunction(config=config_space(ids))
+    with pytest.raises(DeviceError, match="is not a virtio network function"):
+        VirtioPciDevice("virtio,fake", function)
+    assert function.log == [], "it was touched"
+    function.close()
+
+
+def test_a_legacy_device_is_refused() -> None:
+    function = FakeFunction(config=config_space(PLAIN), features=bit(Feature.NET_F_MAC))
+    with pytest.raises(DeviceError, match="legacy virtio device"):
+        VirtioPciDevice("virtio,fake", function)
+    function.close()
+
+
+def test_one_pair_until_somebody_speaks_to_the_control_queue(device: VirtioPciDevice) -> None:
+    assert device.queue_pairs == 1
+
+
+# Features
+
+
+@pytest.mark.parametrize("insists", [True, False])
+def test_access_platform_is_the_drivers_affair(guest: Guest, insists: bool) -> None:
+    offered = FEATURES | (bit(Feature.F_ACCESS_PLATFORM) if insists else 0)
+    function = FakeFunction(config=config_space(PLAIN), features=offered)
+    device = VirtioPciDevice("virtio,fake", function)
+    assert not device.features & bit(Feature.F_ACCESS_PLATFORM)
+    device.map_memory(guest.region)
+    device.start(FEATURES, rings(guest))
+    at = function.log.index("driver_feature_select = 0x1")
+    assert function.log[at + 1] == f"driver_feature = {0x3 if insists else 0x1:#x}"
+    device.close()
+
+
+# Where rings begin
+
+
+def test_rings_at_0_are_the_guests_own(device: VirtioPciDevice, function: FakeFunction, guest: Guest) -> None:
+    mine = rings(guest)
+    device.start(FEATURES, mine)
+    assert not device.shadowed
+    for index, ring in mine.items():
+        assert function.queues[index]["queue_avail_low"] == ring.avail & 0xFFFFFFFF
+        assert function.eventfds[index + 1] == ring.call
+
+
+@pytest.mark.parametrize("at", [1, 0x8000, 0xFFFF])
+def test_rings_elsewhere_are_private(
+    device: VirtioPciDevice, function: FakeFunction, guest: Guest, at: int
+) -> None:
+    mine = rings(guest, at)
+    device.start(FEATURES, mine)
+    assert device.shadowed
+    private = next(memory for memory in function.mapped if memory != guest.region)
+    for index, ring in mine.items():
+        registers = function.queues[index]
+        address = registers["queue_avail_low"] | registers["queue_avail_high"] << 32
+        assert private.guest_address <= address < private.guest_address + private.size
+        assert registers["queue_desc_low"] == ring.descriptors & 0xFFFFFFFF, "the guest's own descriptors"
+        assert function.eventfds[index + 1] != ring.call
+
+
+def test_one_ring_elsewhere_takes_the_other_with_it(device: VirtioPciDevice, guest: Guest) -> None:
+    device.start(FEATURES, {0: guest.ring(0, 0), 1: guest.ring(1, 5)})
+    assert device.shadowed
+
+
+# How rings stop
+
+
+def test_it_stops_by_a_reset_where_the_guest_sees_it(
+    device: VirtioPciDevice, function: FakeFunction, guest: Guest
+) -> None:
+    mine = rings(guest)
+    device.start(FEATURES, mine)
+    guest.set_index(mine[0].avail, 40)  # receive buffers that wait for frames
+    guest.set_index(mine[0].used, 17)
+    for part in (mine[1].avail, mine[1].used):
+        guest.set_index(part, 9)
+    function.log.clear()
+    assert device.suspend() == {0: RingState(17, 17), 1: RingState(9, 9)}
+    assert "queue_enable[0] = 0x0" not in function.log, "virtio does not allow it"
+    assert function.log[0] == "status = 0x0"
+    assert function.status == 0
+
+
+def test_one_ring_stops_and_starts_by_all_of_them(
+    device: VirtioPciDevice, function: FakeFunction, guest: Guest
+) -> None:
+    mine = rings(guest)
+    device.start(FEATURES, mine)
+    guest.set_index(mine[0].used, 3)
+    function.log.clear()
+    assert device.stop_ring(1) == RingState(0, 0)
+    assert function.status & Status.DRIVER_OK
+    assert (function.queues[0].get("queue_enable"), function.queues[1].get("queue_enable")) == (1, None)
+    assert device.shadowed, "ring 0 goes on at 3"
+    assert os.eventfd_read(guest.eventfds[0][1]) == 1, "an interrupt may have been lost"
+    device.start_ring(1, mine[1])
+    assert [function.queues[index].get("queue_enable") for index in (0, 1)] == [1, 1]
+    assert set(device.suspend()) == {0, 1}
+
+
+def test_guest_memory_that_has_shrunk_is_an_error(
+    device: VirtioPciDevice, function: FakeFunction, guest: Guest
+) -> None:
+    device.start(FEATURES, rings(guest))
+    os.ftruncate(guest.region.fd, 0)
+    with pytest.raises(DeviceError, match="has shrunk away"):
+        device.suspend()
+    assert function.status == 0
+
+
+# What goes wrong
+
+
+def test_a_function_that_reads_as_all_ones_is_lost(device: VirtioPciDevice, function: FakeFunction) -> None:
+    function.registers["status"] = 0xFF
+    os.eventfd_write(device._config_fd, 1)
+    assert device.take_event() is DeviceEvent.LOST
+    with pytest.raises(DeviceLostError):
+        device.suspend()
+
+
+def test_private_rings_keep_clear_of_guest_memory(device: VirtioPciDevice, guest: Guest) -> None:
+    device.start(FEATURES, rings(guest))
+    far = (1 << 39) - 0x1000
+    with pytest.raises(DeviceError, match="is where the private rings are"):
+        device.map_memory(MemoryRegion(far, 0x1000, guest.region.fd, 0, guest.region.address))
+
+
+SIZE = sum(-(-part // 4096) * 4096 for part in ring_bytes(256)[1:])
+
+
+@pytest.mark.parametrize(
+    ("ranges", "guest_at", "wanted"),
+    [
+        (((0, (1 << 39) - 1),), [], (1 << 39) - 2 * SIZE),
+        (((0, (1 << 64) - 1),), [], ADDRESS_END - 2 * SIZE),
+        (((0, 0xFFFF), (0x100000, 0x100FFF)), [], 0x10000 - 2 * SIZE),
+        (((0, (1 << 39) - 1),), [(1 << 39) - 0x1000, (1 << 39) - 0x3000], (1 << 39) - 0x3000 - 2 * SIZE),
+    ],
+    ids=["iommu", "no-iommu", "too-small-range", "beside-guest-memory"],
+)
+def test_where_private_rings_are(
+    monkeypatch: pytest.MonkeyPatch, ranges: object, guest_at: list[int], wanted: int
+) -> None:
+    function = FakeFunction()
+    monkeypatch.setattr(FakeFunction, "iova_ranges", lambda _: ranges)
+    guest = [MemoryRegion(start, 0x1000, -1, 0, 0) for start in guest_at]
+    private = PrivateRings(function, 2, 256, guest)
+    assert private.memory.guest_address == wanted
+    private.close()
+    function.close()
+
+
+def test_no_room_for_private_rings_is_an_error_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = FakeFunction()
+    monkeypatch.setattr(FakeFunction, "iova_ranges", lambda _: ((0, 0xFFF),))
+    with pytest.raises(
+        DeviceError, match=f"no DMA addresses for {2 * SIZE} bytes of private rings.*0x0-0xfff"
+    ):
+        PrivateRings(function, 2, 256, [])
+    function.close()
+
+
+def test_bar_4_is_not_touched(device: VirtioPciDevice, function: FakeFunction, guest: Guest) -> None:
+    function.bar_sizes[Region.BAR4] = 0
+    device.start(FEATURES, rings(guest, 5))
+    device.suspend()
+    assert not [entry for entry in function.log if entry.startswith("bar4")]
