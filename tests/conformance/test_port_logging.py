@@ -1,0 +1,124 @@
+"""A port whose front-end logs dirty pages, as QEMU does to save or move a running guest."""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES
+from datapath.vhost_user.messages import LogArea, Request
+from tests.harness.emulated_nic import EmulatedNic, PortProcess, ask
+from tests.harness.front_end import BUFFERS, MEMORY_SIZE, VIRTIO, SocketFrontEnd
+from tests.harness.netns import NetworkNamespace
+from tests.harness.traffic import RX, TX, both_ways, offer_buffers
+from tests.harness.wire import Wire
+
+PAGE = 4096
+#: The bitmap of the front-end's memory, and what lies before it in the same file.
+SIZE, OFFSET = MEMORY_SIZE // PAGE // 8, 4096
+
+
+@pytest.fixture(scope="module")
+def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
+    with (
+        NetworkNamespace() as namespace,
+        EmulatedNic(tmp_path_factory.mktemp("nic"), namespace, 1, "--keep") as running,
+    ):
+        yield running
+
+
+@pytest.fixture(params=["ifcvf", "virtio"])
+def port(nic: EmulatedNic, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[PortProcess]:
+    with PortProcess(tmp_path, nic.device(0).replace("ifcvf", request.param, 1)) as running:
+        yield running
+
+
+@pytest.fixture
+def front_end(port: PortProcess) -> Iterator[SocketFrontEnd]:
+    with closing(SocketFrontEnd.dial(port.socket)) as peer:
+        peer.connect()
+        peer.start()
+        yield peer
+
+
+@pytest.fixture
+def wire(nic: EmulatedNic) -> Iterator[Wire]:
+    with closing(Wire(nic.namespace, "vf0")) as made:
+        yield made
+
+
+@pytest.fixture
+def log() -> Iterator[int]:
+    fd = os.memfd_create("log")
+    os.ftruncate(fd, OFFSET + SIZE)
+    yield fd
+    os.close(fd)
+
+
+def take(log: int) -> set[int]:
+    """The addresses of the pages that are marked; they are not afterwards."""
+    data = os.pread(log, SIZE, OFFSET)
+    os.pwrite(log, bytes(SIZE), OFFSET)
+    return {(8 * at + n) * PAGE for at, byte in enumerate(data) for n in range(8) if byte >> n & 1}
+
+
+def switch(peer: SocketFrontEnd, on: bool) -> None:
+    """Logging on or off, while rings run."""
+    peer.tell(Request.SET_FEATURES, VIRTIO | F_PROTOCOL_FEATURES | (F_LOG_ALL if on else 0))
+    for index in (RX, TX):
+        peer.tell(Request.SET_VRING_ADDR, peer.address(index, flags=int(on)))
+    peer.settle()
+
+
+def test_just_what_was_written_is_marked(
+    front_end: SocketFrontEnd, port: PortProcess, wire: Wire, log: int
+) -> None:
+    offer_buffers(front_end)
+    both_ways(front_end, wire, 100)
+    front_end.tell(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET), log)
+    switch(front_end, True)
+    assert port.status()["shadowed"]
+    take(log)
+    for turn in range(3):
+        both_ways(front_end, wire, 110 + 10 * turn)
+    front_end.stop()
+    marked = take(log)
+    rings = {front_end.queues[index].used // PAGE * PAGE for index in (RX, TX)}
+    assert rings <= marked
+    # Each frame was received into a buffer of its own.
+    assert marked - rings
+    assert all(BUFFERS <= page < MEMORY_SIZE for page in marked - rings)
+    assert len(marked - rings) <= 3 + 1
+    assert os.pread(log, OFFSET, 0) == bytes(OFFSET), "before the bitmap is not ours"
+
+
+def test_a_given_up_migration_leaves_the_way_as_it_was(
+    front_end: SocketFrontEnd, port: PortProcess, wire: Wire, log: int
+) -> None:
+    offer_buffers(front_end, 8)
+    before = port.status()["shadowed"]
+    for turn in range(3):
+        front_end.tell(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET), log)
+        switch(front_end, True)
+        both_ways(front_end, wire, 200 + 20 * turn)
+        assert port.status()["shadowed"]
+        switch(front_end, False)
+        both_ways(front_end, wire, 210 + 20 * turn)
+        # A function without ring state has begun elsewhere than at 0 meanwhile, and stays shadowed.
+        assert port.status()["shadowed"] is (before or "virtio" in port.status()["driver"])
+    assert ask(port.control, "query-stats")["log_missed"] == 0
+
+
+def test_a_log_that_vanishes_costs_the_guest_nothing(
+    front_end: SocketFrontEnd, port: PortProcess, wire: Wire, log: int
+) -> None:
+    offer_buffers(front_end)
+    front_end.tell(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET), log)
+    switch(front_end, True)
+    os.ftruncate(log, 0)
+    both_ways(front_end, wire, 300)
+    front_end.stop()
+    assert ask(port.control, "query-stats")["log_missed"] > 0
+    assert port.running
