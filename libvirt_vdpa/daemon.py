@@ -31,6 +31,8 @@ from libvirt_vdpa.supervisor import Port, Supervisor
 logger = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
+#: Share of a hook's time limit in which a port must be ready: before the hook is answered that it is not.
+START_SHARE = 0.7
 #: Seconds that query-ports waits for each port.
 QUERY_LIMIT = 2.0
 
@@ -46,7 +48,12 @@ class Daemon:
         self._config = config
         self._host_pools = HostPools(config.pools, Kernel(), config.run_folder)
         self._inventory = Inventory(config.pools, self._host_pools.obstacle)
-        self._supervisor = Supervisor(config.socket, self._port_changed, self._port_forgotten)
+        self._supervisor = Supervisor(
+            config.socket,
+            self._port_changed,
+            self._port_forgotten,
+            start_limit=config.hook_time_limit * START_SHARE,
+        )
         self._lifecycle = Lifecycle(config, self._inventory, self._supervisor, self._refresh_devices)
         self._nics = [
             EmulatedNic(pool, config.run_folder, config.log_folder, self._inventory)

@@ -31,7 +31,7 @@ from libvirt_vdpa.process import Process, ProgramError, find_program, log_size, 
 logger = logging.getLogger(__name__)
 
 PROGRAM = "virt-vdpa-port"
-#: Seconds until a started process must answer.
+#: Seconds until a started process must answer, unless told otherwise.
 START_LIMIT = 7.0
 #: Seconds between looks at whether a process's sockets have appeared, and between tries to connect to one
 #: that a dead process may have left. A look costs nothing beside a connection, and libvirt waits for us.
@@ -62,8 +62,15 @@ class PortError(Exception):
 class Port:
     """One port and its process. Made by `Supervisor`; calls between the two stay in this module."""
 
-    def __init__(self, record: Record, owner: SocketConfig, changed: Callable[["Port"], None]) -> None:
+    def __init__(
+        self,
+        record: Record,
+        owner: SocketConfig,
+        changed: Callable[["Port"], None],
+        start_limit: float = START_LIMIT,
+    ) -> None:
         self.record = record
+        self._start_limit = start_limit
         #: The last that was heard from the process, an answer to query-status.
         self.status: dict[str, object] = {}
         #: Why it is not serving, as far as known.
@@ -271,10 +278,10 @@ class Port:
     async def _look_after(self) -> None:
         """From the process's start, or its adoption, to its end: wait until it answers, then keep asking."""
         try:
-            async with asyncio.timeout(START_LIMIT):
+            async with asyncio.timeout(self._start_limit):
                 client = await self._ready_client()
         except TimeoutError:
-            self._give_up(f"{PROGRAM} was not ready within {START_LIMIT:g} s")
+            self._give_up(f"{PROGRAM} was not ready within {self._start_limit:g} s")
             return
         except OSError as error:
             self._give_up(f"{error.filename or self.record.socket}: {error.strerror or error}")
@@ -374,16 +381,22 @@ class Supervisor:
     """All ports of this host."""
 
     def __init__(
-        self, owner: SocketConfig, changed: Callable[[Port], None], forgotten: Callable[[Record], None]
+        self,
+        owner: SocketConfig,
+        changed: Callable[[Port], None],
+        forgotten: Callable[[Record], None],
+        start_limit: float = START_LIMIT,
     ) -> None:
         """No ports yet; `adopt` finds those of an earlier daemon.
 
         :param owner: who may use the vhost-user sockets.
         :param changed: called after whatever happened to a port.
         :param forgotten: called when a port is gone, its process ended and its VF free.
+        :param start_limit: seconds until a started process must answer.
         """
         self.ports: dict[tuple[str, str], Port] = {}
         self._owner = owner
+        self._start_limit = start_limit
         self._notify = changed
         self._forgotten = forgotten
 
@@ -457,7 +470,7 @@ class Supervisor:
         # The other one's process and VF would be lost sight of.
         if record.key in self.ports:
             raise PortError(f"{record.label}: there is such a port already, it is not replaced")
-        port = Port(record, self._owner, self._changed)
+        port = Port(record, self._owner, self._changed, self._start_limit)
         self.ports[record.key] = port
         return port
 

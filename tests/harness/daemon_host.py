@@ -63,6 +63,9 @@ class Domain:
 class DaemonHost:
     """A daemon, its folders, and everything that it starts."""
 
+    #: Seconds that the daemon has to answer once it is started, and a hook to end.
+    PATIENCE = 20.0
+
     def __init__(self, network: NetworkNamespace) -> None:
         self.network = network
         self.folder = Path(tempfile.mkdtemp(prefix="vdpa-", dir="/tmp"))
@@ -81,7 +84,7 @@ class DaemonHost:
         command = [*self.network.prefix, str(PROGRAMS / "virtvdpad"), f"--config={self.configuration}"]
         with self.log.open("ab") as log:
             self.daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        wait_for("virtvdpad to answer", self.answers, 20)
+        wait_for("virtvdpad to answer", self.answers, self.PATIENCE)
 
     def answers(self) -> bool:
         assert self.daemon is not None
@@ -154,14 +157,14 @@ class DaemonHost:
         said = ""
         for operation in operations:
             hook = self.begin_hook(domain, operation)
-            output, said = hook.communicate(timeout=20)
+            output, said = hook.communicate(timeout=self.PATIENCE)
             assert (hook.returncode, output) == (0, ""), said
         return said
 
     def veto(self, domain: Domain, operation: str) -> str:
         """Call the hook for an operation that must be refused; its one line."""
         hook = self.begin_hook(domain, operation)
-        output, said = hook.communicate(timeout=20)
+        output, said = hook.communicate(timeout=self.PATIENCE)
         assert (hook.returncode, output) == (1, "")
         assert said.startswith("libvirt-vdpa: ")
         assert said.endswith("\n")
