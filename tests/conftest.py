@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.harness import nested_inner
-from tests.harness.nested_tier import NestedTier
 
 #: Characters of each log that a failed test shows.
 LOG_TAIL = 3000
@@ -20,8 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Inside the machine they are ordinary tests.
+    # Inside the machine they are ordinary tests, and importing what nobody needs takes a second.
     if not config.pluginmanager.hasplugin(nested_inner.__name__):
+        from tests.harness.nested_tier import NestedTier
+
         config.pluginmanager.register(NestedTier(config))
 
 

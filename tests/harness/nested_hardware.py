@@ -26,8 +26,10 @@ MONITOR = "qemu.monitor"
 #: Megabytes of memory, of which the overlay gets half.
 MEMORY = 2048
 
-#: A virtio NIC as a VF is one: modern, all its DMA through the IOMMU.
-MODERN = {"driver": "virtio-net-pci", "disable-legacy": "on", "iommu_platform": True}
+#: Without firmware of its own, which would look for something to boot from.
+NIC = {"driver": "virtio-net-pci", "romfile": ""}
+#: As a VF is one: modern, all its DMA through the IOMMU.
+MODERN = {**NIC, "disable-legacy": "on", "iommu_platform": True}
 
 
 def cabled_function(number: int) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def cable(number: int, folder: Path) -> list[str]:
     """
     name = f"w{number}"
     nowhere = f"local.type=unix,local.path={folder}/{name},remote.type=unix,remote.path={folder}/nowhere"
-    nic = {"driver": "virtio-net-pci", "netdev": name, "mac": f"52:54:00:00:01:0{number}"}
+    nic = {**NIC, "netdev": name, "mac": f"52:54:00:00:01:0{number}"}
     return [
         *("-netdev", f"hubport,hubid={number},id=vf{number}"),
         *("-netdev", f"hubport,hubid={number},id={name}"),

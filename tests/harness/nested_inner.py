@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.harness.nested_machine import INSIDE
-
 #: The node ids to run, one per line.
 SELECTED = "selected"
 REPORTS = "reports"
@@ -40,12 +38,26 @@ class Recorder:
         self._write("finish", nodeid)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reports", type=Path, required=True, help="where to write reports")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Recorder(config, INSIDE / REPORTS))
+    config.pluginmanager.register(Recorder(config, config.getoption("--reports")))
 
 
-def command(python: str, arguments: Sequence[str]) -> list[str]:
-    """The command that runs the tests of `SELECTED`, with more arguments for pytest."""
+def command(python: str, folder: Path, arguments: Sequence[str]) -> list[str]:
+    """The command that runs the tests of `SELECTED` in a folder and writes `REPORTS` there.
+
+    :param arguments: more of them for pytest.
+    """
     # Entry points are looked for in every installed package, which takes seconds under emulation.
     words = ["env", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1", python, "-m", "pytest", "-p", __name__]
-    return [*words, "-p", "no:cacheprovider", *arguments, f"@{INSIDE / SELECTED}"]
+    return [
+        *words,
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+        f"--reports={folder / REPORTS}",
+        f"@{folder / SELECTED}",
+    ]

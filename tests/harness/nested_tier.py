@@ -8,10 +8,10 @@ What cannot be had (no kernel package) skips them; a machine that does not boot,
 import ast
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import pytest
 
@@ -30,18 +30,33 @@ TRACE_TIME = 240.0
 When = Literal["setup", "call", "teardown"]
 
 
+class Machine(Protocol):
+    """What the tier needs of a `NestedMachine`, which says what these are."""
+
+    inside: ClassVar[Path]
+    exchange: Path
+
+    def __init__(self, command: Sequence[str], files: Mapping[str, str]) -> None: ...
+    @property
+    def status(self) -> int | None: ...
+    def boot(self) -> None: ...
+    def check(self) -> None: ...
+    def last_words(self) -> dict[str, str]: ...
+    def close(self) -> None: ...
+
+
 class InnerRun:
     """A nested machine that runs some tests, and what it has reported of them so far."""
 
-    def __init__(self, nodeids: Sequence[str], arguments: Sequence[str]) -> None:
+    def __init__(self, machine: type[Machine], nodeids: Sequence[str], arguments: Sequence[str]) -> None:
         """
         Start it.
 
         :raise HarnessError: when the machine's image cannot be had.
         """
-        command = nested_inner.command(sys.executable, arguments)
+        command = nested_inner.command(sys.executable, machine.inside, arguments)
         selected = "".join(f"{nodeid}\n" for nodeid in nodeids)
-        self._machine = NestedMachine(command, files={nested_inner.SELECTED: selected})
+        self._machine = machine(command, {nested_inner.SELECTED: selected})
         self._lines = b""
         self._read = 0
         self._reports: dict[str, list[dict[str, Any]]] = {}
@@ -113,7 +128,7 @@ class Ending:
     sections: list[tuple[str, str]] = field(default_factory=list)
 
     def report(self, item: pytest.Item, when: When) -> pytest.TestReport:
-        skipped = (str(item.path), 0, f"Skipped: {self.message}")
+        skipped = (str(item.path), 1, f"Skipped: {self.message}")
         longrepr = skipped if self.outcome == "skipped" else self.message
         return pytest.TestReport(
             item.nodeid, item.location, {}, self.outcome, longrepr, when, sections=self.sections
@@ -123,8 +138,16 @@ class Ending:
 class NestedTier:
     """The plugin of the pytest outside."""
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(
+        self, config: pytest.Config, folder: Path = FOLDER, machine: type[Machine] = NestedMachine
+    ) -> None:
+        """
+        :param folder: where the tests are.
+        :param machine: what runs them.
+        """
         self._config = config
+        self._folder = folder
+        self._machine = machine
         #: The tests that are still to be replayed.
         self._due: list[str] = []
         self._run: InnerRun | None = None
@@ -134,10 +157,10 @@ class NestedTier:
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
         if not self._config.getoption("--nested"):
             return None
-        return None if _related(collection_path, FOLDER) else True
+        return None if _related(collection_path, self._folder) else True
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self._due = [item.nodeid for item in session.items if item.path.is_relative_to(FOLDER)]
+        self._due = [item.nodeid for item in session.items if item.path.is_relative_to(self._folder)]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
@@ -182,7 +205,7 @@ class NestedTier:
     def _running(self) -> InnerRun:
         """The machine, booted at the first call."""
         if self._run is None:
-            self._run = InnerRun(self._due, self._arguments())
+            self._run = InnerRun(self._machine, self._due, self._arguments())
             self._run.boot()
         return self._run
 
