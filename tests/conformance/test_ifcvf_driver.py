@@ -357,7 +357,7 @@ def memory_users(nic: EmulatedNic) -> int:
 
 
 def test_the_same_memory_twice_is_refused(vf: DrivenVf) -> None:
-    with pytest.raises(DeviceError, match="guest memory 0x100000000.*: File exists"):
+    with pytest.raises(DeviceError, match=r"guest memory 0x100000000.*: File exists"):
         vf.device.map_memory(vf.region)
     with pytest.raises(DeviceError, match="the device needs multiples of 4096 bytes"):
         vf.device.map_memory(MemoryRegion(0x10, 0x1000, vf.memory.fd, 0, 0))

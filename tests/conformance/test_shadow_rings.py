@@ -1,7 +1,6 @@
 """The shadow-ring relay between a guest and an emulated VF in a process of its own: when it is there, what it
 marks as written, and that entering and leaving it loses nothing."""
 
-import mmap
 import random
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,41 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from datapath.native._native import ffi
-from datapath.vdpa import DeviceSpec, DirtyBitmap, RingState, open_device
+from datapath.vdpa import DeviceSpec, RingState, open_device
 from datapath.virtio import Feature, bit
+from tests.harness.dirty_log import PAGE, DirtyLog
 from tests.harness.driven_vf import BASE, BUFFERS, FEATURES, MEMORY_SIZE, RX, TX, DrivenVf
 from tests.harness.emulated_nic import EmulatedNic
 from tests.harness.netns import NetworkNamespace
 from tests.harness.pingpong import PingPong
 from tests.harness.wire import Wire
 
-PAGE = 4096
 EVENT_IDX = bit(Feature.F_EVENT_IDX)
 #: Length of a game, by the kind of doorbell: a mapped one is polled by the NIC, which takes its time.
 ROUNDS = {"eventfd": 100_000, "mapped": 5_000}
 #: Drivers that an emulated IFCVF serves: as what it is, and as any virtio-net function.
 DRIVERS = ("ifcvf", "virtio")
-
-
-class Log:
-    """A dirty bitmap over the whole of a driven VF's guest memory."""
-
-    def __init__(self) -> None:
-        self._view = mmap.mmap(-1, (BASE + MEMORY_SIZE) // PAGE // 8)
-        self.bitmap = DirtyBitmap(int(ffi.cast("uintptr_t", ffi.from_buffer(self._view))), len(self._view))
-
-    def take(self) -> set[int]:
-        """The guest physical addresses of the pages marked since the last look."""
-        first = BASE // PAGE // 8
-        data = self._view[first:]
-        self._view[first:] = bytes(len(data))
-        return {
-            BASE + (8 * at + bit_number) * PAGE
-            for at, byte in enumerate(data)
-            for bit_number in range(8)
-            if byte >> bit_number & 1
-        }
 
 
 @pytest.fixture(scope="module", params=["eventfd", "mapped"])
@@ -72,20 +50,22 @@ def wire(nic: EmulatedNic) -> Iterator[Wire]:
 
 
 @pytest.fixture
-def log() -> Log:
-    return Log()
+def log() -> Iterator[DirtyLog]:
+    with closing(DirtyLog(BASE, MEMORY_SIZE)) as made:
+        yield made
 
 
 @pytest.fixture
-def another_log() -> Log:
-    return Log()
+def another_log() -> Iterator[DirtyLog]:
+    with closing(DirtyLog(BASE, MEMORY_SIZE)) as made:
+        yield made
 
 
 MakeVf = Callable[..., DrivenVf]
 
 
 @pytest.fixture
-def make_vf(nic: EmulatedNic, log: Log, another_log: Log) -> Iterator[MakeVf]:
+def make_vf(nic: EmulatedNic, log: DirtyLog, another_log: DirtyLog) -> Iterator[MakeVf]:
     """Opens the VF with a driver and rings of a size and start; it is closed before the logs go."""
     made: list[DrivenVf] = []
 
@@ -153,7 +133,7 @@ def test_a_function_with_ring_state_is_not_shadowed(make_vf: MakeVf, wire: Wire)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_rings_stop_and_start_one_by_one(make_vf: MakeVf, wire: Wire, log: Log, driver: str) -> None:
+def test_rings_stop_and_start_one_by_one(make_vf: MakeVf, wire: Wire, log: DirtyLog, driver: str) -> None:
     vf = make_vf(driver, start=3)
     vf.device.start_logging(log.bitmap)
     vf.start()
@@ -177,7 +157,7 @@ def test_rings_stop_and_start_one_by_one(make_vf: MakeVf, wire: Wire, log: Log, 
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("features", [FEATURES, FEATURES | EVENT_IDX], ids=["flags", "event-idx"])
 def test_what_the_function_and_the_relay_write_is_marked(
-    make_vf: MakeVf, wire: Wire, log: Log, driver: str, features: int
+    make_vf: MakeVf, wire: Wire, log: DirtyLog, driver: str, features: int
 ) -> None:
     vf = make_vf(driver)
     vf.start(features)
@@ -197,7 +177,7 @@ def test_what_the_function_and_the_relay_write_is_marked(
     assert log.take() == received | used
 
 
-def test_nothing_is_marked_after_logging(make_vf: MakeVf, wire: Wire, log: Log) -> None:
+def test_nothing_is_marked_after_logging(make_vf: MakeVf, wire: Wire, log: DirtyLog) -> None:
     vf = make_vf("ifcvf")
     vf.device.start_logging(log.bitmap)
     vf.start()
@@ -212,7 +192,9 @@ def test_nothing_is_marked_after_logging(make_vf: MakeVf, wire: Wire, log: Log) 
     assert log.take() == set()
 
 
-def test_a_bitmap_takes_over_from_another(make_vf: MakeVf, wire: Wire, log: Log, another_log: Log) -> None:
+def test_a_bitmap_takes_over_from_another(
+    make_vf: MakeVf, wire: Wire, log: DirtyLog, another_log: DirtyLog
+) -> None:
     vf = make_vf("ifcvf")
     vf.device.start_logging(log.bitmap)
     vf.start()
@@ -229,7 +211,7 @@ def test_a_bitmap_takes_over_from_another(make_vf: MakeVf, wire: Wire, log: Log,
 
 @pytest.mark.parametrize("features", [FEATURES, FEATURES | EVENT_IDX], ids=["flags", "event-idx"])
 def test_ping_pong_while_the_relay_comes_and_goes(
-    make_vf: MakeVf, wire: Wire, log: Log, rounds: int, tmp_path: Path, features: int
+    make_vf: MakeVf, wire: Wire, log: DirtyLog, rounds: int, tmp_path: Path, features: int
 ) -> None:
     vf = make_vf("ifcvf", 64, start=0xFF00)
     vf.start(features)

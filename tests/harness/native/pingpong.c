@@ -250,7 +250,8 @@ static void transmit(uint64_t number)
     struct used_element done;
 
     memset(buffer, 0, NET_HEADER + FRAME_SIZE);
-    memset(buffer + NET_HEADER, 0x02, 12);      /* both stations: locally administered, unicast */
+    memset(buffer + NET_HEADER, 0xff, 6);       /* to everybody: stations filter what is not for them */
+    memset(buffer + NET_HEADER + 6, 0x02, 6);   /* from a locally administered address */
     buffer[NET_HEADER + ETHERTYPE_AT] = ETHERTYPE >> 8;
     buffer[NET_HEADER + ETHERTYPE_AT + 1] = ETHERTYPE & 0xff;
     memcpy(buffer + NET_HEADER + NUMBER_AT, &wire_number, sizeof(wire_number));

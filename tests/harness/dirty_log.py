@@ -1,0 +1,36 @@
+"""A dirty bitmap as a test keeps it, over the guest memory of a driven VF."""
+
+import mmap
+
+from datapath.native._native import ffi
+from datapath.vdpa import DirtyBitmap
+
+PAGE = 4096
+
+
+class DirtyLog:
+    """A bitmap for `size` bytes of guest memory at `base` (a multiple of 8 pages), and all below."""
+
+    def __init__(self, base: int, size: int) -> None:
+        self._base = base
+        self._view = mmap.mmap(-1, (base + size) // PAGE // 8)
+        self._pin = ffi.from_buffer(self._view)
+        #: What a device is told.
+        self.bitmap = DirtyBitmap(int(ffi.cast("uintptr_t", self._pin)), len(self._view))
+
+    def take(self) -> set[int]:
+        """The guest physical addresses of the pages marked since the last look."""
+        first = self._base // PAGE // 8
+        data = self._view[first:]
+        self._view[first:] = bytes(len(data))
+        return {
+            self._base + (8 * at + number) * PAGE
+            for at, byte in enumerate(data)
+            for number in range(8)
+            if byte >> number & 1
+        }
+
+    def close(self) -> None:
+        """Unmap it; the device must have been told, or closed."""
+        ffi.release(self._pin)
+        self._view.close()
