@@ -307,6 +307,7 @@ class VirtioNetDevice(VdpaDevice):
             self._halt()
         self._function.close()
         self._resources.close()
+        self._lost = True  # for whoever closes once more
 
     # Inside: the function as a whole
 
