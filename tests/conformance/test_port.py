@@ -24,15 +24,14 @@ from datapath.vhost_user.messages import (
     VringState,
     encode_request,
 )
-from datapath.virtio import NET_HEADER_SIZE, Feature, Status, bit, feature_names
+from datapath.virtio import Feature, Status, bit, feature_names
 from tests.harness.emulated_nic import BIN, EmulatedNic, PortProcess, ask
-from tests.harness.front_end import BUFFERS, DRIVER_OK, MEMORY_SIZE, USER, FrontEnd, SocketFrontEnd
+from tests.harness.front_end import DRIVER_OK, MEMORY_SIZE, USER, SocketFrontEnd
 from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import wait_for
+from tests.harness.traffic import TX, both_ways, offer_buffers, received, transmit
 from tests.harness.virtqueue import Buffer
-from tests.harness.wire import Wire, frame, number_of
-
-RX, TX = 0, 1
+from tests.harness.wire import Wire
 
 
 @pytest.fixture(scope="module")
@@ -58,41 +57,6 @@ def front_end(port: PortProcess) -> Iterator[SocketFrontEnd]:
 def wire(nic: EmulatedNic) -> Iterator[Wire]:
     with closing(Wire(nic.namespace, "vf0")) as made:
         yield made
-
-
-def transmit(peer: FrontEnd, number: int) -> None:
-    """Let the guest send a frame."""
-    data = bytes(NET_HEADER_SIZE) + frame(number)
-    peer.memory.write(BUFFERS, data)
-    peer.queues[TX].add(Buffer(BUFFERS, len(data)))
-    peer.queues[TX].kick()
-
-
-def offer_buffers(peer: FrontEnd, count: int = 4) -> None:
-    """Give the guest's receive ring something to fill."""
-    for number in range(count):
-        peer.queues[RX].add(Buffer(BUFFERS + 0x1000 * (number + 1), 2048, writable=True))
-    peer.queues[RX].kick()
-
-
-def received(peer: FrontEnd) -> int:
-    """The number of the next frame of ours that the guest receives."""
-    while True:
-        ((head, length),) = peer.queues[RX].wait_used(1)
-        descriptor = peer.memory.read(peer.queues[RX].descriptors + 16 * head, 8)
-        data = peer.memory.read(int.from_bytes(descriptor, "little"), length)[NET_HEADER_SIZE:]
-        number = number_of(data)
-        if number is not None:
-            return number
-
-
-def both_ways(peer: FrontEnd, wire: Wire, number: int) -> None:
-    """A frame out and a frame in."""
-    transmit(peer, number)
-    wire.expect(number)
-    peer.queues[TX].wait_used()
-    wire.send(number + 1)
-    assert received(peer) == number + 1
 
 
 PROTOCOLS = {

@@ -15,6 +15,8 @@ from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import Process, tail, wait_for
 
 BIN = Path(sys.executable).parent
+#: Seconds that a port has to start; under emulation it takes several, and more on a busy machine.
+START_TIME = 40.0
 
 
 def ask(control: Path, command: str, **arguments: Any) -> Any:
@@ -88,9 +90,13 @@ class PortProcess(Process):
         )
         fds = [int(option.partition("=")[2]) for option in options if option.startswith("--fd")]
         super().__init__([*argv, *where, *options], folder / f"{name}.log", pass_fds=fds)
-        self.wait_for("an answer", lambda: answers(self.control))
-        if where and "--connect" not in options:
-            self.wait_for("its socket", self.socket.exists)
+        try:
+            self.wait_for("an answer", lambda: answers(self.control), START_TIME)
+            if where and "--connect" not in options:
+                self.wait_for("its socket", self.socket.exists)
+        except BaseException:
+            self.kill()
+            raise
 
     def status(self) -> dict[str, Any]:
         """query-status."""

@@ -47,7 +47,17 @@ class FrontEnd(abc.ABC):
         self.protocol = protocol
         self.need_reply = False
         self.memory = MemfdMemory(MEMORY_SIZE)
-        self.queues = [Virtqueue(self.memory, RING_STRIDE * index) for index in (0, 1)]
+        self.queues: list[Virtqueue] = []
+        self.lay_rings_out(0)
+
+    def lay_rings_out(self, address: int) -> None:
+        """Lay new rings out from a guest physical address on.
+
+        The first ones lie at 0, which is not special; to QEMU's own devices it means that there is no ring.
+        """
+        for queue in self.queues:
+            queue.close()
+        self.queues = [Virtqueue(self.memory, address + RING_STRIDE * index) for index in (0, 1)]
 
     @abc.abstractmethod
     def tell(self, request: int, payload: Any = None, *fds: int) -> Any:

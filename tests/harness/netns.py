@@ -6,6 +6,7 @@ Owns the process that holds the namespace; ending it ends the namespace and the 
 import ctypes
 import os
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Callable
@@ -18,6 +19,10 @@ from tests.harness.processes import HarnessError, run
 T = TypeVar("T")
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
+#: linux/if_packet.h: a socket's wish that its link pass frames to other addresses on, which a real NIC and an
+#: emulated one drop; struct packet_mreq is the link's index, the wish, and an address that this one lacks.
+SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC = 263, 1, 1
+PACKET_MREQ = struct.Struct("=iH10x")
 
 
 #: Links in it carry what a test sends, and none of the kernel's own IPv6.
@@ -25,9 +30,11 @@ SET_UP = "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6 && echo ready && 
 
 
 def open_packet_socket(link: str) -> socket.socket:
-    """A raw socket on a link: sends and sees whole Ethernet frames."""
+    """A raw socket on a link: sends and sees whole Ethernet frames, to whomever they are."""
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
     sock.bind((link, 0))
+    everything = PACKET_MREQ.pack(socket.if_nametoindex(link), PACKET_MR_PROMISC)
+    sock.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, everything)
     sock.settimeout(10)
     return sock
 

@@ -4,13 +4,27 @@ Owns the process and DPDK's command line; needs no hugepages and leaves nothing 
 """
 
 import os
+import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 
-from tests.harness.processes import Process
+from tests.harness.processes import HarnessError, Process, tail
 
 #: Megabytes of memory; packet buffers take some of it.
 MEMORY = 256
 BUFFERS = 8192
+
+#: Destination, source and EtherType (for experiments, RFC 7042) of what is sent to the VF.
+STATION = bytes.fromhex("020000000001")
+PEER = bytes.fromhex("020000000002")
+HEADER_OUT = PEER + STATION + b"\x88\xb5"
+#: What macswap makes of the addresses.
+HEADER_BACK = STATION + PEER + b"\x88\xb5"
+#: txonly sends UDP over IPv4 to this address.
+TXONLY = bytes.fromhex("020000000000")
+#: Seconds for a frame to come back, the front-end's start included, which takes long under emulation.
+PATIENCE = 60.0
 
 
 class Testpmd(Process):
@@ -34,3 +48,32 @@ class Testpmd(Process):
             folder / "testpmd.log",
             env={**os.environ, "RUNTIME_DIRECTORY": str(folder)},
         )
+
+    def next_frame(self, wire: socket.socket, header: bytes = HEADER_BACK) -> bytes:
+        """The payload of the next frame from the VF with that header.
+
+        :raise HarnessError: when none comes.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            with suppress(TimeoutError):
+                data, address = wire.recvfrom(2048)
+                if data.startswith(header) and address[2] != socket.PACKET_OUTGOING:
+                    return data[len(header) :]
+        raise HarnessError(f"no frame came from the VF within {PATIENCE:g} s; testpmd: {tail(self.log)}")
+
+    def wait_until_forwarding(self, wire: socket.socket) -> None:
+        """Greet a macswap peer until it answers: what it receives before it forwards, it drops."""
+        greeter = bytes.fromhex("020000000003")
+        wire.settimeout(0.1)
+
+        def answered() -> bool:
+            wire.send(PEER + greeter + b"\x88\xb5" + bytes(46))
+            with suppress(TimeoutError):
+                while not wire.recv(2048).startswith(greeter + PEER):
+                    pass
+                return True
+            return False
+
+        self.wait_for("an answer", answered, PATIENCE)
+        wire.settimeout(PATIENCE)
