@@ -1,4 +1,4 @@
-"""Builds C tests of datapath/native together with the unit that they test, under a sanitizer."""
+"""Builds C tests of datapath/native together with the units that they test, under a sanitizer or none."""
 
 from pathlib import Path
 
@@ -10,13 +10,17 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined"],
     "thread": ["-fsanitize=thread", "-Wno-tsan"],
 }
+#: What shadow rings are made of, and the relay's thread on top of that.
+SHADOW = [NATIVE / f"{unit}.c" for unit in ("shadow", "written", "log", "dma")]
+RELAY = [*SHADOW, *(NATIVE / f"{unit}.c" for unit in ("relay", "forwarder", "guard"))]
 FLAGS = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-fno-sanitize-recover=all"]
 
 
-def build(sanitizer: str, program: Path, *sources: Path) -> Path:
-    """Compile `sources` into `program`.
+def build(sanitizer: str | None, program: Path, *sources: Path) -> Path:
+    """Compile `sources` into `program`; without a sanitizer as they are compiled for use.
 
     :raise HarnessError: with the compiler's message.
     """
-    run(["gcc", *FLAGS, *SANITIZERS[sanitizer], f"-I{NATIVE}", *sources, "-o", program])
+    flags = SANITIZERS[sanitizer] if sanitizer else ["-O2"]
+    run(["gcc", *FLAGS, *flags, f"-I{NATIVE}", *sources, "-o", program])
     return program
