@@ -217,6 +217,8 @@ class FakeFunction(PciFunction):
 
     def _count(self) -> None:
         self.accesses += 1
+        if self.closed:
+            raise DeviceLostError("fake: has been closed")
         if self.fail_at is None or self.accesses < self.fail_at:
             return
         if self.accesses == self.fail_at or self.fail_for_ever:
