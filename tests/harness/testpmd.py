@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tests.harness.processes import HarnessError, Process, tail
 
-#: Megabytes of memory; packet buffers take some of it.
 MEMORY = 256
 BUFFERS = 8192
 
@@ -33,18 +32,29 @@ class Testpmd(Process):
     #: Not one of pytest's classes, whatever its name.
     __test__ = False
 
-    def __init__(self, folder: Path, socket: Path, mode: str, *, queue_pairs: int = 1, queue_size: int = 256):
+    def __init__(
+        self,
+        folder: Path,
+        socket: Path,
+        mode: str,
+        *,
+        queue_pairs: int = 1,
+        queue_size: int = 256,
+        memory: int = MEMORY,
+        buffers: int = BUFFERS,
+    ) -> None:
         """
         :param folder: where its log and DPDK's runtime files go.
         :param mode: testpmd's --forward-mode: `txonly` sends for ever, `macswap` sends back what comes.
+        :param memory: megabytes; `buffers` packet buffers take some of it.
         """
         device = f"net_virtio_user0,path={socket},queues={queue_pairs},queue_size={queue_size}"
-        eal = ["--no-huge", "-m", str(MEMORY), "--no-pci", "--single-file-segments", "--lcores=0@0,1@1"]
+        eal = ["--no-huge", "-m", str(memory), "--no-pci", "--single-file-segments", "--lcores=0@0,1@1"]
         # Without an interval for statistics it would wait for the end of its standard input and quit.
         application = ["--auto-start", "--stats-period=60", f"--forward-mode={mode}"]
-        buffers = [f"--total-num-mbufs={BUFFERS}", f"--rxq={queue_pairs}", f"--txq={queue_pairs}"]
+        queues = [f"--total-num-mbufs={buffers}", f"--rxq={queue_pairs}", f"--txq={queue_pairs}"]
         super().__init__(
-            ["dpdk-testpmd", *eal, f"--vdev={device}", "--", *application, *buffers],
+            ["dpdk-testpmd", *eal, f"--vdev={device}", "--", *application, *queues],
             folder / "testpmd.log",
             env={**os.environ, "RUNTIME_DIRECTORY": str(folder)},
         )

@@ -60,7 +60,8 @@ def test_a_front_end_passes_frames_both_ways(port: PortProcess, wire: Wire) -> N
 @pytest.mark.dpdk
 def test_dpdk_passes_frames_both_ways(port: PortProcess, wire: Wire, tmp_path: Path) -> None:
     payloads = [number.to_bytes(4, "big") + bytes(number % 1000 + 46) for number in range(200)]
-    with Testpmd(tmp_path, port.socket, "macswap") as peer:
+    # Every page is prepared by DPDK, and pinned for the function: few of them start sooner.
+    with Testpmd(tmp_path, port.socket, "macswap", memory=32, buffers=2048) as peer:
         peer.wait_until_forwarding(wire.socket)
         for begin in range(0, len(payloads), 20):
             window = payloads[begin : begin + 20]

@@ -10,13 +10,15 @@ import pytest
 from datapath.bus.vfio import VfioFunction
 from datapath.drivers.virtio_pci import open_device
 from datapath.vdpa import DeviceError, DeviceEvent, DeviceLostError, DeviceSpec, RingState
-from datapath.virtio import Feature, bit
+from datapath.virtio import NET_HEADER_SIZE, Feature, bit
 from tests.harness.driven_vf import BASE, FEATURES, MEMORY_SIZE, RX, TX, DrivenVf
 from tests.harness.host_pci import KernelLog, bind, bound, exists, remove, rescan
 from tests.harness.nested_hardware import FUNCTIONS
 from tests.harness.nested_monitor import NestedMonitor
 from tests.harness.processes import wait_for
-from tests.harness.wire import Wire
+from tests.harness.raw_nic import SharedMemory
+from tests.harness.virtqueue import Buffer
+from tests.harness.wire import Wire, number_of
 
 FIRST = FUNCTIONS[0]
 DEVICE = f"virtio,pci={FIRST}"
@@ -130,6 +132,26 @@ def test_a_function_that_is_closed_while_it_runs(vf: DrivenVf, wire: Wire) -> No
         again.start()
         both_ways(again, wire, 100)
     assert vf.memory.read(BASE, MEMORY_SIZE) == before
+
+
+def test_a_buffer_that_has_been_taken_away(vf: DrivenVf, wire: Wire) -> None:
+    """What the guest offers, but no longer has, is not written."""
+    elsewhere = SharedMemory(0x3_0000_0000)
+    vf.device.map_memory(elsewhere.region)
+    vf.start()
+    for _ in range(2):
+        vf.queues[RX].add(Buffer(elsewhere.region.guest_address, 2048, writable=True))
+    vf.queues[RX].kick()
+    wire.send(1)
+    vf.queues[RX].wait_used()
+    received = elsewhere.memfd.read(elsewhere.region.guest_address, 2048)
+    assert number_of(received[NET_HEADER_SIZE:]) == 1
+    vf.device.unmap_memory(elsewhere.region)
+    with closing(KernelLog()) as log:
+        wire.send(2)
+        assert "Write" in log.expect("DMAR", "[01:00.0]", "fault addr 0x300000000")
+    assert elsewhere.memfd.read(elsewhere.region.guest_address, 2048) == received
+    elsewhere.close()
 
 
 def come_back() -> None:
