@@ -5,16 +5,21 @@
 
 static void note(struct dirty_log *log, uint64_t byte, uint8_t bits)
 {
-    if (log->pending > 0 && log->set[log->pending - 1].byte == byte) {
-        log->set[log->pending - 1].bits |= bits;
+    if (log->byte == byte) {
+        log->bits |= bits;
         return;
     }
-    if (log->pending == LOG_PENDING) {
-        log_flush(log);
+    if (log->bits != 0) {
+        if (log->pending == LOG_PENDING) {
+            log_flush(log);
+        } else {
+            log->set[log->pending].byte = log->byte;
+            log->set[log->pending].bits = log->bits;
+            log->pending++;
+        }
     }
-    log->set[log->pending].byte = byte;
-    log->set[log->pending].bits = bits;
-    log->pending++;
+    log->byte = byte;
+    log->bits = bits;
 }
 
 /* The part of a range that lies beyond the bitmap is only counted. False: that is all of it. */
@@ -30,13 +35,10 @@ static bool clip(struct dirty_log *log, uint64_t first, uint64_t *last)
     return first < end;
 }
 
-void log_mark(struct dirty_log *log, uint64_t address, uint64_t length)
+void log_mark_range(struct dirty_log *log, uint64_t address, uint64_t length)
 {
     uint64_t last_byte, first, last;
 
-    if (log->bitmap == NULL || length == 0) {
-        return;
-    }
     if (__builtin_add_overflow(address, length - 1, &last_byte)) {
         last_byte = UINT64_MAX;
     }
@@ -51,9 +53,17 @@ void log_mark(struct dirty_log *log, uint64_t address, uint64_t length)
     note(log, last / 8, (0xffu << first % 8) & (0xffu >> (7 - last % 8)));
 }
 
+/* Set bits of one byte, unless they are set. */
+static void set_missing(uint8_t *byte, uint8_t bits)
+{
+    if ((__atomic_load_n(byte, __ATOMIC_RELAXED) & bits) != bits) {
+        log_set(byte, bits);
+    }
+}
+
 void log_flush(struct dirty_log *log)
 {
-    if (log->pending == 0) {
+    if (log->bits == 0) {
         return;
     }
     /* SIGBUS may leave this in the middle, and then the flag must be in memory already. */
@@ -66,21 +76,23 @@ void log_flush(struct dirty_log *log)
      */
     device_fence();
     for (unsigned int i = 0; i < log->pending; i++) {
-        uint8_t *byte = &log->bitmap[log->set[i].byte], bits = log->set[i].bits;
-
-        if ((__atomic_load_n(byte, __ATOMIC_RELAXED) & bits) != bits) {
-            log_set(byte, bits);
-        }
+        set_missing(&log->bitmap[log->set[i].byte], log->set[i].bits);
     }
-    log->pending = 0;
+    set_missing(&log->bitmap[log->byte], log->bits);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    log_forget(log);
+}
+
+void log_forget(struct dirty_log *log)
+{
+    log->pending = 0;
+    log->bits = 0;
     log->flushing = false;
 }
 
 void log_lose(struct dirty_log *log)
 {
+    log_forget(log);
     log->bitmap = NULL;
-    log->pending = 0;
-    log->flushing = false;
     log->missed++;
 }

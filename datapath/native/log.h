@@ -23,7 +23,9 @@ struct dirty_log {
     uint64_t bytes;
     uint64_t missed;            /* pages that lie beyond the bitmap, plus bitmaps that vanished */
 
-    /* Bits that are to be set, of bytes that are all but one unlike the one before. */
+    /* Bits that are to be set: those of the byte that came last, and before it. */
+    uint64_t byte;
+    uint8_t bits;               /* 0: there are none at all */
     unsigned int pending;
     struct { uint64_t byte; uint8_t bits; } set[LOG_PENDING];
     bool flushing;              /* the bitmap is being touched */
@@ -38,14 +40,33 @@ static inline void log_set(uint8_t *byte, uint8_t bits)
     __atomic_fetch_or(byte, bits, __ATOMIC_RELEASE);
 }
 
+/* As log_mark(), for any range. */
+void log_mark_range(struct dirty_log *log, uint64_t address, uint64_t length);
+
 /* Note that `length` bytes at a guest physical address have been written. */
-void log_mark(struct dirty_log *log, uint64_t address, uint64_t length);
+static inline void log_mark(struct dirty_log *log, uint64_t address, uint64_t length)
+{
+    uint64_t page = address / LOG_PAGE_SIZE;
+
+    if (log->bitmap == NULL || length == 0) {
+        return;
+    }
+    /* Mostly it is one page, in the neighbourhood of the one before. */
+    if (page == (address + length - 1) / LOG_PAGE_SIZE && page / 8 == log->byte && log->bits != 0) {
+        log->bits |= 1u << page % 8;
+        return;
+    }
+    log_mark_range(log, address, length);
+}
 
 /*
  * Set the bits of what was noted. Like log_mark(), which does so when it has noted much, it touches the
  * bitmap, whose file may shrink, and so runs under guard_run(); log_lose() if it was left while `flushing`.
  */
 void log_flush(struct dirty_log *log);
+
+/* Forget what was noted. */
+void log_forget(struct dirty_log *log);
 
 /* Log no more, for the bitmap has gone. */
 void log_lose(struct dirty_log *log);

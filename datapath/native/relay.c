@@ -357,7 +357,7 @@ void relay_log(struct relay *relay, void *bitmap, uint64_t bytes)
     enter(relay);
     relay->log.bitmap = bitmap;
     relay->log.bytes = bytes;
-    relay->log.pending = 0;
+    log_forget(&relay->log);
     leave(relay);
 }
 

@@ -53,6 +53,11 @@ static inline uint32_t load32(const uint32_t *from)
     return le32toh(__atomic_load_n(from, __ATOMIC_RELAXED));
 }
 
+static inline uint64_t load64(const uint64_t *from)
+{
+    return le64toh(__atomic_load_n(from, __ATOMIC_RELAXED));
+}
+
 static inline void store16(uint16_t *to, uint16_t value)
 {
     __atomic_store_n(to, htole16(value), __ATOMIC_RELAXED);

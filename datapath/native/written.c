@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "written.h"
 
-#include <string.h>
-
 /* Descriptors of one chain to look at. Some drivers let an indirect chain be longer than a small ring. */
 #define AT_LEAST 1024
 
@@ -13,28 +11,17 @@ struct view {
     uint32_t entries;
 };
 
-static bool load_descriptor(struct dma_table *table, const struct view *view, uint16_t index,
-                            struct ring_descriptor *out)
+/* A descriptor in the guest's memory, or a copy of it. NULL: there is none. */
+static const struct ring_descriptor *find(struct dma_table *table, const struct view *view, uint16_t index,
+                                          struct ring_descriptor *copy)
 {
-    struct ring_descriptor raw;
-
     if (index >= view->entries) {
-        return false;
+        return NULL;
     }
     if (view->descriptors != NULL) {
-        memcpy(&raw, &view->descriptors[index], sizeof(raw));
-    } else if (!dma_read(table, view->address + index * sizeof(raw), &raw, sizeof(raw))) {
-        return false;
+        return &view->descriptors[index];
     }
-    /* From here on only the copy counts: keep the compiler from reading the guest's memory again. */
-    __atomic_signal_fence(__ATOMIC_SEQ_CST);
-    *out = (struct ring_descriptor){
-        .address = le64toh(raw.address),
-        .length = le32toh(raw.length),
-        .flags = le16toh(raw.flags),
-        .next = le16toh(raw.next),
-    };
-    return true;
+    return dma_read(table, view->address + index * sizeof(*copy), copy, sizeof(*copy)) ? copy : NULL;
 }
 
 void written_mark(struct dirty_log *log, struct dma_table *table, const struct ring_descriptor *descriptors,
@@ -42,30 +29,36 @@ void written_mark(struct dirty_log *log, struct dma_table *table, const struct r
 {
     struct view view = { .descriptors = descriptors, .entries = size };
     unsigned int limit = size > AT_LEAST ? size : AT_LEAST;
-    struct ring_descriptor descriptor;
     uint16_t index = head;
 
     for (unsigned int count = 0; length > 0 && count < limit; count++) {
-        if (!load_descriptor(table, &view, index, &descriptor)) {
+        struct ring_descriptor copy;
+        const struct ring_descriptor *descriptor = find(table, &view, index, &copy);
+        uint16_t flags;
+
+        if (descriptor == NULL) {
             return;
         }
-        if (descriptor.flags & DESC_INDIRECT) {
+        flags = load16(&descriptor->flags);
+        if (flags & DESC_INDIRECT) {
             if (view.descriptors == NULL) {
                 return;         /* within another: section 2.7.5.3.1 forbids it */
             }
-            view = (struct view){ NULL, descriptor.address, descriptor.length / sizeof(descriptor) };
+            view = (struct view){
+                NULL, load64(&descriptor->address), load32(&descriptor->length) / sizeof(copy),
+            };
             index = 0;
             continue;
         }
-        if (descriptor.flags & DESC_WRITE) {
-            uint32_t part = descriptor.length < length ? descriptor.length : length;
+        if (flags & DESC_WRITE) {
+            uint32_t all = load32(&descriptor->length), part = all < length ? all : length;
 
-            log_mark(log, descriptor.address, part);
+            log_mark(log, load64(&descriptor->address), part);
             length -= part;
         }
-        if (!(descriptor.flags & DESC_NEXT)) {
+        if (!(flags & DESC_NEXT)) {
             return;
         }
-        index = descriptor.next;
+        index = load16(&descriptor->next);
     }
 }
