@@ -274,7 +274,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=_device_spec,
         required=True,
         metavar="DRIVER,key=value…",
-        help="such as ifcvf,vfio-user=/run/nic/vf0.sock",
+        help="such as ifcvf,pci=0000:06:00.3 or virtio,vfio-user=/run/nic/vf0.sock",
     )
     parser.add_argument("--control", type=Path, metavar="PATH", help="control socket (QMP) to serve")
     parser.add_argument("--name", metavar="LABEL", help="what log lines call this port")

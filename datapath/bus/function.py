@@ -10,11 +10,13 @@ Every call returns or raises within seconds. `DeviceError` is a refusal or a mis
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from datapath.native.relay import Doorbell
 from datapath.pci import COMMAND, PciCommand
 from datapath.vdpa import MemoryRegion
-from datapath.vfio import Irq, Region
+from datapath.vfio import Irq, Region, RegionFlag
+from datapath.vfio_user import RegionInfo
 
 #: Access widths of registers, in bytes.
 WIDTHS = (1, 2, 4, 8)
@@ -28,6 +30,15 @@ class RegionDescription:
     size: int
     #: (offset, size) of the parts that can be mapped.
     mappable: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, info: RegionInfo) -> Self:
+        """What VFIO's answer about a region says; vfio-user has the same structure."""
+        if not info.flags & RegionFlag.MMAP:
+            return cls(info.size)
+        if info.areas is None:
+            return cls(info.size, ((0, info.size),))
+        return cls(info.size, tuple((area.offset, area.size) for area in info.areas))
 
 
 class PciFunction(abc.ABC):

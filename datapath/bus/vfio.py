@@ -29,8 +29,8 @@ from datapath.native._native import ffi
 from datapath.native.relay import Doorbell
 from datapath.pci import CONFIG_SIZE, REVISION_AND_CLASS
 from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
-from datapath.vfio import DeviceFlag, Irq, IrqFlag, Region, RegionFlag, Request, SetIrqsFlag
-from datapath.vfio_user import Area, DeviceInfo, IrqInfo, RegionInfo, SetIrqs
+from datapath.vfio import DeviceFlag, Irq, IrqFlag, Region, Request, SetIrqsFlag
+from datapath.vfio_user import DeviceInfo, IrqInfo, RegionInfo, SetIrqs
 
 #: Widths of one access, in bytes. The kernel makes two of one of 8 bytes.
 WIDTHS = (1, 2, 4)
@@ -79,11 +79,7 @@ class VfioFunction(PciFunction):
     # Regions
 
     def region(self, index: Region) -> RegionDescription:
-        info = self._region(index)
-        if not info.flags & RegionFlag.MMAP:
-            return RegionDescription(info.size)
-        areas = (Area(0, info.size),) if info.areas is None else info.areas
-        return RegionDescription(info.size, tuple((area.offset, area.size) for area in areas))
+        return RegionDescription.of(self._region(index))
 
     def read(self, index: Region, offset: int, width: int) -> int:
         self._check_access(index, offset, width)

@@ -23,7 +23,7 @@ from datapath.native._native import ffi
 from datapath.native.relay import Doorbell
 from datapath.pci import CONFIG_SIZE
 from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
-from datapath.vfio import DeviceFlag, DmaFlag, Irq, IrqFlag, Region, RegionFlag, SetIrqsFlag
+from datapath.vfio import DeviceFlag, DmaFlag, Irq, IrqFlag, Region, SetIrqsFlag
 from datapath.vfio_user import (
     MAJOR,
     MAX_FDS,
@@ -210,11 +210,7 @@ class VfioUserFunction(PciFunction):
     # Regions
 
     def region(self, index: Region) -> RegionDescription:
-        info = self._region(index)
-        if not info.flags & RegionFlag.MMAP:
-            return RegionDescription(info.size)
-        areas = (Area(0, info.size),) if info.areas is None else info.areas
-        return RegionDescription(info.size, tuple((area.offset, area.size) for area in areas))
+        return RegionDescription.of(self._region(index))
 
     def read(self, index: Region, offset: int, width: int) -> int:
         self._check_access(index, offset, width)

@@ -9,8 +9,7 @@ from collections.abc import Collection
 
 from datapath.bus.function import PciFunction
 from datapath.bus.pci import PciIds
-from datapath.bus.registry import open_function
-from datapath.drivers.virtio_net import VirtioNetDevice
+from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
 from datapath.drivers.virtio_registers import wait_until
 from datapath.vdpa import DeviceError, DeviceSpec, Ring, RingState
 from datapath.vfio import Region
@@ -109,9 +108,4 @@ def open_device(spec: DeviceSpec) -> IfcvfDevice:
     :raise DeviceSpecError: for other options.
     :raise DeviceError: when the VF cannot be had, or is no IFCVF.
     """
-    function = open_function(spec)
-    try:
-        return IfcvfDevice(str(spec), function)
-    except BaseException:
-        function.close()
-        raise
+    return take_hold(IfcvfDevice, spec)

@@ -21,9 +21,10 @@ import dataclasses
 import os
 import select
 from collections.abc import Collection, Mapping
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from datapath.bus.function import PciFunction
+from datapath.bus.registry import open_function
 from datapath.descriptors import signal_eventfd
 from datapath.drivers.guest_regions import GuestRegions
 from datapath.drivers.ring_paths import RingPaths
@@ -32,6 +33,7 @@ from datapath.vdpa import (
     DeviceError,
     DeviceEvent,
     DeviceLostError,
+    DeviceSpec,
     DirtyBitmap,
     MemoryRegion,
     Ring,
@@ -93,9 +95,25 @@ PROMISED = sum(
 
 CONFIG_VECTOR = 0
 
+Device = TypeVar("Device", bound="VirtioNetDevice")
+
 
 def queue_vector(index: int) -> int:
     return index + 1
+
+
+def take_hold(kind: type[Device], spec: DeviceSpec) -> Device:
+    """Make a device out of the function that a device string names; on failure the function is let go.
+
+    :raise DeviceSpecError: for options that name no function.
+    :raise DeviceError: when the function cannot be had, or is not one that this kind of device is made of.
+    """
+    function = open_function(spec)
+    try:
+        return kind(str(spec), function)
+    except BaseException:
+        function.close()
+        raise
 
 
 class VirtioNetDevice(VdpaDevice):

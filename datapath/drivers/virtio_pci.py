@@ -13,8 +13,7 @@ from collections.abc import Collection
 
 from datapath.bus.function import PciFunction
 from datapath.bus.pci import PciIds
-from datapath.bus.registry import open_function
-from datapath.drivers.virtio_net import VirtioNetDevice
+from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
 from datapath.drivers.virtio_registers import wait_until
 from datapath.vdpa import DeviceError, DeviceSpec, Ring, RingState
 from datapath.virtio import DEVICE_NET, PCI_MODERN_DEVICE_BASE, PCI_VENDOR
@@ -76,9 +75,4 @@ def open_device(spec: DeviceSpec) -> VirtioPciDevice:
     :raise DeviceSpecError: for other options.
     :raise DeviceError: when the function cannot be had, or is no modern virtio-net function.
     """
-    function = open_function(spec)
-    try:
-        return VirtioPciDevice(str(spec), function)
-    except BaseException:
-        function.close()
-        raise
+    return take_hold(VirtioPciDevice, spec)
