@@ -105,6 +105,8 @@ ip link set {name} up
 START = """
 cd {checkout}
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TMPDIR=/run/tmp
+# Or else setuptools has something to say each time that a Python starts.
+export SETUPTOOLS_USE_DISTUTILS=stdlib
 mount --bind {modules} /lib/modules/{release}
 : >{inside}/booted
 {command} </dev/null >{inside}/output 2>&1
@@ -206,8 +208,9 @@ class NestedMachine(Process):
         #: What the command prints.
         self.output = self.exchange / "output"
         self.output.touch()
-        words = {"modules": made.modules, "release": release_of(made.modules), "inside": INSIDE}
-        start = START.format(checkout=CHECKOUT, command=shlex.join(command), **words)
+        words = {"inside": INSIDE, "checkout": shlex.quote(str(CHECKOUT)), "command": shlex.join(command)}
+        words |= {"modules": shlex.quote(str(made.modules)), "release": release_of(made.modules)}
+        start = START.format(**words)
         (self.exchange / "start").write_text(start)
         argv: list[str | Path] = [
             # Whoever starts a machine and is killed leaves none.
