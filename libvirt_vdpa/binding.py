@@ -164,13 +164,18 @@ class Binder:
 
         :raise KernelError: when it does not.
         """
+        address = former.address
         self._save(former)
-        self._override(former.address, VFIO_PCI)
-        if former.driver is not None:
-            self._kernel.write(f"{DRIVERS}/{former.driver}/unbind", former.address)
-        self._probe(former.address)
-        if self._functions.look(former.address).driver != VFIO_PCI:
-            raise KernelError(f"{VFIO_PCI} did not take it, the kernel's log may say why")
+        self._override(address, VFIO_PCI)
+        # Twice: one that has just appeared may have been given to another driver since it was looked at.
+        for _ in range(2):
+            driver = self._functions.look(address).driver
+            if driver not in (None, VFIO_PCI):
+                self._kernel.write(f"{DRIVERS}/{driver}/unbind", address)
+            self._probe(address)
+            if self._functions.look(address).driver == VFIO_PCI:
+                return
+        raise KernelError(f"{VFIO_PCI} did not take it, the kernel's log may say why")
 
     def _restore(self, former: Former, choose: bool = False) -> None:
         """Have a function as it was.

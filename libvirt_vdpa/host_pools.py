@@ -1,9 +1,9 @@
 """Pools of PCI functions of this host: which functions they have now, created and bound where configured.
 
-Functions come and go (hot-plug, a PF that is reset), so the pools are gone through again before a VF is
-lent and whenever they are shown. Each function that appears in a pool with `bind = true` is taken once;
-an operator who gives it back meanwhile is not fought. One that is refused is tried again, because what
-stands against it may be gone then.
+Functions come and go (hot-plug, a PF that is reset), so the pools are gone through again when the kernel
+says so, before a VF is lent and whenever they are shown. Each function that appears in a pool with
+`bind = true` is taken once; an operator who gives it back meanwhile is not fought. One that is refused is
+tried again, because what stands against it may be gone then.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from libvirt_vdpa.host_functions import Holders, HostFunctions
 from libvirt_vdpa.inventory import Inventory
 from libvirt_vdpa.kernel import Kernel
 from libvirt_vdpa.sriov import SriovError, create_vfs, no_autoprobe
+from libvirt_vdpa.uevents import PciEvents
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,10 @@ class HostPools:
         #: Address -> why it could not be bound.
         self._failed: dict[str, str] = {}
         self._refreshing: asyncio.Task[None] | None = None
+        self._events: PciEvents | None = None
+        #: Goes through the pools as long as events come.
+        self._following: asyncio.Task[None] | None = None
+        self._changed = False
 
     def obstacle(self, address: str, driver: str, holders: Holders) -> str:
         """Why a function cannot be lent now; empty when it can. As `HostFunctions.obstacle`."""
@@ -56,6 +61,31 @@ class HostPools:
         for pool in self._pools:
             inventory.pools[pool.name].warning = await asyncio.to_thread(self._create, pool)
         await self.refresh(inventory, limit=None)
+        if self._pools:
+            self._events = PciEvents(lambda: self._follow(inventory))
+            self._events.start()
+
+    def stop(self) -> None:
+        """Let the functions be as they are."""
+        if self._events is not None:
+            self._events.stop()
+        for task in (self._following, self._refreshing):
+            if task is not None:
+                task.cancel()
+
+    def _follow(self, inventory: Inventory) -> None:
+        """A function has come or gone: what is under way may have missed it, so go through once more."""
+
+        async def follow() -> None:
+            while self._changed:
+                if self._refreshing is not None:
+                    await asyncio.wait({self._refreshing})
+                self._changed = False
+                await self.refresh(inventory, limit=None)
+
+        self._changed = True
+        if self._following is None or self._following.done():
+            self._following = asyncio.create_task(follow(), name="host pools, after an event")
 
     async def refresh(self, inventory: Inventory, limit: float | None = REFRESH_LIMIT) -> None:
         """Go through the pools again, and bind what has appeared.

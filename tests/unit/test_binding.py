@@ -96,6 +96,19 @@ class TestBind:
         binder.bind([ONE])
         assert kernel.modules == ["vfio-pci", "vfio-pci"]
 
+    def test_one_that_another_driver_takes_at_that_moment(self, kernel: FakeKernel, binder: Binder) -> None:
+        kernel.add(ONE, group=7)
+
+        class Probing(FakeKernel):
+            def write(self, name: str, text: str) -> None:
+                super().write(name, text)
+                if name == OVERRIDE and len(self.writes) == 1:
+                    super()._take(ONE, "virtio-pci", name)
+
+        kernel.__class__ = Probing
+        assert binder.bind([ONE]) == [f"{ONE}: bound to vfio-pci; before: no driver"]
+        assert kernel.driver_of(ONE) == "vfio-pci"
+
     def test_both_of_a_group(self, kernel: FakeKernel, binder: Binder) -> None:
         kernel.add(ONE, group=7, driver="virtio-pci")
         kernel.add(OTHER, group=7, driver="virtio-pci")

@@ -9,6 +9,7 @@ import pytest
 from libvirt_vdpa.config import PoolConfig
 from libvirt_vdpa.host_pools import HostPools
 from libvirt_vdpa.inventory import Holder, Inventory, InventoryError
+from libvirt_vdpa.uevents import concerns_pci
 from tests.harness.fake_kernel import FakeKernel
 
 PF, VF1, VF2 = "0000:04:00.0", "0000:04:00.1", "0000:04:00.2"
@@ -27,7 +28,12 @@ class Bench:
     def start(self, pool: PoolConfig) -> Inventory:
         self.pools = HostPools([pool], self.kernel, self.folder / "run")
         self.inventory = Inventory([pool], self.pools.obstacle)
-        asyncio.run(self.pools.start(self.inventory))
+
+        async def start() -> None:
+            await self.pools.start(self.inventory)
+            self.pools.stop()
+
+        asyncio.run(start())
         return self.inventory
 
     def refresh(self) -> None:
@@ -96,6 +102,44 @@ def test_one_that_goes_and_comes_back_is_bound_again(bench: Bench) -> None:
     bench.kernel.add(ONE, group=7, driver="virtio-pci")
     bench.refresh()
     assert bench.lend() == f"virtio,pci={ONE}"
+
+
+def test_one_that_comes_back_is_bound_by_the_kernel_s_word_alone(bench: Bench) -> None:
+    bench.kernel.add(ONE, group=7, driver="virtio-pci")
+    pool = PoolConfig("p", "virtio", devices=(ONE,), bind=True)
+    pools = HostPools([pool], bench.kernel, bench.folder / "run")
+    inventory = Inventory([pool], pools.obstacle)
+
+    async def run() -> None:
+        await pools.start(inventory)
+        bench.kernel.remove(ONE)
+        pools._follow(inventory)
+        assert pools._following is not None
+        await pools._following
+        bench.kernel.add(ONE, group=7, driver="virtio-pci")
+        pools._follow(inventory)
+        pools._follow(inventory)
+        await pools._following
+        pools.stop()
+
+    asyncio.run(run())
+    assert bench.kernel.driver_of(ONE) == "vfio-pci"
+
+
+@pytest.mark.parametrize(
+    ("event", "ours"),
+    [
+        (b"add@/devices/pci0000:00/0000:00:02.0/0000:01:00.0\0ACTION=add\0SUBSYSTEM=pci\0SEQNUM=1\0", True),
+        (b"remove@/devices/pci0000:00/0000:01:00.0\0ACTION=remove\0SUBSYSTEM=pci\0", True),
+        (b"bind@/devices/pci0000:00/0000:01:00.0\0ACTION=bind\0SUBSYSTEM=pci\0", False),
+        (b"add@/devices/virtual/net/tap0\0ACTION=add\0SUBSYSTEM=net\0", False),
+        (b"add@/devices/pci0\0SUBSYSTEM=pci_express\0", False),
+        (b"libudev\0\xfe\xed\xca\xfe", False),
+        (b"", False),
+    ],
+)
+def test_what_the_kernel_says_of_functions(event: bytes, ours: bool) -> None:
+    assert concerns_pci(event) is ours
 
 
 def test_an_operator_who_gives_one_back_is_not_fought(bench: Bench) -> None:
