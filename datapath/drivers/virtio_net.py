@@ -45,8 +45,9 @@ from datapath.virtio import NO_VECTOR, Feature, Status, bit
 
 #: Features of the data path: the business of guest and function alone, so a driver can pass them on.
 #: Left out are those that need more of the driver (ACCESS_PLATFORM, RING_PACKED, NOTIFICATION_DATA,
-#: NOTIF_CONFIG_DATA, RING_RESET, SR_IOV) and commands of the control queue, which the front-end
-#: serves itself and the function never sees (CTRL_RX, CTRL_VLAN, CTRL_MAC_ADDR, offloads, RSS).
+#: NOTIF_CONFIG_DATA, RING_RESET, SR_IOV), or more of the shadow ring (IN_ORDER: a device may then leave
+#: used entries out, section 2.7.9), and commands of the control queue, which the front-end serves itself and
+#: the function never sees (CTRL_RX, CTRL_VLAN, CTRL_MAC_ADDR, offloads, RSS).
 CARRIED = sum(
     bit(feature)
     for feature in (
@@ -70,7 +71,6 @@ CARRIED = sum(
         Feature.F_INDIRECT_DESC,
         Feature.F_EVENT_IDX,
         Feature.F_VERSION_1,
-        Feature.F_IN_ORDER,
         Feature.F_ORDER_PLATFORM,
         Feature.NET_F_HOST_USO,
     )
