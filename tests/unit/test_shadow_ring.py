@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import resource
 import select
 
 import pytest
@@ -222,6 +223,21 @@ def test_hold_gives_no_more_and_completes_the_rest(make_link: MakeLink) -> None:
     assert link.device.take() == []
     link.relay.remove(0)
     assert link.state == ShadowState(3, 3, 0, None)
+
+
+@pytest.mark.parametrize("polled", [False, True])
+def test_a_held_ring_with_heads_waiting_is_no_work(make_link: MakeLink, polled: bool) -> None:
+    link = make_link(polled=polled)
+    link.add()
+    link.settled()
+    link.relay.hold(0)
+    link.offer(2)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(5):
+        assert quiet(link.device.doorbell_fd)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.05
+    assert link.state == ShadowState(0, 0, 0, None)
 
 
 @pytest.mark.parametrize("event_idx", [False, True])

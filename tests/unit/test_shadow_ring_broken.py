@@ -69,6 +69,7 @@ def test_guest_memory_that_was_unmapped_or_moved(make_link: MakeLink) -> None:
     link.add()
     link.offer()
     link.given()
+    link.settled()
     link.relay.unmap(BASE, MEMORY)
     moved = MemfdMemory(MEMORY, BASE)
     view = mmap.mmap(moved.fd, MEMORY)

@@ -1,4 +1,4 @@
-"""The engine's own tests once more, with the C built for AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Tests of engine and relay once more, with the C built for AddressSanitizer and UndefinedBehaviorSanitizer.
 
 The module is built in a copy of the tree and the tests run there, in a Python that has the sanitizers'
 libraries loaded first. A report of theirs ends that Python. Leaks are not looked for: Python itself has
@@ -16,7 +16,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("datapath", "tests/__init__.py", "tests/harness", "setup.py", "setup.cfg", "pyproject.toml")
-TESTS = ("tests/conformance/test_engine.py", "tests/conformance/test_engine_hostile.py")
+TESTS = (
+    "tests/conformance/test_engine.py",
+    "tests/conformance/test_engine_hostile.py",
+    "tests/unit/conftest.py",
+    "tests/unit/test_notify_relay.py",
+    "tests/unit/test_shadow_ring.py",
+    "tests/unit/test_shadow_ring_broken.py",
+    "tests/unit/test_shadow_log.py",
+)
 FLAGS = "-Werror -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 LIBRARIES = ("libasan.so", "libubsan.so")
 TIME_LIMIT = 300.0
@@ -56,7 +64,7 @@ def library(name: str) -> str:
     ).stdout.strip()
 
 
-def test_engine_under_sanitizers(tmp_path: Path) -> None:
+def test_engine_and_relay_under_sanitizers(tmp_path: Path) -> None:
     copy_tree(tmp_path)
     run(tmp_path, sys.executable, "setup.py", "-q", "build_ext", "--inplace", NATIVE_CFLAGS=FLAGS)
     output = run(
