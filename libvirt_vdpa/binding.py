@@ -236,7 +236,8 @@ class Binder:
             self._folder.chmod(0o700)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise BindingError(f"{path}: {error.strerror or error}") from None
+            who = "" if os.geteuid() == 0 else "; run it as root"
+            raise BindingError(f"{path}: {error.strerror or error}{who}") from None
         try:
             deadline = time.monotonic() + LOCK_LIMIT
             while not try_lock(descriptor):

@@ -162,6 +162,10 @@ class HostFunctions:
 
     def network_use(self, found: HostFunction) -> str:
         """How the host itself uses a function's network interfaces; empty when it does not."""
+        folder = self._root / DEVICES / found.address
+        # The folder is there for every namespace, the interface in it for its own.
+        if any(net.is_dir() and not entries(net) for net in (folder / "net", *folder.glob("virtio*/net"))):
+            return "its interface is in another network namespace: end what uses it there"
         for interface in found.net_interfaces:
             folder = self._root / "class/net" / interface
             flags = self.kernel.read(f"class/net/{interface}/flags")

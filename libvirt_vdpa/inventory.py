@@ -122,7 +122,7 @@ class Inventory:
     def set_pool(self, name: str, devices: Iterable[tuple[str, int | None]]) -> None:
         """Say what VFs a pool has: device strings and queue pairs. Those that are lent stay so."""
         pool = self.pools[name]
-        known = {address(vf.device): vf for vf in self}
+        known = {address(vf.device): vf for vf in (*self._named, *pool.vfs)}
         vfs = []
         for device, queue_pairs in devices:
             vf = known.get(address(device))
@@ -146,8 +146,11 @@ class Inventory:
         where = pci_address(vf.device)
         if where is None:
             return self.pools[vf.pool].problem if vf.pool is not None else ""
-        others = {held: holder for held, holder in self.holders.items() if held != where}
-        return self._obstacle(where, vf.driver, others)
+        holders = self.holders
+        holder = holders.pop(where, None)
+        if vf.holder is None and holder is not None:
+            return f"lent to {holder}, from another pool"
+        return self._obstacle(where, vf.driver, holders)
 
     def lend(self, driver: str, pool: str | None, device: str | None, queue_pairs: int, holder: Holder) -> Vf:
         """Take a VF for a port: the one that is named, or a free one of the pool.
@@ -183,7 +186,9 @@ class Inventory:
 
     def _find(self, device: str) -> Vf | None:
         wanted = address(device)
-        return next((vf for vf in self if address(vf.device) == wanted), None)
+        found = [vf for vf in self if address(vf.device) == wanted]
+        # A VF may be in two pools, and is lent from one of them.
+        return next((vf for vf in found if vf.holder is not None), found[0] if found else None)
 
     def _by_name(self, device: str, driver: str) -> Vf:
         vf = self._find(device)

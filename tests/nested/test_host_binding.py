@@ -15,6 +15,7 @@ from libvirt_vdpa.ports import Record
 from tests.harness.daemon_host import PROGRAMS
 from tests.harness.host_pci import exists, give_back, remove, rescan
 from tests.harness.nested_hardware import FUNCTIONS, PHYSICAL_FUNCTION, SHARED_GROUP, WIRES
+from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import wait_for
 
 FIRST, SECOND = FUNCTIONS
@@ -162,6 +163,17 @@ def test_an_interface_in_use_without_being_up(virt_vdpa: VirtVdpa) -> None:
         f"{FIRST}: its interface {name} has an address: ip address flush dev {name}"
     )
     subprocess.run(["ip", "address", "flush", "dev", name], check=True)
+    assert virt_vdpa("bind", FIRST)[0] == 0
+
+
+def test_an_interface_in_another_network_namespace(virt_vdpa: VirtVdpa) -> None:
+    name = interface(FIRST)
+    with NetworkNamespace() as elsewhere:
+        subprocess.run(["ip", "link", "set", name, "netns", elsewhere.path.parts[2]], check=True)
+        assert function(FIRST).net_interfaces == ()
+        words = "its interface is in another network namespace: end what uses it there"
+        assert refused(virt_vdpa, "bind", FIRST) == f"{FIRST}: {words}"
+    interface(FIRST)  # the kernel brings it back when the namespace ends
     assert virt_vdpa("bind", FIRST)[0] == 0
 
 

@@ -98,6 +98,13 @@ def test_used_by_the_host(kernel: FakeKernel, interface: dict[str, int], words: 
     assert obstacle(kernel) == f"bound to virtio-pci (interface ens1): {words}"
 
 
+@pytest.mark.parametrize("place", ["net", "virtio3/net"])
+def test_used_in_another_network_namespace(kernel: FakeKernel, place: str) -> None:
+    (kernel.add(ONE, group=7, driver="virtio-pci") / place).mkdir(parents=True)
+    words = "its interface is in another network namespace: end what uses it there"
+    assert obstacle(kernel) == f"bound to virtio-pci: {words}"
+
+
 @pytest.mark.parametrize("driver", [None, "vfio-pci", "mlx5_vfio_pci", "pci-stub", "pcieport"])
 def test_neighbours_in_the_group_that_do_no_harm(kernel: FakeKernel, driver: str | None) -> None:
     kernel.add(ONE, group=7, driver="vfio-pci")

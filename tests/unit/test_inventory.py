@@ -193,3 +193,34 @@ class TestPciFunctions:
         host.lend("any", "cards", None, 1, B)
         with pytest.raises(InventoryError, match=r"no free VF: 2 of 2 lent to .*; 0000:06:00\.0: has 2 VFs"):
             host.lend("any", "cards", None, 1, A)
+
+    def test_one_that_is_in_two_pools_is_lent_once(self) -> None:
+        """A VF by its address, and as one of its physical function's, which the configuration cannot know."""
+        one = [(f"ifcvf,pci={self.FIRST}", None)]
+        both = [*one, (f"ifcvf,pci={self.SECOND}", None)]
+        inventory = Inventory(
+            [
+                PoolConfig("one", "ifcvf", devices=(self.FIRST,)),
+                PoolConfig("all", "ifcvf", pf="0000:06:00.0"),
+            ]
+        )
+
+        def refresh() -> None:
+            inventory.set_pool("one", one)
+            inventory.set_pool("all", both)
+
+        refresh()
+        inventory.lend("any", "one", None, 1, A)
+        assert inventory.lend("any", "all", None, 1, B).device == f"ifcvf,pci={self.SECOND}"
+        for _ in range(2):
+            with pytest.raises(
+                InventoryError, match=f"{self.FIRST}: lent to domain 'a' .*, from another pool"
+            ):
+                inventory.lend("any", "all", None, 1, B)
+            refresh()
+        inventory.give_back(f"ifcvf,pci={self.FIRST}", A)
+        assert inventory.lend("any", "all", None, 1, A).device == f"ifcvf,pci={self.FIRST}"
+        with pytest.raises(InventoryError, match="from another pool"):
+            inventory.lend("any", "one", None, 1, B)
+        inventory.give_back(f"ifcvf,pci={self.FIRST}", A)
+        assert inventory.lend("any", "one", None, 1, B).device == f"ifcvf,pci={self.FIRST}"
