@@ -3,6 +3,7 @@
 import mmap
 import os
 import select
+import struct
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -164,6 +165,27 @@ def test_what_the_relay_writes_itself_is_marked(
     link.settled()
     entries = {used + 4 + 8 * ((start + n) % size) for n in range(20)}
     assert log.take() >= pages((used, 4), *((entry, 8) for entry in entries))
+
+
+def test_a_used_ring_that_is_not_at_the_beginning_of_a_page(make_link: MakeLink, log: Log) -> None:
+    """Its index, its first entries, its last and the event index are then on a page each."""
+    link = make_link(1024, 1022, event_idx=True)
+    link.guest.used += PAGE - 4
+    link.memory.write(link.guest.used, struct.pack("<HH", 0, 1022))
+    link.relay.log(log.area)
+    link.add()
+    heads = [link.guest.add(Buffer(BUFFERS, 1)) for _ in range(4)]
+    link.guest.kick()
+    link.given(4)
+    link.settled()
+    event = link.guest.used + 4 + 8 * 1024
+    assert log.take() == pages((event, 2))
+    link.set_used_event(1025)
+    link.device.complete(*heads)
+    link.guest.wait_used(4)
+    link.settled()
+    entries = [(link.guest.used + 4, 2 * 8), (event - 2 * 8, 2 * 8)]
+    assert log.take() == pages((link.guest.used, 2), *entries, (event, 2))
 
 
 def test_what_leaving_writes_is_marked(make_link: MakeLink, log: Log) -> None:
