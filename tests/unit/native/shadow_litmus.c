@@ -94,6 +94,8 @@ static void go_round(void)
     require(shadow_complete(shadow, &table, &no_log) == 1, "a buffer was not completed");
     shadow_wants_interrupt(shadow);
     shadow_disarm(shadow, &no_log);
+    require(event_idx || (used->flags == USED_NO_NOTIFY && private_avail->flags == AVAIL_NO_INTERRUPT),
+            "notifications are not suppressed");
     store16(&avail->flags, AVAIL_NO_INTERRUPT);
     store16(&private_used->flags, USED_NO_NOTIFY);
 }
