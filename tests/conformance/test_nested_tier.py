@@ -112,6 +112,9 @@ def broken():
     yield
     raise OSError("broken fixture")
 def test_teardown(broken): pass
+def test_warns():
+    import warnings
+    warnings.warn("of something")
 """
     )
     inside = "nested/test_inside.py"
@@ -125,10 +128,11 @@ def test_teardown(broken): pass
         f"XFAIL {inside}::test_expected",
         f"ERROR {inside}::test_teardown - OSError: broken fixture",
         "PASSED test_outside.py::test_outside",
-        "1 failed, 6 passed, 1 skipped, 1 xfailed, 1 error",
+        "1 failed, 7 passed, 1 skipped, 1 xfailed, 1 warning, 1 error",
         '>       assert word == "right"',
         "Captured stdout call",
         "said inside",
+        "PytestWarning: UserWarning: of something",
     ):
         assert outcome in said
     assert folder.leaves_nothing()

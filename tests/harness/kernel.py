@@ -53,7 +53,9 @@ def _versioned(metapackage: str) -> str:
     answer = run(["apt-cache", "depends", metapackage], check=False).stdout
     found = re.search(r"Depends: (linux-image-\S+)", answer)
     if found is None:
-        raise HarnessError(f"no package {metapackage} in this machine's package lists: run 'apt-get update'")
+        raise UnavailableError(
+            f"no package {metapackage} in this machine's package lists: run 'apt-get update'"
+        )
     return found.group(1)
 
 

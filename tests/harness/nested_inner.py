@@ -1,11 +1,13 @@
 """The pytest inside the nested machine: a plugin that writes its reports for the pytest outside to replay.
 
 The file has one Python literal per line, which unlike JSON knows tuples from lists, as reports do:
-("start", node id), ("report", what pytest makes of a report to send it), ("finish", node id).
+("start", node id), ("report", what pytest makes of a report to send it), ("finish", node id), and ("warning",
+(text, file, line, node id)).
 PYTEST_DONT_REWRITE
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,10 @@ class Recorder:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self._write("finish", nodeid)
+
+    def pytest_warning_recorded(self, warning_message: warnings.WarningMessage, nodeid: str) -> None:
+        text = f"{warning_message.category.__name__}: {warning_message.message}"
+        self._write("warning", (text, warning_message.filename, warning_message.lineno, nodeid))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

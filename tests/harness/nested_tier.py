@@ -8,6 +8,7 @@ What cannot be had (no kernel package) skips them; a machine that does not boot,
 import ast
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,8 @@ class InnerRun:
         self._read = 0
         self._reports: dict[str, list[dict[str, Any]]] = {}
         self._finished: set[str] = set()
+        #: Text, file, line and test of warnings inside that nobody has taken yet.
+        self.warnings: list[tuple[str, str, int, str]] = []
         #: When it last told something, by the monotonic clock.
         self._heard = time.monotonic()
 
@@ -109,6 +112,8 @@ class InnerRun:
                 self._reports.setdefault(what["nodeid"], []).append(what)
             elif kind == "finish":
                 self._finished.add(what)
+            elif kind == "warning":
+                self.warnings.append(what)
 
     def last_words(self) -> list[tuple[str, str]]:
         """Sections for the report of a machine that failed."""
@@ -192,6 +197,7 @@ class NestedTier:
             for data in self._running().reports(item.nodeid, marker.args[0] if marker else TEST_TIME):
                 yield self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
                 when = "call"
+            self._warn()
         except UnavailableError as error:
             ending = self._ending = Ending("skipped", str(error))
         except HarnessError as error:
@@ -201,6 +207,15 @@ class NestedTier:
             return
         self.pytest_sessionfinish()
         yield ending.report(item, when)
+
+    def _warn(self) -> None:
+        """Tell what was warned of inside, as a warning here."""
+        assert self._run is not None
+        for text, file, line, nodeid in self._run.warnings:
+            message = warnings.WarningMessage(pytest.PytestWarning(text), pytest.PytestWarning, file, line)
+            told = {"warning_message": message, "when": "runtest", "nodeid": nodeid, "location": None}
+            self._config.hook.pytest_warning_recorded.call_historic(kwargs=told)
+        self._run.warnings.clear()
 
     def _running(self) -> InnerRun:
         """The machine, booted at the first call."""
