@@ -154,9 +154,10 @@ class Port:
         if event is DeviceEvent.LOST:
             self._fail(f"{self._device.name}: the device is gone")
         elif event is DeviceEvent.NEEDS_RESET:
+            reason = self._device.fault or "it met a ring or buffer that it cannot use"
             if self._connection is not None:
                 self._connection.backend.signal_error()
-            self._reject(f"{self._device.name} needs a reset: it met a ring or buffer that it cannot use")
+            self._reject(f"{self._device.name} needs a reset: {reason}")
         elif event is DeviceEvent.CONFIG_CHANGED:
             # QEMU's virtio-net takes no configuration changes from a back-end (it masks CONFIG).
             self._log(f"{self._device.name}: device configuration changed")

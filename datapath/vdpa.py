@@ -177,6 +177,11 @@ class VdpaDevice(abc.ABC):
     def event_fd(self) -> int:
         """A descriptor that is readable when `take_event` has something to tell; the same for life."""
 
+    @property
+    @abc.abstractmethod
+    def fault(self) -> str | None:
+        """What is known of why a running VF needs a reset: the ring and what is wrong with it."""
+
     @abc.abstractmethod
     def take_event(self) -> DeviceEvent | None:
         """The next event, or None when there is none. Does not wait for one, and does not raise."""

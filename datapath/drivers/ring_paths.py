@@ -120,6 +120,13 @@ class RingPaths:
         """A ring has stopped: hand over what the VF completed last, and use its eventfds no more."""
         self._relay.remove(index)
 
+    def fault(self, index: int) -> str | None:
+        """What guest or VF did wrong on a shadowed ring, also after `close`; None while all is well."""
+        try:
+            return self._relay.state(index).error
+        except OSError:
+            return None  # it has not been shadowed
+
     def set_call(self, index: int, call: int | None) -> None:
         """Interrupt the guest of a shadowed ring by another eventfd."""
         self._relay.set_call(index, call)

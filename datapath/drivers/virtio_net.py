@@ -297,6 +297,10 @@ class VirtioNetDevice(VdpaDevice):
     def event_fd(self) -> int:
         return self._events.fileno()
 
+    @property
+    def fault(self) -> str | None:
+        return self._fault(self._rings)
+
     def take_event(self) -> DeviceEvent | None:
         ready = {fd for fd, _ in self._events.poll(0)}
         if not ready:
@@ -415,14 +419,22 @@ class VirtioNetDevice(VdpaDevice):
 
     def _stop(self, rings: Collection[int]) -> dict[int, RingState]:
         """Stop rings and return where each stands."""
+        known = self._fault(rings)  # an event tells of it, or has told
         for index in rings:
             self._paths.hold(index)
         self._quiesce(rings)
         for index in rings:
             self._paths.close(index)
+        if (fault := self._fault(rings)) and not known:
+            raise DeviceError(f"{self.name}: {fault}")
         # What was fetched but not completed is fetched again: the used index counts for both.
         used = {index: self._stopped_at(index) for index in rings}
         return {index: RingState(at, at) for index, at in used.items()}
+
+    def _fault(self, rings: Collection[int]) -> str | None:
+        """What is wrong with a shadowed ring, if something is."""
+        faults = ((index, self._paths.fault(index)) for index in rings)
+        return next((f"ring {index}: {fault}" for index, fault in faults if fault), None)
 
     def _stopped_at(self, index: int) -> int:
         ring = self._rings[index]

@@ -1,7 +1,7 @@
 """A port whose front-end logs dirty pages, as QEMU does to save or move a running guest."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -109,6 +109,44 @@ def test_a_given_up_migration_leaves_the_way_as_it_was(
         # A function without ring state has begun elsewhere than at 0 meanwhile, and stays shadowed.
         assert port.status()["shadowed"] is (before or "virtio" in port.status()["driver"])
     assert ask(port.control, "query-stats")["log_missed"] == 0
+
+
+FAULTS: dict[str, tuple[Callable[[SocketFrontEnd], None], str]] = {
+    "avail index jumps": (
+        lambda peer: peer.queues[TX].set_avail_index(5000),
+        "ring 1: the available index is ahead by more than the ring holds",
+    ),
+    "head outside the table": (
+        lambda peer: peer.queues[TX].publish(256),
+        "ring 1: a head is beyond the descriptor table, or available twice",
+    ),
+    "memory shrinks": (
+        lambda peer: os.ftruncate(peer.memory.fd, PAGE),
+        "ring 1: memory has gone under the ring",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_bad_ring_is_told_and_ends_one_connection(
+    port: PortProcess, wire: Wire, log: int, case: str
+) -> None:
+    spoil, reason = FAULTS[case]
+    with closing(SocketFrontEnd.dial(port.socket)) as bad:
+        bad.connect()
+        bad.tell(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET), log)
+        bad.start(VIRTIO | F_LOG_ALL)
+        lines = len(port.log_lines())
+        spoil(bad)
+        bad.queues[TX].kick()
+        assert bad.ended()
+    port.wait_state("waiting")
+    assert port.log_lines()[lines:][-1].endswith(f"needs a reset: {reason}")
+    with closing(SocketFrontEnd.dial(port.socket)) as good:
+        good.connect()
+        good.start()
+        offer_buffers(good)
+        both_ways(good, wire, 400)
 
 
 def test_a_log_that_vanishes_costs_the_guest_nothing(

@@ -99,6 +99,10 @@ class RecordingDevice(VdpaDevice):
     def event_fd(self) -> int:
         return self._event_fd
 
+    @property
+    def fault(self) -> str | None:
+        return None
+
     def take_event(self) -> DeviceEvent | None:
         return self.events.pop(0) if self.events else None
 
