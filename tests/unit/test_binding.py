@@ -96,14 +96,17 @@ class TestBind:
         binder.bind([ONE])
         assert kernel.modules == ["vfio-pci", "vfio-pci"]
 
-    def test_one_that_another_driver_takes_at_that_moment(self, kernel: FakeKernel, binder: Binder) -> None:
+    @pytest.mark.parametrize("moment", [OVERRIDE, "bus/pci/drivers_probe"])
+    def test_one_that_another_driver_takes_at_that_moment(
+        self, kernel: FakeKernel, binder: Binder, moment: str
+    ) -> None:
         kernel.add(ONE, group=7)
 
         class Probing(FakeKernel):
             def write(self, name: str, text: str) -> None:
+                if name == moment and name not in [written for written, _ in self.writes]:
+                    self._take(ONE, "virtio-pci", name)
                 super().write(name, text)
-                if name == OVERRIDE and len(self.writes) == 1:
-                    super()._take(ONE, "virtio-pci", name)
 
         kernel.__class__ = Probing
         assert binder.bind([ONE]) == [f"{ONE}: bound to vfio-pci; before: no driver"]
@@ -287,6 +290,12 @@ class TestHalfWay:
         kernel.add(ONE, group=7, driver="vfio-pci")
         (kernel.sysfs / OVERRIDE).write_text("vfio-pci\n")
         assert binder.unbind(ONE, {}) == f"{ONE}: given back, bound to virtio-pci"
+
+    def test_what_somebody_else_has_begun_is_left_alone(self, kernel: FakeKernel, binder: Binder) -> None:
+        kernel.add(ONE, group=7)
+        (kernel.sysfs / OVERRIDE).write_text("vfio-pci\n")
+        assert binder.unbind(ONE, {}) == f"{ONE}: is not bound to vfio-pci; bound to no driver"
+        assert kernel.writes == []
 
     def test_one_that_vanishes_meanwhile(self, kernel: FakeKernel, binder: Binder, folder: Path) -> None:
         kernel.add(ONE, group=7, driver="virtio-pci")

@@ -104,11 +104,21 @@ def test_one_that_goes_and_comes_back_is_bound_again(bench: Bench) -> None:
     assert bench.lend() == f"virtio,pci={ONE}"
 
 
-def test_one_that_comes_back_is_bound_by_the_kernel_s_word_alone(bench: Bench) -> None:
+def test_one_that_comes_back_is_bound_by_the_kernel_s_word_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.kernel.add(ONE, group=7, driver="virtio-pci")
     pool = PoolConfig("p", "virtio", devices=(ONE,), bind=True)
     pools = HostPools([pool], bench.kernel, bench.folder / "run")
     inventory = Inventory([pool], pools.obstacle)
+
+    refresh_all = pools._refresh_all
+
+    async def through_and_then_it_comes(inventory: Inventory) -> None:
+        await refresh_all(inventory)
+        if bench.kernel.identity(ONE) is None:
+            bench.kernel.add(ONE, group=7, driver="virtio-pci")
+            pools._follow(inventory)
 
     async def run() -> None:
         await pools.start(inventory)
@@ -118,6 +128,12 @@ def test_one_that_comes_back_is_bound_by_the_kernel_s_word_alone(bench: Bench) -
         await pools._following
         bench.kernel.add(ONE, group=7, driver="virtio-pci")
         pools._follow(inventory)
+        await pools._following
+        assert bench.kernel.driver_of(ONE) == "vfio-pci"
+
+        # And of one that comes while the pools are gone through.
+        bench.kernel.remove(ONE)
+        monkeypatch.setattr(pools, "_refresh_all", through_and_then_it_comes)
         pools._follow(inventory)
         await pools._following
         pools.stop()
