@@ -4,6 +4,7 @@ For the nested machine only: a real host's functions are not a test's to take.
 """
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from datapath.bus.sysfs import function
 from tests.harness.processes import POLL_INTERVAL, HarnessError, wait_for
 
 PCI = Path("/sys/bus/pci")
+#: Seconds that the user of a function gets to let it go.
+RELEASE_TIME = 20.0
 #: The numbers of the buses behind a bridge, in its configuration space (PCI-to-PCI Bridge Architecture 1.2,
 #: section 3.2.5), and a value by which it has none.
 BUS_NUMBERS, NO_BUSES = 0x18, bytes(3)
@@ -51,7 +54,7 @@ def bound(address: str, driver: str = "vfio-pci") -> Iterator[str]:
 def _probe(address: str) -> None:
     driver = PCI / "devices" / address / "driver"
     if driver.exists():
-        (driver / "unbind").write_text(address)
+        _finish(_begin_to_write(address, driver / "unbind"), f"{address} to be unbound")
     (PCI / "drivers_probe").write_text(address)
 
 
@@ -59,9 +62,32 @@ def exists(address: str) -> bool:
     return (PCI / "devices" / address).exists()
 
 
+def begin_removal(address: str) -> subprocess.Popen[bytes]:
+    """Take a function from the kernel; the process ends when whoever uses it has let go."""
+    return _begin_to_write("1", PCI / "devices" / address / "remove")
+
+
 def remove(address: str) -> None:
-    """Take a function from the kernel; waits until whoever uses it lets go."""
-    (PCI / "devices" / address / "remove").write_text("1")
+    """Take a function from the kernel, once whoever uses it lets go.
+
+    :raise HarnessError: when nobody does.
+    """
+    _finish(begin_removal(address), f"{address} to be removed")
+
+
+def _begin_to_write(text: str, file: Path) -> subprocess.Popen[bytes]:
+    """Write in a process of its own what the kernel may not take before a function is let go.
+
+    It waits beyond any signal: a test that waited for itself would never end.
+    """
+    return subprocess.Popen(["sh", "-c", 'echo "$0" >"$1"', text, file])
+
+
+def _finish(writer: subprocess.Popen[bytes], what: str) -> None:
+    try:
+        writer.wait(RELEASE_TIME)
+    except subprocess.TimeoutExpired:
+        raise HarnessError(f"waited {RELEASE_TIME:g} s for {what}: who uses it?") from None
 
 
 def rescan(address: str) -> None:

@@ -4,7 +4,6 @@ import os
 import select
 import struct
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
 from datapath.vfio import Irq, Region
 from datapath.virtio import NET_HEADER_SIZE, Status
 from tests.harness.guest import CHECKOUT
-from tests.harness.host_pci import KernelLog, bind, bound, cut_off, exists, give_back, remove, rescan
+from tests.harness.host_pci import KernelLog, begin_removal, bind, bound, cut_off, exists, give_back, rescan
 from tests.harness.nested_hardware import FUNCTIONS, SHARED_GROUP, WIRES
 from tests.harness.processes import run, wait_for
 from tests.harness.raw_nic import VECTOR, RawTransmitter, SharedMemory
@@ -347,14 +346,12 @@ def test_a_group_that_is_shared() -> None:
 
 def test_removal_waits_until_the_function_is_closed(function: VfioFunction) -> None:
     assert not readable(function.lost_fd)
-    removal = threading.Thread(target=remove, args=(FIRST,))
-    removal.start()
+    removal = begin_removal(FIRST)
     assert readable(function.lost_fd, 5.0)
     assert function.read(Region.CONFIG, VENDOR, 2) == 0x1AF4  # still there, and removal waits
-    assert removal.is_alive()
+    assert removal.poll() is None
     function.close()
-    removal.join(10.0)
-    assert not removal.is_alive()
+    assert removal.wait(10.0) == 0
     assert not exists(FIRST)
     with pytest.raises(DeviceError, match=f"^{FIRST}: no such PCI function on this host$"):
         VfioFunction(FIRST)

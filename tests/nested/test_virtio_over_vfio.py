@@ -1,6 +1,5 @@
 """A virtio NIC that is not ours, driven through kernel VFIO."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +11,7 @@ from datapath.drivers.virtio_pci import open_device
 from datapath.vdpa import DeviceError, DeviceEvent, DeviceLostError, DeviceSpec, RingState
 from datapath.virtio import NET_HEADER_SIZE, Feature, bit
 from tests.harness.driven_vf import BASE, FEATURES, MEMORY_SIZE, RX, TX, DrivenVf
-from tests.harness.host_pci import KernelLog, bind, bound, exists, remove, rescan
+from tests.harness.host_pci import KernelLog, begin_removal, bind, bound, exists, rescan
 from tests.harness.nested_hardware import FUNCTIONS
 from tests.harness.nested_monitor import NestedMonitor
 from tests.harness.processes import wait_for
@@ -167,18 +166,17 @@ def test_removal_while_it_runs(vf: DrivenVf, wire: Wire, shadowed: bool) -> None
         vf.suspend()
         vf.start()
     assert vf.device.take_event() is None
-    removal = threading.Thread(target=remove, args=(FIRST,))
-    removal.start()
+    removal = begin_removal(FIRST)
     try:
         assert vf.wait_event() == DeviceEvent.LOST
         vf.transmit(1)  # the guest does not know yet
         with pytest.raises(DeviceLostError, match="the device is gone"):
             vf.suspend()
         vf.device.close()
-        removal.join(10.0)
-        assert not removal.is_alive()
+        assert removal.wait(10.0) == 0
         assert not exists(FIRST)
     finally:
+        vf.device.close()  # or it would not come back either
         come_back()
     with closing(DrivenVf(open_device(DeviceSpec.parse(DEVICE)))) as again:
         again.start()
