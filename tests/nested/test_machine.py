@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,17 +25,19 @@ SECONDS = 10.0
 
 
 def packet_socket(interface: str) -> socket.socket:
+    """A socket that hears one interface, or every one where its name is empty."""
     opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
     opened.settimeout(SECONDS)
-    opened.bind((interface, 0))
+    if interface:
+        opened.bind((interface, 0))
     return opened
 
 
-def received(end: socket.socket) -> bytes:
-    """The next frame that comes in."""
+def received(end: socket.socket, interface: str = "") -> bytes:
+    """The next frame that comes in, on this interface if one is named."""
     while True:
         data, address = end.recvfrom(2048)
-        if address[2] != socket.PACKET_OUTGOING:
+        if address[2] != socket.PACKET_OUTGOING and interface in ("", address[0]):
             return data
 
 
@@ -95,18 +98,34 @@ def test_physical_function() -> None:
         number.with_name("sriov_drivers_autoprobe").write_text("1")
 
 
+@contextmanager
+def frames_into_the_void() -> Iterator[None]:
+    """Send the second function frames while it can take none; once it is back, it gets only a later one."""
+    with packet_socket("w2") as far:
+        # More than the sender could hold.
+        for _ in range(2000):
+            far.send(frame(1))
+        # The receiver hears every interface, since the function's does not exist yet.
+        with packet_socket("") as near:
+            yield
+            name = interface_of(FUNCTIONS[1])
+            far.send(frame(2))
+            assert received(near, name) == frame(2)
+
+
 def test_unplug_and_plug_in(monitor: NestedMonitor) -> None:
     monitor.unplug(2)
     monitor.wait_for("DEVICE_DELETED", device="vf2")
     assert not Path(f"/sys/bus/pci/devices/{FUNCTIONS[1]}").exists()
-    with packet_socket("w2") as far:
-        # An end that is not there holds nothing up, and later gets nothing of this.
-        for _ in range(100):
-            far.send(frame(1))
+    with frames_into_the_void():
         monitor.plug(2)
-        with packet_socket(interface_of(FUNCTIONS[1])) as near:
-            far.send(frame(2))
-            assert received(near) == frame(2)
+
+
+def test_function_without_a_driver() -> None:
+    driver = Path("/sys/bus/pci/drivers/virtio-pci")
+    (driver / "unbind").write_text(FUNCTIONS[1])
+    with frames_into_the_void():
+        (driver / "bind").write_text(FUNCTIONS[1])
 
 
 def test_modules_can_be_loaded() -> None:
