@@ -47,7 +47,7 @@ class Machine(Protocol):
 
 
 class InnerRun:
-    """A nested machine that runs some tests, and what it has reported of them so far."""
+    """A machine that runs some tests, and what it has reported of them so far."""
 
     def __init__(self, machine: type[Machine], nodeids: Sequence[str], arguments: Sequence[str]) -> None:
         """
@@ -80,14 +80,12 @@ class InnerRun:
         :param seconds: how long it may be silent.
         :raise HarnessError: when the machine ends before the test does, or hangs.
         """
-        done = False
-        while not done:
+        while True:
             # In this order, so that what it said before it ended is not missed.
             ended = self._machine.status
             self._listen()
-            done = nodeid in self._finished
             yield from self._reports.pop(nodeid, ())
-            if done:
+            if nodeid in self._finished:
                 return
             self._machine.check()
             if ended is not None:
