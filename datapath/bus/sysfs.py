@@ -5,7 +5,7 @@ sysfs-kernel-iommu_groups. Functions come and go while one looks: one that vanis
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datapath.bus.pci import PciIds
@@ -34,8 +34,6 @@ class HostFunction:
     class_code: int
     #: The driver that has it; None when none has.
     driver: str | None
-    #: The only driver that may take it; None when any may that matches.
-    driver_override: str | None
     #: None when no IOMMU stands before it.
     iommu_group: int | None
     #: None when the host does not say.
@@ -48,6 +46,18 @@ class HostFunction:
     total_vfs: int | None
     #: Network interfaces of the host's that the function is behind.
     net_interfaces: tuple[str, ...]
+    #: Where sysfs is, for what is read when it is asked for.
+    root: Path = field(default=SYSFS, repr=False)
+
+    @property
+    def driver_override(self) -> str | None:
+        """The only driver that may take it; None when any may that matches, or the function is gone.
+
+        Read now, and only for who needs it: while a function is being removed or unbound, the kernel answers
+        this one question when the function's user has let go, and lets nobody who waits for it be killed.
+        """
+        override = _text(_devices(self.root) / self.address / "driver_override")
+        return None if override in (None, "", NO_OVERRIDE) else override
 
 
 def functions(root: Path = SYSFS) -> list[HostFunction]:
@@ -72,7 +82,6 @@ def function(address: str, root: Path = SYSFS) -> HostFunction:
     folder = _devices(root) / address
     if not folder.is_dir():
         raise SysfsError(f"{address}: no such PCI function on this host")
-    override = _text(folder / "driver_override")
     node = _optional_number(folder / "numa_node")
     group = _link(folder / "iommu_group")
     return HostFunction(
@@ -82,13 +91,13 @@ def function(address: str, root: Path = SYSFS) -> HostFunction:
         ),
         class_code=_number(folder / "class"),
         driver=_link(folder / "driver"),
-        driver_override=None if override in (None, "", NO_OVERRIDE) else override,
         iommu_group=None if group is None else int(group),
         numa_node=None if node is None or node < 0 else node,
         physical_function=_link(folder / "physfn"),
         virtual_functions=_virtual_functions(folder),
         total_vfs=_optional_number(folder / "sriov_totalvfs"),
         net_interfaces=_net_interfaces(folder),
+        root=root,
     )
 
 
