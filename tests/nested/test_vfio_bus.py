@@ -5,6 +5,7 @@ import select
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,8 @@ def test_reset(function: VfioFunction, memory: SharedMemory) -> None:
 
 def test_a_closed_function_can_be_had_again(function: VfioFunction) -> None:
     function.close()
-    again = VfioFunction(FIRST)
-    assert again.irq_count(Irq.MSIX) == 4
-    again.close()
+    with closing(VfioFunction(FIRST)) as again:
+        assert again.irq_count(Irq.MSIX) == 4
 
 
 # Interrupts
@@ -174,16 +174,13 @@ def test_more_vectors_than_there_are(function: VfioFunction) -> None:
 
 def test_memory_in_two_address_spaces() -> None:
     """Two functions, the same DMA address, each its own memory behind it."""
-    wires = [Wire(None, name) for name in WIRES]
-    opened = [VfioFunction(address) for address in FUNCTIONS]
-    transmitters = [RawTransmitter(function, BASE) for function in opened]
-    for number, (wire, transmitter) in enumerate(zip(wires, transmitters, strict=True), 41):
-        transmitter.send(number)
-        wire.expect(number)
-    for function, transmitter, wire in zip(opened, transmitters, wires, strict=True):
-        transmitter.close()
-        function.close()
-        wire.close()
+    with ExitStack() as stack:
+        wires = [stack.enter_context(closing(Wire(None, name))) for name in WIRES]
+        opened = [stack.enter_context(closing(VfioFunction(address))) for address in FUNCTIONS]
+        transmitters = [stack.enter_context(closing(RawTransmitter(function, BASE))) for function in opened]
+        for number, (wire, transmitter) in enumerate(zip(wires, transmitters, strict=True), 41):
+            transmitter.send(number)
+            wire.expect(number)
 
 
 def test_memory_outside_what_is_mapped(transmitter: RawTransmitter, kernel_log: KernelLog) -> None:
@@ -272,13 +269,15 @@ def test_as_many_mappings_as_the_kernel_allows(memory: SharedMemory) -> None:
         MemoryRegion(BASE + 0x1000 * page, 0x1000, memory.region.fd, 0, memory.region.address)
         for page in range(4)
     ]
-    for page in pages[:3]:
-        function.dma_map(page)
-    with pytest.raises(DeviceError, match=r"4 mappings are needed, the kernel allows 3 \(dma_entry_limit"):
+    with closing(function):
+        for page in pages[:3]:
+            function.dma_map(page)
+        with pytest.raises(
+            DeviceError, match=r"4 mappings are needed, the kernel allows 3 \(dma_entry_limit"
+        ):
+            function.dma_map(pages[3])
+        function.dma_unmap(pages[0])
         function.dma_map(pages[3])
-    function.dma_unmap(pages[0])
-    function.dma_map(pages[3])
-    function.close()
 
 
 #: Maps two megabytes when one may be locked, and when two may.
@@ -331,14 +330,15 @@ def test_a_group_that_is_shared() -> None:
     with bound(ours):
         with pytest.raises(DeviceError, match=rf"uses: {others} \(bound to virtio-pci\); the group"):
             VfioFunction(ours)
-        with bound(others):
-            function = VfioFunction(ours)
-            with pytest.raises(DeviceError, match="another process has it"):
-                VfioFunction(others)
-            function.close()
-        Path("/sys/bus/pci/drivers/virtio-pci/unbind").write_text(others)
-        with pytest.raises(DeviceError, match=f"no driver has it, .*: run virt-vdpa bind {others}$"):
+        busy = pytest.raises(DeviceError, match="another process has it")
+        with bound(others), closing(VfioFunction(ours)), busy:
             VfioFunction(others)
+        Path("/sys/bus/pci/drivers/virtio-pci/unbind").write_text(others)
+        try:
+            with pytest.raises(DeviceError, match=f"no driver has it, .*: run virt-vdpa bind {others}$"):
+                VfioFunction(others)
+        finally:
+            give_back(others)
 
 
 # Removal
@@ -347,16 +347,21 @@ def test_a_group_that_is_shared() -> None:
 def test_removal_waits_until_the_function_is_closed(function: VfioFunction) -> None:
     assert not readable(function.lost_fd)
     removal = begin_removal(FIRST)
-    assert readable(function.lost_fd, 5.0)
-    assert function.read(Region.CONFIG, VENDOR, 2) == 0x1AF4  # still there, and removal waits
-    assert removal.poll() is None
-    function.close()
-    assert removal.wait(10.0) == 0
-    assert not exists(FIRST)
-    with pytest.raises(DeviceError, match=f"^{FIRST}: no such PCI function on this host$"):
-        VfioFunction(FIRST)
-    rescan(FIRST)
-    bind(FIRST, "vfio-pci")
+    try:
+        assert readable(function.lost_fd, 5.0)
+        assert function.read(Region.CONFIG, VENDOR, 2) == 0x1AF4  # still there, and removal waits
+        assert host_function(FIRST).iommu_group is not None  # nor does who looks at it have to wait
+        assert removal.poll() is None
+        function.close()
+        assert removal.wait(10.0) == 0
+        assert not exists(FIRST)
+        with pytest.raises(DeviceError, match=f"^{FIRST}: no such PCI function on this host$"):
+            VfioFunction(FIRST)
+    finally:
+        function.close()
+        removal.wait()
+        rescan(FIRST)
+        bind(FIRST, "vfio-pci")
     VfioFunction(FIRST).close()
 
 
