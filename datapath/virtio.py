@@ -81,6 +81,8 @@ DEVICE_NET = 1
 PCI_VENDOR = 0x1AF4
 #: PCI device id of a modern device is this plus the virtio device type (section 4.1.2.1).
 PCI_MODERN_DEVICE_BASE = 0x1040
+#: PCI device id of a transitional network device, whose subsystem then is the type (section 4.1.2.3).
+PCI_TRANSITIONAL_NET = 0x1000
 #: Largest size of a split virtqueue (section 2.7).
 MAX_QUEUE_SIZE = 32768
 #: "no vector", in the MSI-X vector registers (section 4.1.5.1.3).

@@ -17,9 +17,6 @@ BRIDGE_CLASS = 0x06
 #: Drivers that leave DMA to whoever owns the rest of the IOMMU group (drivers/vfio/vfio_main.c; since Linux
 #: 5.18 `driver_managed_dma`).
 HARMLESS_DRIVERS = (None, "pci-stub", "pcieport")
-#: Vendor of virtio functions, and the device ids of network cards: modern and transitional, whose
-#: subsystem device then is the virtio device type (virtio 1.3 section 4.1.2).
-VIRTIO_VENDOR, MODERN_NET, TRANSITIONAL_NET = 0x1AF4, 0x1041, 0x1000
 #: IFF_UP of linux/if.h, in an interface's flags.
 INTERFACE_UP = 0x1
 #: Processor -> how its IOMMU is switched on.
@@ -42,14 +39,10 @@ def is_ifcvf(ids: PciIds) -> bool:
     return ids in IDS
 
 
-def is_virtio_net(ids: PciIds) -> bool:
-    return ids.vendor == VIRTIO_VENDOR and ids.device in (MODERN_NET, TRANSITIONAL_NET)
-
-
 #: Driver of ours -> which functions it serves, and what messages call those; the most general one last.
 SERVED: dict[str, tuple[Callable[[PciIds], bool], str]] = {
     "ifcvf": (is_ifcvf, "an IFCVF network function"),
-    "virtio": (is_virtio_net, "a virtio-net function"),
+    "virtio": (lambda ids: ids.is_virtio_net, "a virtio-net function"),
 }
 
 

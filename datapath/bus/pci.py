@@ -20,8 +20,17 @@ from datapath.pci import (
     SUBSYSTEM_VENDOR,
     VENDOR,
 )
-from datapath.virtio import Common, PciCapability
+from datapath.virtio import (
+    DEVICE_NET,
+    PCI_MODERN_DEVICE_BASE,
+    PCI_TRANSITIONAL_NET,
+    PCI_VENDOR,
+    Common,
+    PciCapability,
+)
 
+#: Device id of a modern network card.
+MODERN_NET = PCI_MODERN_DEVICE_BASE + DEVICE_NET
 #: struct virtio_pci_cap (4.1.4): vndr, next, len, cfg_type, bar, id, padding, offset, length.
 VIRTIO_CAPABILITY = struct.Struct("<BBBBBB2xII")
 #: le32 notify_off_multiplier, which follows in a notify capability (4.1.4.4).
@@ -63,6 +72,12 @@ class PciIds:
         vendor, device = struct.unpack_from("<HH", config, VENDOR)
         subsystem_vendor, subsystem_device = struct.unpack_from("<HH", config, SUBSYSTEM_VENDOR)
         return cls(vendor, device, subsystem_vendor, subsystem_device)
+
+    @property
+    def is_virtio_net(self) -> bool:
+        """Whether they are a virtio network card's, whoever made it (4.1.2). A transitional one may be
+        without the capabilities of a modern one, which is found out when it is opened."""
+        return self.vendor == PCI_VENDOR and self.device in (MODERN_NET, PCI_TRANSITIONAL_NET)
 
     def __str__(self) -> str:
         return (

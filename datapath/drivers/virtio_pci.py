@@ -12,16 +12,11 @@ import contextlib
 from collections.abc import Collection
 
 from datapath.bus.function import PciFunction
-from datapath.bus.pci import PciIds
+from datapath.bus.pci import MODERN_NET, PciIds
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
 from datapath.drivers.virtio_registers import wait_until
 from datapath.vdpa import DeviceError, DeviceSpec, Ring, RingState
-from datapath.virtio import DEVICE_NET, PCI_MODERN_DEVICE_BASE, PCI_VENDOR
-
-#: PCI device ids (section 4.1.2): of a modern network device, and of a transitional one, which serves as a
-#: modern one too when it has the capabilities.
-MODERN = PCI_MODERN_DEVICE_BASE + DEVICE_NET
-TRANSITIONAL = 0x1000
+from datapath.virtio import PCI_TRANSITIONAL_NET, PCI_VENDOR
 
 #: Seconds that the function has to send what it was given, before it is reset.
 DRAIN_TIME = 0.05
@@ -39,10 +34,10 @@ class VirtioPciDevice(VirtioNetDevice):
         :raise DeviceError: when it is no modern virtio-net function, or lacks what the driver needs.
         """
         ids = PciIds.of(function.config_space())
-        if ids.vendor != PCI_VENDOR or ids.device not in (MODERN, TRANSITIONAL):
+        if not ids.is_virtio_net:
             raise DeviceError(
                 f"{name}: {ids} is not a virtio network function; those are"
-                f" {PCI_VENDOR:04x}:{MODERN:04x} and {PCI_VENDOR:04x}:{TRANSITIONAL:04x}"
+                f" {PCI_VENDOR:04x}:{MODERN_NET:04x} and {PCI_VENDOR:04x}:{PCI_TRANSITIONAL_NET:04x}"
             )
         super().__init__(name, function)
 
