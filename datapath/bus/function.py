@@ -18,8 +18,8 @@ from datapath.vdpa import MemoryRegion
 from datapath.vfio import Irq, Region, RegionFlag
 from datapath.vfio_user import RegionInfo
 
-#: Access widths of registers, in bytes.
-WIDTHS = (1, 2, 4, 8)
+#: Access widths of registers, in bytes. Not 8: kernel VFIO makes two accesses of one of that width.
+WIDTHS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class PciFunction(abc.ABC):
 
     @abc.abstractmethod
     def read(self, index: Region, offset: int, width: int) -> int:
-        """Read a little-endian register in one access of `width` bytes (1, 2, 4 or 8)."""
+        """Read a little-endian register in one access of `width` bytes (1, 2 or 4)."""
 
     @abc.abstractmethod
     def write(self, index: Region, offset: int, width: int, value: int) -> None:
-        """Write a little-endian register in one access of `width` bytes (1, 2, 4 or 8)."""
+        """Write a little-endian register in one access of `width` bytes (1, 2 or 4)."""
 
     @abc.abstractmethod
     def config_space(self) -> bytes:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from datapath.bus.function import PciFunction, RegionDescription
+from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
 from datapath.bus.sysfs import SYSFS
 from datapath.bus.vfio_container import NODES, Container
 from datapath.native._native import ffi
@@ -32,8 +32,6 @@ from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
 from datapath.vfio import DeviceFlag, Irq, IrqFlag, Region, Request, SetIrqsFlag
 from datapath.vfio_user import DeviceInfo, IrqInfo, RegionInfo, SetIrqs
 
-#: Widths of one access, in bytes. The kernel makes two of one of 8 bytes.
-WIDTHS = (1, 2, 4)
 #: Seconds for a reset to find nobody else busy with the function, and between two attempts.
 RESET_DEADLINE = 2.0
 RESET_INTERVAL = 0.01

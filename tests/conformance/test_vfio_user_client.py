@@ -70,7 +70,6 @@ def test_registers_are_read_and_written_in_one_access(
     assert function.read(Region.BAR0, 0x10, 1) == 0x10
     assert function.read(Region.BAR0, 0x10, 2) == 0x1110
     assert function.read(Region.BAR0, 0x10, 4) == 0x13121110
-    assert function.read(Region.BAR0, 0x10, 8) == 0x1716151413121110
     function.write(Region.BAR0, 0x16, 2, 0xABCD)
     (written,) = device.commands(Command.REGION_WRITE)
     assert RegionAccess.unpack(written.payload) == RegionAccess(0x16, Region.BAR0, 2, b"\xcd\xab")
@@ -80,7 +79,8 @@ def test_registers_are_read_and_written_in_one_access(
     ("index", "offset", "width"),
     [
         (Region.BAR0, BAR_SIZE, 1),
-        (Region.BAR0, BAR_SIZE - 4, 8),
+        (Region.BAR0, BAR_SIZE - 2, 4),
+        (Region.BAR0, 0, 8),
         (Region.BAR0, 2, 4),
         (Region.BAR0, 0, 3),
         (Region.BAR0, -4, 4),
