@@ -69,6 +69,8 @@ class Port:
                 "quit": self.quit,
             }
             self._control = ControlServer(selector, options.control, commands)
+            # Whoever watches the port is not to believe it stuck while a large guest's memory is pinned.
+            device.call_meanwhile(self._control.serve_waiting)
 
     def run(self, endpoint: Endpoint) -> int:
         """Serve the front-ends that an endpoint brings, until the end; the exit code."""
@@ -139,12 +141,12 @@ class Port:
         self._disconnect(reason)
 
     def _disconnect(self, reason: str) -> None:
-        if self._connection is None:
+        connection, self._connection = self._connection, None
+        if connection is None:
             return
-        self._selector.unregister(self._connection.socket)
-        self._connection.close()
-        self._connection = None
+        self._selector.unregister(connection.socket)
         self._log(reason)
+        connection.close()
         self._enter("waiting", reason)
 
     # The device

@@ -15,7 +15,8 @@ A driver turns a VF into a `VdpaDevice`; the back-end drives it. The order of ca
 
 Ring numbers are vhost-user's: 2p receives and 2p+1 transmits for queue pair p. Addresses are guest
 physical and equal the device's DMA addresses (IOVA = GPA). Every call returns or raises within the
-driver's own deadline (seconds at most): a front-end waits for the answer with its guest stopped.
+driver's own deadline (seconds at most): a front-end waits for the answer with its guest stopped. Only to
+map or unmap memory may take longer, see `call_meanwhile`.
 
 Owns the interface, its value types, the device string of the command line and the table of drivers;
 cf. `struct rte_vdpa_dev_ops` in DPDK's lib/vhost/vdpa_driver.h.
@@ -23,7 +24,7 @@ cf. `struct rte_vdpa_dev_ops` in DPDK's lib/vhost/vdpa_driver.h.
 
 import abc
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -110,7 +111,11 @@ class DeviceEvent(Enum):
 
 
 class VdpaDevice(abc.ABC):
-    """One VF as a vDPA device. All methods but `close` raise `DeviceError` (or `DeviceLostError`)."""
+    """One VF as a vDPA device. All methods but `close` raise `DeviceError` (or `DeviceLostError`).
+
+    One that starts, stops or re-routes rings and raises has stopped them all: the VF runs none then, and
+    `suspend` has nothing to tell.
+    """
 
     #: What messages call this device: driver and address, such as "ifcvf,vfio-user=/run/vf0.sock".
     name: str
@@ -132,6 +137,12 @@ class VdpaDevice(abc.ABC):
     def unmap_memory(self, region: MemoryRegion) -> None:
         """Take a range back; on return the VF does not touch it any more."""
 
+    def call_meanwhile(self, callback: Callable[[], None]) -> None:  # noqa: B027
+        """Have `callback` called again and again while memory is mapped or unmapped, where that takes long.
+
+        :param callback: does not raise, and asks the device for nothing but its statistics and properties.
+        """
+
     @abc.abstractmethod
     def start(self, features: int, rings: Mapping[int, Ring]) -> None:
         """Reset the VF, negotiate `features`, program `rings`, run; every ring is notified once."""
@@ -150,17 +161,14 @@ class VdpaDevice(abc.ABC):
 
     @abc.abstractmethod
     def suspend(self) -> dict[int, RingState]:
-        """Stop all rings and return where each stands; the VF is idle and memory stays mapped.
-
-        After `DeviceError` too the VF no longer runs the rings, or is lost.
-        """
+        """Stop all rings that run and return where each stands; the VF is idle and memory stays mapped."""
 
     @abc.abstractmethod
     def start_logging(self, bitmap: DirtyBitmap) -> None:
         """From now on mark what the VF writes to guest memory, ring entries among it; again: elsewhere.
 
         Rings may run on through a relay in software, after a pause of milliseconds. After `DeviceError`
-        nothing is logged, and the VF may not run.
+        nothing is logged.
         """
 
     @abc.abstractmethod

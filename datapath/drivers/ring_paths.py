@@ -31,6 +31,7 @@ class RingPaths:
         self._relay = Relay(rings)
         self._private: PrivateRings | None = None
         self._regions: list[MemoryRegion] = []
+        self._open: set[int] = set()
         self._event_idx = False
         #: Whether the rings that run, or run next, are shadowed.
         self.shadowed = False
@@ -45,13 +46,18 @@ class RingPaths:
     def map(self, region: MemoryRegion) -> None:
         """Guest memory that rings and buffers may lie in.
 
-        :raise DeviceError: when it wants DMA addresses that the private rings have.
+        :raise DeviceError: when it wants DMA addresses that the private rings have, and rings run.
         """
         if self._private is not None and self._private.overlaps(region):
-            raise DeviceError(
-                f"{self._function.name}: guest memory {region.guest_address:#x}+{region.size:#x} is where the"
-                f" private rings are, {self._private.memory.guest_address:#x}"
-            )
+            if self._open:
+                raise DeviceError(
+                    f"{self._function.name}: guest memory {region.guest_address:#x}+{region.size:#x} is where"
+                    f" the private rings are, {self._private.memory.guest_address:#x}"
+                )
+            # They are made anew, elsewhere, at the next start.
+            self._function.dma_unmap(self._private.memory)
+            self._private.close()
+            self._private = None
         try:
             self._relay.map(region.guest_address, region.size, region.address)
         except OSError as error:
@@ -100,6 +106,7 @@ class RingPaths:
                 self._relay.add_shadow(index, self._shadow_ring(index, ring, doorbell))
             else:
                 self._relay.add(index, ring.kick, doorbell)
+            self._open.add(index)
             self._relay.ring(index)
         except OSError as error:
             text = f"{self._function.name}: ring {index}: kick descriptor: {error.strerror}"
@@ -107,10 +114,10 @@ class RingPaths:
 
     def hold(self, index: int) -> None:
         """Hand the VF no more of a ring that is about to stop; what it completes still goes to the guest."""
-        if self.shadowed:
-            self._relay.hold(index)
-        else:
+        if not self.shadowed:
             self._relay.remove(index)
+        elif index in self._open:
+            self._relay.hold(index)
 
     def in_flight(self, index: int) -> int:
         """How many buffers of a shadowed ring the VF has."""
@@ -119,6 +126,7 @@ class RingPaths:
     def close(self, index: int) -> None:
         """A ring has stopped: hand over what the VF completed last, and use its eventfds no more."""
         self._relay.remove(index)
+        self._open.discard(index)
 
     def fault(self, index: int) -> str | None:
         """What guest or VF did wrong on a shadowed ring, also after `close`; None while all is well."""

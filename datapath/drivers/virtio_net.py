@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import os
 import select
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, TypeVar
 
 from datapath.bus.function import PciFunction
@@ -197,6 +197,9 @@ class VirtioNetDevice(VdpaDevice):
         self._paths.unmap(region)
         self._guest.remove(region)
 
+    def call_meanwhile(self, callback: Callable[[], None]) -> None:
+        self._function.call_meanwhile(callback)
+
     # Running
 
     def start(self, features: int, rings: Mapping[int, Ring]) -> None:
@@ -229,8 +232,7 @@ class VirtioNetDevice(VdpaDevice):
             self._program(index, placed)
             self._paths.open(index, ring, self._registers.doorbell(index))
         except BaseException:
-            with contextlib.suppress(DeviceError):
-                self.stop_ring(index)
+            self._halt()
             raise
 
     def set_call(self, index: int, fd: int | None) -> None:
@@ -247,13 +249,17 @@ class VirtioNetDevice(VdpaDevice):
             state = self._restart(without=index)
             assert state is not None
             return state
-        state = self._stop([index])[index]
-        # Only now: the guest must hear of the entries that were completed last.
-        self._registers.set_queue_vector(index, NO_VECTOR)
-        self._function.set_eventfds(Irq.MSIX, queue_vector(index), [None])
-        del self._rings[index]
-        if self._rings:
-            self._use_rings(self._rings)
+        try:
+            state = self._stop([index])[index]
+            # Only now: the guest must hear of the entries that were completed last.
+            self._registers.set_queue_vector(index, NO_VECTOR)
+            self._function.set_eventfds(Irq.MSIX, queue_vector(index), [None])
+            del self._rings[index]
+            if self._rings:
+                self._use_rings(self._rings)
+        except BaseException:
+            self._halt()
+            raise
         return state
 
     def suspend(self) -> dict[int, RingState]:
@@ -284,7 +290,7 @@ class VirtioNetDevice(VdpaDevice):
 
     def stop_logging(self) -> None:
         self._forget_log()
-        if self._running and self._paths.shadowed and self._can_be_direct(self._rings):
+        if self._running and self._paths.shadowed and self._could_go_on_directly():
             self._restart()
 
     @property
@@ -317,9 +323,9 @@ class VirtioNetDevice(VdpaDevice):
         except DeviceError:
             self._give_up()
             return DeviceEvent.LOST
-        if status & Status.DEVICE_NEEDS_RESET or self._paths.broken_fd in ready:
+        if status & Status.DEVICE_NEEDS_RESET or self.fault:
             return DeviceEvent.NEEDS_RESET
-        return DeviceEvent.CONFIG_CHANGED
+        return DeviceEvent.CONFIG_CHANGED if self._config_fd in ready else None
 
     def statistics(self) -> dict[str, int]:
         return self._paths.statistics()
@@ -354,6 +360,10 @@ class VirtioNetDevice(VdpaDevice):
         if self._bitmap is not None:
             return False
         return self.HAS_RING_STATE or all(ring.state == RingState(0, 0) for ring in rings.values())
+
+    def _could_go_on_directly(self) -> bool:
+        """Whether the function itself could take the rings over where they stand now."""
+        return self.HAS_RING_STATE or not any(self._guest_used(ring) for ring in self._rings.values())
 
     def _run(self, rings: Mapping[int, Ring]) -> None:
         """From idle to running, with the features that were agreed on."""
@@ -463,8 +473,11 @@ class VirtioNetDevice(VdpaDevice):
 
     def _halt(self) -> None:
         """Make sure that nothing runs, by ever harder means; the last is to let the function go."""
-        self._forget_rings()
+        for index in self._rings:
+            self._paths.hold(index)
         try:
+            if self._registers.stuck:
+                raise DeviceError("it has had its time for a reset")
             self._registers.reset()
             self._function.disable_irqs(Irq.MSIX)
         except DeviceError:
@@ -472,15 +485,19 @@ class VirtioNetDevice(VdpaDevice):
                 self._function.reset()
                 self._function.disable_irqs(Irq.MSIX)
                 self._function.enable()
+                self._registers.stuck = False
             except DeviceError:
                 self._give_up()
                 os.eventfd_write(self._config_fd, 1)
+        self._forget_rings()
 
     def _give_up(self) -> None:
         """Let go of a function that is gone, or answers nothing; what serves it resets it then."""
-        self._forget_rings()
+        for index in self._rings:
+            self._paths.hold(index)
         self._function.close()
         self._lost = True
+        self._forget_rings()
 
     def _forget_rings(self) -> None:
         for index in self._rings:

@@ -50,7 +50,7 @@ class VirtioPciDevice(VirtioNetDevice):
     def _quiesce(self, rings: Collection[int]) -> None:
         sending = [index for index in rings if index % 2]
         with contextlib.suppress(DeviceError):  # what is left then will be sent again
-            wait_until(lambda: not any(map(self._has_work, sending)), DRAIN_TIME, "frames are left")
+            wait_until(lambda: not any(map(self._has_work, sending)), DRAIN_TIME, lambda: "frames are left")
         self._registers.reset()
 
     def _has_work(self, index: int) -> bool:

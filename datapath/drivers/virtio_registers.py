@@ -24,15 +24,16 @@ ALL_ONES = 0xFF
 REQUIRED = (PciCapability.COMMON, PciCapability.NOTIFY, PciCapability.DEVICE)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, failure: str) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float, failure: Callable[[], str]) -> None:
     """Look again and again until `condition` holds.
 
-    :raise DeviceError: with the text `failure` when it does not within `seconds`.
+    :param failure: says what did not happen.
+    :raise DeviceError: with that text when it does not hold within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= deadline:
-            raise DeviceError(f"{failure} within {seconds:g} s")
+            raise DeviceError(f"{failure()} within {seconds:g} s")
         time.sleep(POLL_INTERVAL)
 
 
@@ -51,6 +52,8 @@ class VirtioRegisters:
             raise DeviceError(f"{function.name}: no usable virtio structure {', '.join(missing)}")
         self._common = found[PciCapability.COMMON]
         self._notify = found[PciCapability.NOTIFY]
+        #: The last reset was not finished in time; another one had better not be waited for.
+        self.stuck = False
         self._device = found[PciCapability.DEVICE]
 
     # Device status and features (sections 4.1.4.3, 2.1, 2.2)
@@ -73,7 +76,9 @@ class VirtioRegisters:
         :raise DeviceError: when it does not.
         """
         self._write(Common.DEVICE_STATUS, 1, 0)
-        wait_until(lambda: self.status == 0, RESET_DEADLINE, f"{self._function.name}: is not reset")
+        self.stuck = True
+        wait_until(lambda: self.status == 0, RESET_DEADLINE, lambda: f"{self._function.name}: is not reset")
+        self.stuck = False
 
     def device_features(self) -> int:
         """What the device offers."""

@@ -195,10 +195,13 @@ class Backend:
             ring.placed = None
         try:
             states = self.device.suspend()
-        finally:
-            self._log_writes()
+        except DeviceError:
+            self._log_writes(failed=True)
+            raise
+        self._log_writes()
         for ring in running:
-            self._stopped(ring, states[ring.index])
+            if ring.index in states:  # it has not failed, and stopped, before
+                self._stopped(ring, states[ring.index])
 
     @staticmethod
     def _stopped(ring: Vring, state: RingState) -> None:
@@ -413,9 +416,14 @@ class Backend:
             return True
         return False
 
-    def _log_writes(self) -> None:
-        """Rings have stopped: if there is a log in which the device marks nothing, all is marked now."""
-        if self._log is None or self._device_marks or not (self.acked or 0) & F_LOG_ALL:
+    def _log_writes(self, *, failed: bool = False) -> None:
+        """Rings have stopped: if there is a log in which the device marks nothing, all is marked now.
+
+        :param failed: the device marks its writes, but who knows whether to the end.
+        """
+        if self._log is None or not (self.acked or 0) & F_LOG_ALL:
+            return
+        if self._device_marks and not failed:
             return
         try:
             self._log.mark_all()

@@ -16,6 +16,7 @@ from tests.harness.driven_vf import BASE, BUFFERS, FEATURES, MEMORY_SIZE, RX, TX
 from tests.harness.emulated_nic import EmulatedNic
 from tests.harness.netns import NetworkNamespace
 from tests.harness.pingpong import PingPong
+from tests.harness.processes import wait_for
 from tests.harness.wire import Wire
 
 EVENT_IDX = bit(Feature.F_EVENT_IDX)
@@ -204,6 +205,35 @@ def test_a_bitmap_takes_over_from_another(
     log.take()
     exchange(vf, wire, range(3, 6))
     assert (log.take(), bool(another_log.take())) == (set(), True)
+
+
+def test_a_bad_ring_is_told_once_and_not_of_the_next_run(make_vf: MakeVf) -> None:
+    vf = make_vf("virtio", start=7)
+    vf.start()
+    queue = vf.queues[TX]
+    queue.set_avail_index(5000)
+    queue.kick()
+    wait_for("the relay to see it", lambda: vf.device.fault, 5)
+    vf.states = vf.device.suspend()
+    queue.set_avail_index(queue.used_index)
+    vf.start()
+    assert vf.device.take_event() is None
+    assert vf.device.fault is None
+
+
+def test_the_end_of_logging_stops_nothing_that_stays_shadowed(
+    make_vf: MakeVf, wire: Wire, log: DirtyLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vf = make_vf("virtio")
+    vf.device.start_logging(log.bitmap)
+    vf.start()
+    vf.offer(8)
+    exchange(vf, wire, range(3))
+    monkeypatch.setattr(vf.device, "suspend", lambda: pytest.fail("it was stopped"))
+    vf.device.stop_logging()
+    assert vf.device.shadowed
+    exchange(vf, wire, range(3, 5))
+    monkeypatch.undo()
 
 
 # Entering and leaving

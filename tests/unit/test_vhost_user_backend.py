@@ -324,6 +324,42 @@ def test_a_log_that_cannot_be_used_is_no_error(qemu: DirectFrontEnd, log: int, a
     assert ["cannot be mapped" in qemu.reports[0], "is not logged" in qemu.reports[1]] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("fails", "request_", "payload"),
+    [
+        ("suspend", Request.SET_STATUS, 0),
+        ("stop_ring", Request.SET_VRING_ENABLE, VringState(0, 0)),
+        ("set_call", Request.SET_VRING_CALL, VringFd(0, False)),
+    ],
+)
+def test_a_device_that_failed_and_stopped_is_let_go_in_order(
+    request: pytest.FixtureRequest, fails: str, request_: Request, payload: Any
+) -> None:
+    """A device that raises has stopped all rings: it has nothing to tell of them afterwards."""
+    peer = DirectFrontEnd()
+    peer.connect()
+    peer.start()
+    request.addfinalizer(peer.close)
+    peer.device.failures[fails] = DeviceError("it broke")
+    with pytest.raises(DeviceError, match="it broke"):
+        peer.tell(request_, payload)
+    peer.device.rings.clear()
+    del peer.device.failures[fails]
+    peer.backend.close()
+    assert peer.device.mapped == []
+    assert peer.reports == []
+
+
+def test_what_a_device_wrote_before_it_failed_counts_as_everything(qemu: DirectFrontEnd, log: int) -> None:
+    qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
+    switch_logging(qemu, True)
+    qemu.device.failures["suspend"] = DeviceError("it broke")
+    with pytest.raises(DeviceError):
+        qemu.backend._suspend()
+    assert os.pread(log, 512, 4096) == b"\xff" * 512
+    qemu.device.failures.clear()
+
+
 def test_an_unchanged_memory_table_leaves_the_device_alone(front_end: DirectFrontEnd) -> None:
     front_end.start()
     front_end.device.calls.clear()
