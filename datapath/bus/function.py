@@ -3,12 +3,13 @@
 Indices and flags are those of linux/vfio.h (`datapath.vfio`). A driver has no branch on the bus; what
 differs between buses (one socket or many ioctls, file descriptors or addresses to map memory by) ends here.
 
-Every call returns or raises within seconds. `DeviceError` is a refusal or a missed deadline,
-`DeviceLostError` says that the function is gone; after that only `close` is of use.
+Every call returns or raises within seconds, save that memory may take longer to map and unmap, see
+`call_meanwhile`. `DeviceError` is a refusal or a missed deadline, `DeviceLostError` says that the function
+is gone; after that only `close` is of use.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -93,6 +94,15 @@ class PciFunction(abc.ABC):
     @abc.abstractmethod
     def dma_unmap(self, memory: MemoryRegion) -> None:
         """Take mapped memory back; on return the function does not reach it any more."""
+
+    def call_meanwhile(self, callback: Callable[[], None]) -> None:  # noqa: B027
+        """Have `callback` called again and again while `dma_map` and `dma_unmap` last.
+
+        Kernel VFIO pins memory, about a second for a GiB of 4 KiB pages that nobody has touched yet. A bus
+        whose calls are short, as all are here unless it says otherwise, calls nobody.
+
+        :param callback: does not raise, and leaves the function alone.
+        """
 
     @abc.abstractmethod
     def reset(self) -> None:

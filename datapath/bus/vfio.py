@@ -19,7 +19,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
@@ -157,6 +157,9 @@ class VfioFunction(PciFunction):
 
     def dma_unmap(self, memory: MemoryRegion) -> None:
         self._container.unmap(memory)
+
+    def call_meanwhile(self, callback: Callable[[], None]) -> None:
+        self._container.call_meanwhile(callback)
 
     # The whole function
 

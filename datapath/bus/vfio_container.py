@@ -16,6 +16,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from datapath.bus.sysfs import SYSFS, HostFunction, SysfsError, function, group_members
@@ -29,6 +30,9 @@ NODES = Path("/dev/vfio")
 HARMLESS_DRIVERS = frozenset(("pci-stub", "pcieport"))
 #: Number of the capability that lifts RLIMIT_MEMLOCK (linux/capability.h).
 CAP_IPC_LOCK = 14
+#: Bytes that are mapped by one call. The kernel pins them, which takes a quarter of a second in pages of
+#: 4 KiB that nobody has touched yet.
+PIECE = 256 << 20
 #: The last address there is, for kernels that do not tell ranges.
 LAST_ADDRESS = (1 << 64) - 1
 
@@ -45,7 +49,9 @@ class Container:
         self._address = address
         self._sysfs = sysfs
         self._nodes = nodes
-        self._maps: dict[tuple[int, int], MemoryRegion] = {}
+        #: (guest address, size) of what is mapped -> the kernel's mappings that it consists of.
+        self._maps: dict[tuple[int, int], list[MemoryRegion]] = {}
+        self._meanwhile: Callable[[], None] = lambda: None
         self._resources = contextlib.ExitStack()
         try:
             host_function = function(address, sysfs)
@@ -87,33 +93,34 @@ class Container:
 
         :raise DeviceError: when a limit of the kernel's is met; names needed and allowed.
         """
-        # The kernel's structure has the process's address where vfio-user's has the file's offset.
-        request = DmaMap(DmaFlag.READ | DmaFlag.WRITE, memory.address, memory.guest_address, memory.size)
-        try:
-            fcntl.ioctl(self._container, Request.IOMMU_MAP_DMA, bytearray(request.pack()))
-        except OSError as error:
-            where = f"{self.name}: memory {memory.guest_address:#x}+{memory.size:#x}"
-            reason = MAP_REFUSALS.get(error.errno or 0, Container._unexplained)(self, memory)
-            raise DeviceError(f"{where}: {reason or error.strerror}") from error
-        self._maps[memory.guest_address, memory.size] = memory
+        mapped: list[MemoryRegion] = []
+        for piece in pieces_of(memory):
+            # The kernel's structure has the process's address where vfio-user's has the file's offset.
+            request = DmaMap(DmaFlag.READ | DmaFlag.WRITE, piece.address, piece.guest_address, piece.size)
+            try:
+                fcntl.ioctl(self._container, Request.IOMMU_MAP_DMA, bytearray(request.pack()))
+            except OSError as error:
+                self._unmap_all(mapped)  # first, as the reason tells what is used without this memory
+                reason = MAP_REFUSALS.get(error.errno or 0, Container._unexplained)(self, memory)
+                raise DeviceError(f"{self._where(memory)}: {reason or error.strerror}") from error
+            mapped.append(piece)
+            self._meanwhile()
+        self._maps[memory.guest_address, memory.size] = mapped
 
     def unmap(self, memory: MemoryRegion) -> None:
         """Take mapped memory back.
 
         :raise DeviceError: when exactly this is not mapped.
         """
-        where = f"{self.name}: memory {memory.guest_address:#x}+{memory.size:#x}"
-        if (memory.guest_address, memory.size) not in self._maps:
-            raise DeviceError(f"{where}: is not mapped")
-        request = bytearray(DmaUnmap(0, memory.guest_address, memory.size).pack())
-        try:
-            fcntl.ioctl(self._container, Request.IOMMU_UNMAP_DMA, request)
-        except OSError as error:
-            raise DeviceError(f"{where}: cannot be unmapped: {error.strerror}") from error
-        unmapped = DmaUnmap.unpack(bytes(request)).size
-        if unmapped != memory.size:
-            raise DeviceError(f"{where}: the kernel unmapped {unmapped:#x} bytes of it")
+        mapped = self._maps.get((memory.guest_address, memory.size))
+        if mapped is None:
+            raise DeviceError(f"{self._where(memory)}: is not mapped")
+        self._unmap_all(mapped)
         del self._maps[memory.guest_address, memory.size]
+
+    def call_meanwhile(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called after each piece of memory that is mapped or unmapped."""
+        self._meanwhile = callback
 
     def close(self) -> None:
         """Give group and address space back, with all that is mapped; the function's descriptors first.
@@ -124,6 +131,29 @@ class Container:
         # Nobody may meet a descriptor that has got these numbers since.
         self._container = self._group = -1
         self._maps.clear()
+
+    # Mapping
+
+    def _unmap_all(self, mapped: list[MemoryRegion]) -> None:
+        """Unmap pieces and take them from the list; on failure those that are still mapped are left in it.
+
+        One call could unmap them all, and last as long as to unpin a whole guest does.
+        """
+        while mapped:
+            piece = mapped[-1]
+            request = bytearray(DmaUnmap(0, piece.guest_address, piece.size).pack())
+            try:
+                fcntl.ioctl(self._container, Request.IOMMU_UNMAP_DMA, request)
+            except OSError as error:
+                raise DeviceError(f"{self._where(piece)}: cannot be unmapped: {error.strerror}") from error
+            unmapped = DmaUnmap.unpack(bytes(request)).size
+            if unmapped != piece.size:
+                raise DeviceError(f"{self._where(piece)}: the kernel unmapped {unmapped:#x} bytes of it")
+            mapped.pop()
+            self._meanwhile()
+
+    def _where(self, memory: MemoryRegion) -> str:
+        return f"{self.name}: memory {memory.guest_address:#x}+{memory.size:#x}"
 
     # Opening
 
@@ -254,9 +284,9 @@ class Container:
         return f"overlaps what is mapped: {', '.join(others)}"
 
     def _too_many(self, memory: MemoryRegion) -> str:
+        needed = sum(map(len, self._maps.values())) + len(pieces_of(memory))
         return (
-            f"{len(self._maps) + 1} mappings are needed, the kernel allows"
-            f" {len(self._maps) if self._info.dma_avail is None else self._info.dma_avail}"
+            f"{needed} mappings are needed, the kernel allows {self._info.dma_avail or 'fewer'}"
             " (dma_entry_limit of vfio_iommu_type1)"
         )
 
@@ -276,6 +306,29 @@ class Container:
 
     def _unreachable(self, memory: MemoryRegion) -> str:
         return f"the pages at {memory.address:#x} here cannot be had, or not for writing"
+
+
+def pieces_of(memory: MemoryRegion) -> list[MemoryRegion]:
+    """Memory as the kernel is given it, one call each.
+
+    Cut where `PIECE` divides the guest's addresses, or huge pages begin that are larger than that: the IOMMU
+    maps each by one entry of its own if it can.
+    """
+    if memory.size <= PIECE:
+        return [memory]
+    step = max(PIECE, os.fstat(memory.fd).st_blksize)
+    end = memory.guest_address + memory.size
+    starts = [memory.guest_address, *range((memory.guest_address // step + 1) * step, end, step)]
+    return [
+        MemoryRegion(
+            start,
+            following - start,
+            memory.fd,
+            memory.fd_offset + start - memory.guest_address,
+            memory.address + start - memory.guest_address,
+        )
+        for start, following in pairwise([*starts, end])
+    ]
 
 
 #: What a refused IOMMU_MAP_DMA means, by errno; "" leaves it to the errno's own text.

@@ -67,6 +67,8 @@ class FakeVfio:
     folder: Path
     #: Request -> errno of its refusal.
     refusals: dict[Request, int] = field(default_factory=dict)
+    #: Which call of a request is refused, from 1; each, unless it is here.
+    refused_from: dict[Request, int] = field(default_factory=dict)
     #: What requests return in place of 0.
     results: dict[Request, int] = field(
         default_factory=lambda: {Request.GET_API_VERSION: API_VERSION, Request.CHECK_EXTENSION: 1}
@@ -103,6 +105,10 @@ class FakeVfio:
         """Let the function read as ones."""
         self.function.write_bytes(b"\xff" * STRIDE * (Region.CONFIG + 1))
 
+    def made(self, request: Request) -> list[bytes]:
+        """The structures of all calls of a request."""
+        return [data for made, data in self.calls if made == request]
+
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Answer in the kernel's place."""
         monkeypatch.setattr("fcntl.ioctl", self.ioctl)
@@ -111,7 +117,7 @@ class FakeVfio:
         request = Request(number)
         data = argument if isinstance(argument, bytearray) else bytearray()
         self.calls.append((request, bytes(data)))
-        if request in self.refusals:
+        if request in self.refusals and len(self.made(request)) >= self.refused_from.get(request, 1):
             raise refusal(self.refusals[request])
         if request in self.results:
             return self.results[request]

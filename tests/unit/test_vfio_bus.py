@@ -7,11 +7,13 @@ import resource
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from datapath.bus.function import RegionDescription
 from datapath.bus.vfio import VfioFunction
+from datapath.bus.vfio_container import PIECE, pieces_of
 from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
 from datapath.vfio import IommuInfo, Irq, Region, Request
 from datapath.vfio_user import Area
@@ -361,6 +363,98 @@ def test_memory_of_which_only_a_part_is_unmapped(
     monkeypatch.setattr(kernel, "_answer", lambda request, data: struct.pack("=IIQQ", 24, 0, 0, 0x1000))
     with pytest.raises(DeviceError, match="the kernel unmapped 0x1000 bytes of it"):
         function.dma_unmap(MEMORY)
+
+
+# Memory in pieces: three, the first shorter than the others
+
+PIECES = [(0x1_3FF0_0000, 0x10_0000), (0x1_4000_0000, PIECE), (0x1_5000_0000, PIECE)]
+
+
+@pytest.fixture
+def large() -> Iterator[MemoryRegion]:
+    fd = os.memfd_create("guest")
+    yield MemoryRegion(PIECES[0][0], 0x10_0000 + 2 * PIECE, fd, 0x3000, 0x7F00_0000_0000)
+    os.close(fd)
+
+
+def mapped(kernel: FakeVfio) -> list[tuple[int, int, int]]:
+    """(address here, guest address, size) of each call."""
+    return [struct.unpack("=8xQQQ", data) for data in kernel.made(Request.IOMMU_MAP_DMA)]
+
+
+def unmapped(kernel: FakeVfio) -> list[tuple[int, int]]:
+    return [struct.unpack("=8xQQ", data) for data in kernel.made(Request.IOMMU_UNMAP_DMA)]
+
+
+def test_large_memory_is_mapped_and_unmapped_in_pieces(
+    kernel: FakeVfio, function: VfioFunction, large: MemoryRegion
+) -> None:
+    seen: list[int] = []
+    function.call_meanwhile(lambda: seen.append(len(kernel.calls)))
+    before = len(kernel.calls)
+    function.dma_map(large)
+    shift = large.address - large.guest_address
+    assert mapped(kernel) == [(at + shift, at, size) for at, size in PIECES]
+    function.dma_unmap(large)
+    assert sorted(unmapped(kernel)) == PIECES
+    assert seen == [before + call for call in range(1, 7)]  # after each
+
+
+def test_a_file_of_larger_huge_pages_is_not_cut_within_them() -> None:
+    status = SimpleNamespace(st_blksize=1 << 30)
+    memory = MemoryRegion(0xC000_0000, 0xA000_0000, 5, 0, 0x7F00_0000_0000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fstat", lambda fd: status)
+        cut = [(piece.guest_address, piece.size, piece.fd_offset) for piece in pieces_of(memory)]
+    assert cut == [
+        (0xC000_0000, 1 << 30, 0),
+        (0x1_0000_0000, 1 << 30, 1 << 30),
+        (0x1_4000_0000, 1 << 29, 2 << 30),
+    ]
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, "4 mappings are needed"), (errno.EIO, "error")])
+def test_a_piece_that_is_refused_undoes_the_others(
+    kernel: FakeVfio, function: VfioFunction, large: MemoryRegion, number: int, told: str
+) -> None:
+    function.dma_map(MemoryRegion(0, 0x1000, -1, 0, 0))
+    kernel.refusals[Request.IOMMU_MAP_DMA] = number
+    kernel.refused_from[Request.IOMMU_MAP_DMA] = 4
+    with pytest.raises(DeviceError, match=rf"memory 0x13ff00000\+0x20100000: .*{told}"):
+        function.dma_map(large)
+    assert sorted(unmapped(kernel)) == PIECES[:2]
+    with pytest.raises(DeviceError, match="is not mapped"):
+        function.dma_unmap(large)
+
+
+def test_locked_memory_is_told_without_what_was_undone(
+    kernel: FakeVfio, function: VfioFunction, large: MemoryRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undone: list[int] = []
+    kernel.refusals[Request.IOMMU_MAP_DMA] = errno.ENOMEM
+    kernel.refused_from[Request.IOMMU_MAP_DMA] = 3
+
+    def limit(_which: int) -> tuple[int, int]:
+        undone.append(len(unmapped(kernel)))
+        return resource.RLIM_INFINITY, resource.RLIM_INFINITY
+
+    monkeypatch.setattr(resource, "getrlimit", limit)
+    with pytest.raises(DeviceError, match="the host has no memory for it"):
+        function.dma_map(large)
+    assert undone == [2]
+
+
+def test_an_unmap_that_failed_half_way_goes_on_where_it_was(
+    kernel: FakeVfio, function: VfioFunction, large: MemoryRegion
+) -> None:
+    function.dma_map(large)
+    kernel.refusals[Request.IOMMU_UNMAP_DMA] = errno.EINVAL
+    kernel.refused_from[Request.IOMMU_UNMAP_DMA] = 2
+    with pytest.raises(DeviceError, match=r"memory 0x140000000\+0x10000000: cannot be unmapped: Invalid"):
+        function.dma_unmap(large)
+    kernel.refusals.clear()
+    function.dma_unmap(large)
+    assert unmapped(kernel) == [PIECES[2], PIECES[1], PIECES[1], PIECES[0]]
 
 
 # The whole function
