@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datapath.listening import ListeningSocket
+from datapath.loop import dispatch
 
 #: Longest command in bytes; the daemon's longest carries a domain XML, a port's none.
 MAX_COMMAND = 64 * 1024
@@ -148,6 +149,14 @@ class ControlServer:
         message = encode(event(name, data))
         for client in [client for client in self._clients if client.negotiated]:
             self._send(client, message)
+
+    def serve_waiting(self) -> None:
+        """Serve whoever has come or asked by now, without waiting, and nothing else of the program's loop.
+
+        For a call that keeps the loop from its work longer than clients wait. Not from within a command.
+        """
+        ours = {self._listener, *(client.connection for client in self._clients)}
+        dispatch(self._selector, 0, only=ours)
 
     def close(self) -> None:
         """Drop every client and remove the socket."""

@@ -8,16 +8,23 @@ import contextlib
 import selectors
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 
-def dispatch(selector: selectors.BaseSelector, timeout: float | None = None) -> None:
-    """Wait, `timeout` seconds at most, and call back whoever has something to do."""
+def dispatch(
+    selector: selectors.BaseSelector,
+    timeout: float | None = None,
+    only: Container[object] | None = None,
+) -> None:
+    """Wait, `timeout` seconds at most, and call back whoever has something to do.
+
+    :param only: of what is registered, nothing but these file objects; what else is ready stays so.
+    """
     ready = selector.select(timeout)
     registered = selector.get_map()
     for key, mask in ready:
         # An earlier callback may have closed this descriptor, and another may have its number by now.
-        if registered.get(key.fd) == key:
+        if registered.get(key.fd) == key and (only is None or key.fileobj in only):
             key.data(mask)
 
 
