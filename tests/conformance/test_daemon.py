@@ -4,6 +4,7 @@ Other clients of the daemon are test_daemon_clients.py's; libvirt itself and gue
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -184,7 +185,9 @@ class TestUndone:
         idle.configure(limit=1)
         idle.start()
         os.kill(idle.nic, signal.SIGSTOP)
-        assert "prepare took longer than 0.8 s" in idle.veto(idle.domain(), "prepare")
+        # The port's own limit passes a little sooner than the operation's, unless the machine is busy.
+        reason = idle.veto(idle.domain(), "prepare")
+        assert re.search(r"not ready within 0\.7 s|prepare took longer than 0\.8 s", reason)
         assert idle.is_clean()
         os.kill(idle.nic, signal.SIGCONT)
 

@@ -45,6 +45,7 @@ def test_a_guest_that_boots_has_its_own_rings(host: VdpaHost, guest: DomainXml) 
 def test_a_paused_guest_goes_on_through_the_relay(host: VdpaHost, guest: DomainXml) -> None:
     host.virsh("suspend", guest.name)
     host.virsh("resume", guest.name)
+    host.wait_for_ping()
     assert host.ping(count=10) == (10, 10)
     assert shadowed(host, guest)
 
