@@ -16,8 +16,9 @@ from datapath.virtio import NO_VECTOR, Common, NetConfig, PciCapability, Status
 
 #: Seconds between two looks at a register that is waited for.
 POLL_INTERVAL = 0.001
-#: Seconds that a device has to finish a reset. DPDK waits for ever.
-RESET_DEADLINE = 3.0
+#: Seconds that a device has to finish a reset. DPDK waits for ever. With the wait for its queues before and
+#: the function's reset after it, whoever waits for a port has its answer within five.
+RESET_DEADLINE = 1.5
 #: What a read of 8 bits gives when no function answers; no status has the bits 16 and 32 (section 2.1).
 ALL_ONES = 0xFF
 #: Structures that a driver cannot do without.
