@@ -86,7 +86,7 @@ class Daemon:
         if watcher is not None:
             watcher.stop()
         await self._api.stop()
-        self._host_pools.stop()
+        await self._host_pools.stop()
         for nic in self._nics:
             nic.disregard()
         self._supervisor.disregard()

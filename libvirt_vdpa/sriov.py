@@ -23,6 +23,11 @@ REASONS = {
 class SriovError(Exception):
     """VFs that are not there as wanted; one line that names the physical function and what to do."""
 
+    def __init__(self, text: str, for_now: bool = False) -> None:
+        super().__init__(text)
+        #: The physical function is not there yet, or has not got its driver.
+        self.for_now = for_now
+
 
 def create_vfs(kernel: Kernel, pf: str, wanted: int) -> bool:
     """See to it that a physical function has so many VFs.
@@ -44,7 +49,7 @@ def create_vfs(kernel: Kernel, pf: str, wanted: int) -> bool:
     if wanted > found.total_vfs:
         raise SriovError(f"{pf}: is to have {wanted} VFs, and can have at most {found.total_vfs}")
     if found.driver is None:
-        raise SriovError(f"{pf}: has no driver, which is to create its VFs; bind it to its own")
+        raise SriovError(f"{pf}: has no driver, which is to create its VFs; bind it to its own", for_now=True)
     try:
         kernel.write(f"{DEVICES}/{pf}/sriov_numvfs", str(wanted))
     except KernelError as error:
@@ -54,6 +59,20 @@ def create_vfs(kernel: Kernel, pf: str, wanted: int) -> bool:
     if has != wanted:
         raise SriovError(f"{pf}: has made {has} VFs of {wanted}; the kernel's log may say why")
     return True
+
+
+def without_autoprobe(kernel: Kernel, pf: str) -> str:
+    """What to say of a physical function whose VFs get no driver by themselves; empty when they do.
+
+    Somebody may want it so, but `no_autoprobe` leaves it so too when it is killed.
+    """
+    path = f"{DEVICES}/{pf}/sriov_drivers_autoprobe"
+    if kernel.read(path) != "0":
+        return ""
+    return (
+        f"{pf}: sriov_drivers_autoprobe is 0, so that its VFs get no driver by themselves, and stays so;"
+        f" unless that is wanted: echo 1 > {kernel.sysfs / path}"
+    )
 
 
 @contextlib.contextmanager
@@ -85,4 +104,4 @@ def look(kernel: Kernel, pf: str) -> HostFunction:
     try:
         return function(pf, kernel.sysfs)
     except SysfsError as error:
-        raise SriovError(str(error)) from None
+        raise SriovError(str(error), for_now=True) from None

@@ -15,8 +15,9 @@ logger = logging.getLogger(__name__)
 NETLINK_KOBJECT_UEVENT, KERNEL_GROUP = 15, 1
 #: Bytes of an event: UEVENT_BUFFER_SIZE of linux/kobject.h, and the path before it (PATH_MAX).
 EVENT_SIZE = 2048 + 4096
-#: What a change of the host's functions begins with. What drivers do to them are other actions.
-ACTIONS = (b"add@", b"remove@")
+#: What a change of the host's functions begins with. A VF is added before its physical function has the link
+#: to it, and changed after (drivers/pci/iov.c); once a physical function is bound, VFs can be created.
+ACTIONS = (b"add@", b"remove@", b"change@", b"bind@")
 
 
 class PciEvents:
@@ -33,12 +34,10 @@ class PciEvents:
     def start(self) -> None:
         """Listen. Where that is not possible it is logged: functions are noticed when they are asked for."""
         try:
-            listening = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_KOBJECT_UEVENT)
+            listening = subscribe()
         except OSError as error:
             logger.warning("uevents: %s; PCI functions are looked for only when asked for", error.strerror)
             return
-        listening.setblocking(False)
-        listening.bind((0, KERNEL_GROUP))
         asyncio.get_running_loop().add_reader(listening, self._readable)
         self._socket = listening
 
@@ -63,6 +62,21 @@ class PciEvents:
             self._changed()
 
 
+def subscribe() -> socket.socket:
+    """A socket that gets what the kernel says.
+
+    :raise OSError: when the kernel does not allow it.
+    """
+    listening = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_KOBJECT_UEVENT)
+    try:
+        listening.setblocking(False)
+        listening.bind((0, KERNEL_GROUP))
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
 def concerns_pci(event: bytes) -> bool:
-    """Whether an event says that a PCI function has come or gone."""
+    """Whether an event says that a PCI function has come or gone, or that others can come of it now."""
     return event.startswith(ACTIONS) and b"SUBSYSTEM=pci" in event.split(b"\0")

@@ -8,6 +8,7 @@ import pytest
 
 from datapath.bus.sysfs import function
 from libvirt_vdpa import cli
+from libvirt_vdpa.host_pools import UNDER_WAY
 from tests.harness.host_pci import give_back, remove, rescan
 from tests.harness.nested_hardware import FUNCTIONS, PHYSICAL_FUNCTION
 from tests.harness.pci_host import PciHost
@@ -29,6 +30,8 @@ pf = "{PHYSICAL_FUNCTION}"
 bind = true
 vfs = """
 DEVICE = f"virtio,pci={FIRST}"
+#: Seconds in which the functions of all pools are created and bound.
+DEADLINE = 60
 #: An NVMe controller stands for a physical function: its VFs are not for us, which is told.
 NOT_OURS = ("unusable", "not a virtio-net function: 1b36:0010 (subsystem 1af4:1100)")
 
@@ -37,13 +40,21 @@ NOT_OURS = ("unusable", "not a virtio-net function: 1b36:0010 (subsystem 1af4:11
 def host() -> Iterator[PciHost]:
     """One daemon for all tests: Python takes seconds to start here. Functions are as before afterwards."""
     host = PciHost()
-    host.start_with(CARDS + "2")
+    start_with_vfs(host, 2)
     yield host
     host.close()
     for address in FUNCTIONS:
         if function(address).driver != "virtio-pci":
             give_back(address)
     (PF / "sriov_numvfs").write_text("0")
+
+
+def start_with_vfs(host: PciHost, number: int) -> None:
+    """A daemon that has gone through its pools: it serves before, and this machine is slow."""
+    host.start_with(CARDS + str(number))
+    wait_for(
+        "the pools", lambda: all(problem != UNDER_WAY for _, _, problem in pools(host).values()), DEADLINE
+    )
 
 
 @pytest.fixture
@@ -137,7 +148,7 @@ def test_one_that_is_given_back_stays_so(host: PciHost, virt_vdpa: Callable[...,
 
 
 def test_another_number_of_vfs_is_told_and_left_alone(host: PciHost) -> None:
-    host.start_with(CARDS + "3")
+    start_with_vfs(host, 3)
     vfs, free, problem = pools(host)["vfs"]
     assert (vfs, free) == (2, 0)
     assert problem.startswith(f"{PHYSICAL_FUNCTION}: has 2 VFs, not 3, and nothing is changed")
