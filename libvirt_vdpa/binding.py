@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from datapath.bus.sysfs import HostFunction, SysfsError
-from libvirt_vdpa.host_functions import VFIO_PCI, Holders, HostFunctions, is_bridge, wrong_ids
+from datapath.bus.sysfs import HostFunction, SysfsError, is_bridge
+from libvirt_vdpa.host_functions import VFIO_PCI, Holders, HostFunctions, wrong_ids
 from libvirt_vdpa.kernel import DEVICES, DRIVERS, DRIVERS_PROBE, Kernel, KernelError
 from libvirt_vdpa.ports import write_atomically
 
@@ -57,10 +57,9 @@ class Binder:
         self._functions = HostFunctions(kernel)
         self._folder = run_folder / BINDINGS_FOLDER
 
-    def bind(self, addresses: Sequence[str], also: Collection[str] = ()) -> list[str]:
+    def bind(self, addresses: Sequence[str]) -> list[str]:
         """Give functions to vfio-pci, all of them or none; one that it has already stays as it is.
 
-        :param also: functions that will be bound too, so that a group shared with them is no obstacle.
         :return: what became of each, for an operator to read.
         :raise BindingError: when one must not be bound.
         :raise MoveError: when one could not be bound; all have their former drivers.
@@ -68,7 +67,9 @@ class Binder:
         with self._alone():
             found = [self._look(address) for address in dict.fromkeys(addresses)]
             for one in found:
-                self._check_bind(one, {*addresses, *also})
+                self._check_bind(one, addresses)
+            # Before the first is moved: a record of one may be none of ours.
+            records = {one.address: self._to_remember(one) for one in found if one.driver != VFIO_PCI}
             self._prepare()
             moved: list[Former] = []
             said = []
@@ -76,10 +77,9 @@ class Binder:
                 if one.driver == VFIO_PCI:
                     said.append(f"{one.address}: is bound to {VFIO_PCI} already")
                     continue
-                former = Former(one.address, one.driver, one.driver_override)
-                moved.append(former)
+                moved.append(Former(one.address, one.driver, one.driver_override))
                 try:
-                    self._take(former)
+                    self._take(one.address, records[one.address])
                 except (KernelError, SysfsError) as error:
                     raise MoveError(f"{one.address}: {error}; {self._put_all_back(moved)}") from None
                 said.append(f"{one.address}: bound to {VFIO_PCI}; before: {one.driver or 'no driver'}")
@@ -111,6 +111,20 @@ class Binder:
             self._forget(address)
             return f"{address}: given back, {bound_to(self._look(address))}"
 
+    def _to_remember(self, found: HostFunction) -> Former | None:
+        """What `unbind` is to restore once a function has been bound; None leaves it to the kernel.
+
+        Where vfio-pci is all that may take it, a bind before this one was killed half-way, or its driver
+        was taken from it: what the function had before that is in the record, if anywhere.
+        """
+        override = found.driver_override
+        if override != VFIO_PCI:
+            return Former(found.address, found.driver, override)
+        recorded = self._load(found.address)
+        if found.driver is None:
+            return recorded
+        return Former(found.address, found.driver, recorded.driver_override if recorded else None)
+
     # What is refused
 
     def _check_bind(self, found: HostFunction, together: Collection[str]) -> None:
@@ -125,7 +139,7 @@ class Binder:
             reason = (
                 wrong_ids(found.ids, None)
                 or self._functions.without_iommu(found)
-                or self._functions.network_use(found)
+                or self._functions.host_use(found)
                 or self._functions.unviable(found, together)
             )
         if reason:
@@ -159,13 +173,14 @@ class Binder:
         except KernelError as error:
             raise BindingError(str(error)) from None
 
-    def _take(self, former: Former) -> None:
+    def _take(self, address: str, remember: Former | None) -> None:
         """Have vfio-pci take a function.
 
+        :param remember: what the record is to say.
         :raise KernelError: when it does not.
         """
-        address = former.address
-        self._save(former)
+        if remember is not None:
+            self._save(remember)
         self._override(address, VFIO_PCI)
         # Twice: one that has just appeared may have been given to another driver since it was looked at.
         for _ in range(2):
@@ -208,7 +223,8 @@ class Binder:
             except KernelError as error:
                 said.append(f"{former.address} could not be put back: {error}")
                 continue
-            self._forget(former.address)
+            if former.driver_override != VFIO_PCI:  # else there is as much to be restored as before
+                self._forget(former.address)
             said.append(self._whereabouts(former.address))
         return "; ".join(said)
 

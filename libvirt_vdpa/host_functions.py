@@ -7,16 +7,14 @@ moment: functions come, go and change their driver while one looks.
 from collections.abc import Callable, Collection, Mapping
 
 from datapath.bus.pci import PciIds
-from datapath.bus.sysfs import HostFunction, SysfsError, function, group_members
+from datapath.bus.sysfs import HostFunction, SysfsError, function, group_members, in_the_way, net_folders
 from libvirt_vdpa.kernel import DEVICES, Kernel, entries
 
 VFIO_PCI = "vfio-pci"
 VFIO_FOLDER = "/dev/vfio/"
-#: Base class of bridges, the class's top byte.
-BRIDGE_CLASS = 0x06
-#: Drivers that leave DMA to whoever owns the rest of the IOMMU group (drivers/vfio/vfio_main.c; since Linux
-#: 5.18 `driver_managed_dma`).
-HARMLESS_DRIVERS = (None, "pci-stub", "pcieport")
+#: What the files of the kernel's own vDPA begin with (drivers/vhost/vdpa.c), and their names in sysfs.
+VHOST_VDPA = "vhost-vdpa-"
+VHOST_VDPA_NODES = f"/dev/{VHOST_VDPA}"
 #: IFF_UP of linux/if.h, in an interface's flags.
 INTERFACE_UP = 0x1
 #: Processor -> how its IOMMU is switched on.
@@ -106,9 +104,9 @@ class HostFunctions:
             return ""
         behind = f" (interface {', '.join(found.net_interfaces)})" if found.net_interfaces else ""
         state = f"bound to {found.driver}{behind}" if found.driver else "bound to no driver"
-        if use := self.network_use(found):
+        if use := self.host_use(found):
             return f"{state}: {use}"
-        together = [found.address, *(member.address for member in self._in_the_way(found))]
+        together = [found.address, *(member.address for member in in_the_way(found))]
         return f"{state}: virt-vdpa bind {' '.join(sorted(together))}"
 
     def unviable(self, found: HostFunction, also: Collection[str] = ()) -> str:
@@ -116,7 +114,7 @@ class HostFunctions:
 
         :param also: addresses that will be bound to vfio-pci together with it.
         """
-        for member in self._in_the_way(found):
+        for member in in_the_way(found):
             if member.address not in also:
                 return (
                     f"IOMMU group {found.iommu_group} is shared with {member.address}, which is bound to"
@@ -124,40 +122,35 @@ class HostFunctions:
                 )
         return ""
 
-    def _in_the_way(self, found: HostFunction) -> list[HostFunction]:
-        """The functions in the IOMMU group whose drivers use its DMA."""
-        return [
-            member
-            for member in self._others_in_group(found)
-            if not is_bridge(member)
-            and member.driver not in HARMLESS_DRIVERS
-            and "vfio" not in str(member.driver)
-        ]
-
     def group_held(self, found: HostFunction, holders: Holders) -> str:
         """A group is opened by one process: only one port can have a function of it."""
-        for member in self._others_in_group(found):
-            if holder := holders.get(member.address):
-                return f"IOMMU group {found.iommu_group} is held by {holder}, with {member.address}"
+        members = [] if found.iommu_group is None else group_members(found.iommu_group, self._root)
+        for member in members:
+            if member != found.address and (holder := holders.get(member)):
+                return f"IOMMU group {found.iommu_group} is held by {holder}, with {member}"
         return ""
 
-    def _others_in_group(self, found: HostFunction) -> list[HostFunction]:
-        if found.iommu_group is None:
-            return []
-        others = []
-        for address in group_members(found.iommu_group, self._root):
-            if address != found.address:
-                try:
-                    others.append(self.look(address))
-                except SysfsError:
-                    continue  # gone meanwhile, or no PCI function
-        return others
+    def host_use(self, found: HostFunction) -> str:
+        """How the host itself uses a function, as an interface or by vDPA of its own; empty when not."""
+        return self._network_use(found) or self._vdpa_use(found)
 
-    def network_use(self, found: HostFunction) -> str:
-        """How the host itself uses a function's network interfaces; empty when it does not."""
+    def _vdpa_use(self, found: HostFunction) -> str:
+        """Who has the kernel's vDPA device of a function open: its driver would wait for them."""
+        folder = self._root / DEVICES / found.address
+        offered = sorted(folder.glob(f"vdpa*/{VHOST_VDPA}*"))
+        openers = self.kernel.openers(VHOST_VDPA_NODES) if offered else {}
+        for path in offered:
+            if users := openers.get(f"/dev/{path.name}"):
+                return (
+                    f"its vDPA device {path.parent.name} (/dev/{path.name}) is open in {', '.join(users)};"
+                    " the kernel would wait for it to end, so end it first"
+                )
+        return ""
+
+    def _network_use(self, found: HostFunction) -> str:
         folder = self._root / DEVICES / found.address
         # The folder is there for every namespace, the interface in it for its own.
-        if any(net.is_dir() and not entries(net) for net in (folder / "net", *folder.glob("virtio*/net"))):
+        if any(net.is_dir() and not entries(net) for net in net_folders(folder)):
             return "its interface is in another network namespace: end what uses it there"
         for interface in found.net_interfaces:
             folder = self._root / "class/net" / interface
@@ -185,8 +178,3 @@ class HostFunctions:
         own = entries(self._root / DEVICES / found.address / "vfio-dev")
         nodes = [f"{VFIO_FOLDER}{found.iommu_group}", *(f"{VFIO_FOLDER}devices/{path.name}" for path in own)]
         return [process for node in nodes for process in openers.get(node, [])]
-
-
-def is_bridge(found: HostFunction) -> bool:
-    """Whether a function is a bridge: it has no DMA of its own that VFIO would mind."""
-    return found.class_code >> 16 == BRIDGE_CLASS

@@ -15,6 +15,11 @@ from datapath.vdpa import DeviceError
 ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 #: What a driver_override file says when there is none.
 NO_OVERRIDE = "(null)"
+#: Base class of bridges, the class's top byte.
+BRIDGE_CLASS = 0x06
+#: Drivers that leave DMA to whoever owns the rest of the IOMMU group (drivers/vfio/vfio_main.c; since Linux
+#: 5.18 `driver_managed_dma`).
+HARMLESS_DRIVERS = (None, "pci-stub", "pcieport")
 
 SYSFS = Path("/sys")
 
@@ -106,6 +111,39 @@ def group_members(group: int, root: Path = SYSFS) -> list[str]:
     return _names(root / "kernel/iommu_groups" / str(group) / "devices")
 
 
+def is_bridge(found: HostFunction) -> bool:
+    """Whether a function is a bridge: it has no DMA of its own that VFIO would mind."""
+    return found.class_code >> 16 == BRIDGE_CLASS
+
+
+def in_the_way(found: HostFunction) -> list[HostFunction]:
+    """The other functions in its IOMMU group whose drivers use the group's DMA, so that VFIO cannot."""
+    members = [] if found.iommu_group is None else group_members(found.iommu_group, found.root)
+    others = []
+    for address in members:
+        try:
+            others.append(function(address, found.root))
+        except SysfsError:
+            continue  # gone meanwhile, or no PCI function
+    return [
+        other
+        for other in others
+        if other.address != found.address
+        and not is_bridge(other)
+        and other.driver not in HARMLESS_DRIVERS
+        and "vfio" not in str(other.driver)
+    ]
+
+
+def net_folders(folder: Path) -> list[Path]:
+    """Where the network interfaces are that a function's directory is behind.
+
+    One of a virtio function belongs to the virtio device, which is a child of the function, or of the vDPA
+    device (virtio_vdpa) that is.
+    """
+    return sorted([*folder.glob("net"), *folder.glob("virtio*/net"), *folder.glob("vdpa*/virtio*/net")])
+
+
 def _devices(root: Path) -> Path:
     return root / "bus/pci/devices"
 
@@ -154,5 +192,4 @@ def _virtual_functions(folder: Path) -> tuple[str, ...]:
 
 
 def _net_interfaces(folder: Path) -> tuple[str, ...]:
-    # A virtio function's interface belongs to the virtio device, which is a child of the function.
-    return tuple(sorted([*_names(folder / "net"), *(path.name for path in folder.glob("virtio*/net/*"))]))
+    return tuple(sorted(name for net in net_folders(folder) for name in _names(net)))

@@ -19,15 +19,13 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from datapath.bus.sysfs import SYSFS, HostFunction, SysfsError, function, group_members
+from datapath.bus.sysfs import SYSFS, HostFunction, function, in_the_way
 from datapath.vdpa import DeviceError, MemoryRegion
 from datapath.vfio import API_VERSION, GROUP_STATUS, TYPE1V2_IOMMU, DmaFlag, GroupFlag, IommuInfo, Request
 from datapath.vfio_user import DmaMap, DmaUnmap
 
 #: Where the kernel's VFIO has its device nodes.
 NODES = Path("/dev/vfio")
-#: Drivers that may have other members of a group: they do no DMA for the kernel.
-HARMLESS_DRIVERS = frozenset(("pci-stub", "pcieport"))
 #: Number of the capability that lifts RLIMIT_MEMLOCK (linux/capability.h).
 CAP_IPC_LOCK = 14
 #: Bytes that are mapped by one call. The kernel pins them, which takes a quarter of a second in pages of
@@ -249,16 +247,11 @@ class Container:
 
     def _not_viable(self) -> DeviceError:
         """Name the members of the group that a driver of the kernel's has."""
-        group = function(self._address, self._sysfs).iommu_group
-        in_the_way = []
-        for member in group_members(-1 if group is None else group, self._sysfs):
-            with contextlib.suppress(SysfsError):
-                driver = function(member, self._sysfs).driver
-                if driver is not None and "vfio" not in driver and driver not in HARMLESS_DRIVERS:
-                    in_the_way.append(f"{member} (bound to {driver})")
+        found = function(self._address, self._sysfs)
+        others = ", ".join(f"{other.address} (bound to {other.driver})" for other in in_the_way(found))
         return DeviceError(
-            f"{self.name}: its IOMMU group {group} is shared with functions that the host uses:"
-            f" {', '.join(in_the_way) or 'unknown'}; the group goes to VFIO as a whole or not at all"
+            f"{self.name}: its IOMMU group {found.iommu_group} is shared with functions that the host uses:"
+            f" {others or 'unknown'}; the group goes to VFIO as a whole or not at all"
         )
 
     def _unexplained(self, memory: MemoryRegion) -> str:

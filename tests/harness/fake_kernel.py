@@ -60,9 +60,11 @@ class FakeKernel(Kernel):
         path.unlink()
         shutil.rmtree(folder)
 
-    def add_interface(self, address: str, name: str, flags: int = 0, above: str = "") -> None:
-        """Give a function a network interface."""
-        (self.sysfs / DEVICES / address / "net" / name).mkdir(parents=True)
+    def add_interface(
+        self, address: str, name: str, flags: int = 0, above: str = "", place: str = "net"
+    ) -> None:
+        """Give a function a network interface, in this folder of its directory."""
+        (self.sysfs / DEVICES / address / place / name).mkdir(parents=True)
         folder = self.sysfs / "class/net" / name
         folder.mkdir(parents=True)
         (folder / "flags").write_text(f"{flags:#x}\n")

@@ -112,6 +112,39 @@ class TestBind:
         assert binder.bind([ONE]) == [f"{ONE}: bound to vfio-pci; before: no driver"]
         assert kernel.driver_of(ONE) == "vfio-pci"
 
+    @pytest.mark.parametrize("driver", [None, "virtio-pci"])
+    def test_one_whose_binding_was_lost_keeps_its_record(
+        self, kernel: FakeKernel, binder: Binder, driver: str | None
+    ) -> None:
+        kernel.add(ONE, group=7, driver="virtio-pci")
+        binder.bind([ONE])
+        kernel.write("bus/pci/drivers/vfio-pci/unbind", ONE)
+        if driver is not None:
+            kernel.write(f"bus/pci/drivers/{driver}/bind", ONE)
+        binder.bind([ONE])
+        assert binder.unbind(ONE, {}) == f"{ONE}: given back, bound to virtio-pci"
+        assert kernel.read(OVERRIDE) == "(null)"
+
+    def test_one_whose_binding_was_lost_and_its_record_too(
+        self, kernel: FakeKernel, binder: Binder, folder: Path
+    ) -> None:
+        kernel.add(ONE, group=7, files={"driver_override": "vfio-pci"})
+        binder.bind([ONE])
+        assert binder.unbind(ONE, {}) == f"{ONE}: given back, bound to virtio-pci"
+        assert kernel.read(OVERRIDE) == "(null)"
+        assert records(folder) == []
+
+    def test_a_second_attempt_that_fails_keeps_the_record(
+        self, kernel: FakeKernel, binder: Binder, folder: Path
+    ) -> None:
+        kernel.add(ONE, group=7, driver="virtio-pci")
+        binder.bind([ONE])
+        kernel.write("bus/pci/drivers/vfio-pci/unbind", ONE)
+        kernel.stubborn.add("vfio-pci")
+        with pytest.raises(MoveError, match="is left bound to no driver"):
+            binder.bind([ONE])
+        assert binder.unbind(ONE, {}) == f"{ONE}: given back, bound to virtio-pci"
+
     def test_both_of_a_group(self, kernel: FakeKernel, binder: Binder) -> None:
         kernel.add(ONE, group=7, driver="virtio-pci")
         kernel.add(OTHER, group=7, driver="virtio-pci")
@@ -161,6 +194,31 @@ class TestRefused:
             binder.bind([ONE])
         assert str(refused.value) == f"{ONE}: its interface ens1 has an address: ip address flush dev ens1"
         assert kernel.writes == []
+
+    def test_in_use_by_the_kernel_s_vdpa(self, kernel: FakeKernel, binder: Binder) -> None:
+        """Its driver would wait for whoever has it open, and we for the driver."""
+        folder = kernel.add(ONE, group=7, driver="vp-vdpa")
+        (folder / "vdpa0/vhost-vdpa-3").mkdir(parents=True)
+        kernel.open_by(30, "qemu-system-x86", "/dev/vhost-vdpa-3")
+        with pytest.raises(BindingError) as refused:
+            binder.bind([ONE])
+        assert str(refused.value) == (
+            f"{ONE}: its vDPA device vdpa0 (/dev/vhost-vdpa-3) is open in qemu-system-x86 (pid 30);"
+            " the kernel would wait for it to end, so end it first"
+        )
+        assert kernel.writes == []
+        (kernel.procfs / "30/fd/7").unlink()
+        kernel.open_by(31, "other", "/dev/vhost-vdpa-30")
+        binder.bind([ONE])
+
+    def test_behind_an_interface_of_the_kernel_s_vdpa(self, kernel: FakeKernel, binder: Binder) -> None:
+        folder = kernel.add(ONE, group=7, driver="vp-vdpa")
+        kernel.add_interface(ONE, "eth7", flags=1, place="vdpa0/virtio5/net")
+        with pytest.raises(BindingError, match="its interface eth7 is up"):
+            binder.bind([ONE])
+        (folder / "vdpa0/virtio5/net/eth7").rmdir()
+        with pytest.raises(BindingError, match="its interface is in another network namespace"):
+            binder.bind([ONE])
 
     def test_no_such_function(self, binder: Binder) -> None:
         for act in (lambda: binder.bind([ONE]), lambda: binder.unbind(ONE, {})):
