@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from datapath.bus import vfio_container
 from datapath.bus.sysfs import function as host_function
 from datapath.bus.vfio import VfioFunction
 from datapath.drivers.virtio_registers import VirtioRegisters
@@ -280,12 +281,53 @@ def test_as_many_mappings_as_the_kernel_allows(memory: SharedMemory) -> None:
         function.dma_map(pages[3])
 
 
-#: Maps two megabytes when one may be locked, and when two may.
+def test_memory_in_more_pieces_than_the_kernel_allows(
+    memory: SharedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vfio_container, "PIECE", memory.region.size // 4)
+    limit = PARAMETERS / "dma_entry_limit"
+    before = limit.read_text()
+    limit.write_text("3")
+    try:
+        function = VfioFunction(FIRST)
+    finally:
+        limit.write_text(before)
+    with closing(function):
+        with pytest.raises(DeviceError, match="4 mappings are needed, the kernel allows 3"):
+            function.dma_map(memory.region)
+        # Nothing of it is left: neither its addresses nor its mappings are taken.
+        for page in range(3):
+            at = BASE + 0x1000 * page
+            function.dma_map(MemoryRegion(at, 0x1000, memory.region.fd, 0, memory.region.address))
+
+
+def test_memory_in_pieces_that_is_taken_away(
+    transmitter: RawTransmitter, kernel_log: KernelLog, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = SharedMemory(0x3_0000_0000)
+    last = more.region.guest_address + more.region.size - 0x1000
+    more.memfd.write(last, bytes(NET_HEADER_SIZE) + frame(1))
+    monkeypatch.setattr(vfio_container, "PIECE", more.region.size // 4)
+    function = transmitter.function
+    for _ in range(2):
+        function.dma_map(more.region)
+        transmitter.send(0, address=last)
+        wire.expect(1)
+        assert not kernel_log.find("DMAR", "fault addr")
+        function.dma_unmap(more.region)
+    transmitter.send(0, address=more.region.guest_address)
+    kernel_log.expect("DMAR", "[01:00.0]", "fault addr 0x300000000")
+    more.close()
+
+
+#: Maps two megabytes, half of one at a time, when one may be locked, and when two may.
 MAP_TWO_MEGABYTES = f"""
 import resource
+from datapath.bus import vfio_container
 from datapath.bus.vfio import VfioFunction
 from datapath.vdpa import DeviceError
 from tests.harness.raw_nic import SharedMemory
+vfio_container.PIECE = 1 << 19
 function = VfioFunction("{FIRST}")
 memory = SharedMemory({BASE:#x})
 for limit in (1 << 20, 2 << 20):
