@@ -116,6 +116,15 @@ def test_one_pair_until_somebody_speaks_to_the_control_queue(device: VirtioPciDe
 # Features
 
 
+def test_who_is_called_while_memory_is_mapped(
+    device: VirtioPciDevice, function: FakeFunction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(function, "call_meanwhile", given.append)
+    device.call_meanwhile(device.close)
+    assert given == [device.close]
+
+
 @pytest.mark.parametrize("insists", [True, False])
 def test_access_platform_is_the_drivers_affair(guest: Guest, insists: bool) -> None:
     offered = FEATURES | (bit(Feature.F_ACCESS_PLATFORM) if insists else 0)
