@@ -153,7 +153,10 @@ class Daemon:
                     "name": pool.name,
                     "driver": pool.driver,
                     "vfs": len(pool.vfs),
-                    "free": sum(vf.holder is None and not self._inventory.problem(vf) for vf in pool.vfs),
+                    "free": sum(
+                        vf.holder is None and not problem
+                        for vf, problem in self._inventory.problems(pool.vfs)
+                    ),
                     "problem": pool.problem or pool.warning,
                 }
                 for pool in self._inventory.pools.values()
@@ -176,24 +179,26 @@ class Daemon:
 
     async def _query_devices(self, _arguments: Arguments) -> object:
         await self._refresh_devices()
-        return {"devices": [self._describe_vf(vf) for vf in self._inventory]}
-
-    def _describe_vf(self, vf: Vf) -> dict[str, object]:
-        problem = self._inventory.problem(vf)
-        return {
-            "device": vf.device,
-            "driver": vf.driver,
-            "pool": vf.pool,
-            "queue_pairs": vf.queue_pairs,
-            "state": "lent" if vf.holder else "unusable" if problem else "free",
-            "domain": vf.holder.domain if vf.holder else None,
-            "mac": vf.holder.mac if vf.holder else None,
-            "problem": problem,
-        }
+        found = self._inventory.problems(self._inventory)
+        return {"devices": [describe_vf(vf, problem) for vf, problem in found]}
 
     async def _quit(self, _arguments: Arguments) -> object:
         self._end.set()
         return {}
+
+
+def describe_vf(vf: Vf, problem: str) -> dict[str, object]:
+    """One VF as query-devices shows it."""
+    return {
+        "device": vf.device,
+        "driver": vf.driver,
+        "pool": vf.pool,
+        "queue_pairs": vf.queue_pairs,
+        "state": "lent" if vf.holder else "unusable" if problem else "free",
+        "domain": vf.holder.domain if vf.holder else None,
+        "mac": vf.holder.mac if vf.holder else None,
+        "problem": problem,
+    }
 
 
 def describe(port: Port) -> dict[str, object]:

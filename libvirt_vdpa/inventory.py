@@ -25,7 +25,7 @@ def plain_path(path: str) -> str:
 #: to use it.
 ADDRESS_OPTIONS: dict[str, Callable[[str], str]] = {"vfio-user": plain_path, "pci": str.lower}
 #: Why the PCI function at an address cannot be given to a port by a driver of ours, while ports hold others
-#: (address -> holder); empty when it can.
+#: and maybe this one (address -> holder); empty when it can.
 Obstacle = Callable[[str, str, Mapping[str, str]], str]
 
 
@@ -141,13 +141,21 @@ class Inventory:
         lent = [(pci_address(vf.device), str(vf.holder)) for vf in self if vf.holder is not None]
         return {where: holder for where, holder in lent if where is not None}
 
+    def problems(self, vfs: Iterable[Vf]) -> Iterator[tuple[Vf, str]]:
+        """Each VF, and why it cannot be used now, whoever holds it; empty when it can."""
+        holders = self.holders
+        for vf in vfs:
+            yield vf, self._problem(vf, holders)
+
     def problem(self, vf: Vf) -> str:
-        """Why a VF cannot be used now, whoever holds it; empty when it can."""
+        """Why one VF cannot be used now, as `problems` has it."""
+        return self._problem(vf, self.holders)
+
+    def _problem(self, vf: Vf, holders: Mapping[str, str]) -> str:
         where = pci_address(vf.device)
         if where is None:
             return self.pools[vf.pool].problem if vf.pool is not None else ""
-        holders = self.holders
-        holder = holders.pop(where, None)
+        holder = holders.get(where)
         if vf.holder is None and holder is not None:
             return f"lent to {holder}, from another pool"
         return self._obstacle(where, vf.driver, holders)
@@ -218,8 +226,8 @@ class Inventory:
             raise InventoryError(f"pool '{name}' has no usable VF: {pool.problem}")
         free = [vf for vf in pool.vfs if vf.holder is None]
         problems = []
-        for vf in free:
-            if not (problem := self.problem(vf)):
+        for vf, problem in self.problems(free):
+            if not problem:
                 return vf
             problems.append(f"{pci_address(vf.device) or vf.device}: {problem}")
         holders = ", ".join(dict.fromkeys(str(vf.holder) for vf in pool.vfs if vf.holder is not None))

@@ -168,6 +168,14 @@ class TestPciFunctions:
         assert str(refused.value) == "device 'ifcvf,pci=0000:07:00.0': no such PCI function on this host"
         assert len(list(host)) == 2
 
+    def test_who_holds_what_is_found_out_once_for_a_list(
+        self, host: Inventory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        host.lend("any", "cards", None, 1, A)
+        answers = iter([host.holders])
+        monkeypatch.setattr(Inventory, "holders", property(lambda _: next(answers)))
+        assert [problem for _, problem in host.problems(host)] == ["", ""]
+
     def test_addresses_are_handed_on_as_the_kernel_writes_them(self, host: Inventory) -> None:
         assert host.lend("ifcvf", None, "pci=0000:0A:00.0", 1, A).device == "ifcvf,pci=0000:0a:00.0"
 
