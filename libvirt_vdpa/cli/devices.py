@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from libvirt_vdpa.inventory import Holder, InventoryError, address, pci_address
 from libvirt_vdpa.kernel import Kernel
 from libvirt_vdpa.ports import PORTS_FOLDER, Record, RecordError
 
+#: What others than root are told: /proc shows them their own processes alone.
+NOT_ROOT = "not run by root, so functions that other users' processes have open are shown as free"
 #: One VF or function: member of the JSON -> value.
 Device = dict[str, Any]
 #: Heading -> member of the JSON.
@@ -46,6 +49,8 @@ def show(options: argparse.Namespace) -> int:
     except ControlError as error:
         print(f"virt-vdpa: virtvdpad does not answer, its pools are not shown: {error}", file=sys.stderr)
         known = list(recorded(options.socket.parent))
+    if os.geteuid() != 0:
+        print(f"virt-vdpa: {NOT_ROOT}", file=sys.stderr)
     shown = list(devices(Kernel(), known, options.all))
     if options.json:
         print(json.dumps({"devices": shown}, indent=2))

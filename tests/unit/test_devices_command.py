@@ -1,12 +1,13 @@
 """virt-vdpa devices on made-up hosts: what is shown, with a daemon's answer and without."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from libvirt_vdpa.cli.devices import COLUMNS, devices, holders_of, recorded
+from libvirt_vdpa.cli.devices import COLUMNS, NOT_ROOT, devices, holders_of, recorded, show
 from libvirt_vdpa.ports import Record
 from tests.harness.fake_kernel import FakeKernel
 
@@ -121,6 +122,17 @@ def test_a_neighbour_of_a_lent_one_is_not_free(kernel: FakeKernel) -> None:
 def test_one_that_another_program_has_is_not_free(kernel: FakeKernel, known: list[dict[str, Any]]) -> None:
     kernel.open_by(30, "testpmd", "/dev/vfio/7")
     assert shown(kernel, *known)[0] == (ONE, "unusable", None, "in use by testpmd (pid 30)")
+
+
+@pytest.mark.parametrize(("user", "told"), [(0, False), (1000, True)])
+def test_what_only_root_sees_is_told(
+    user: int, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = FakeKernel(tmp_path)
+    monkeypatch.setattr("libvirt_vdpa.cli.devices.Kernel", lambda: kernel)
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    assert show(argparse.Namespace(socket=tmp_path / "none.sock", all=False, json=False)) == 0
+    assert (NOT_ROOT in capsys.readouterr().err) is told
 
 
 def test_without_a_daemon_records_say_who_holds_what(kernel: FakeKernel, tmp_path: Path) -> None:
