@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from datapath.bus.pci import PciIds
-from datapath.bus.sysfs import SysfsError, function, functions, group_members
+from datapath.bus.sysfs import SysfsError, function, functions, group_members, in_the_way
 from tests.harness.sysfs_tree import add_function, bind, join_group, link
 
 NIC, VF0, VF10, BARE = "0000:01:00.0", "0000:01:00.1", "0000:01:01.2", "10000:e1:00.0"
@@ -92,3 +92,22 @@ def test_a_file_without_a_number(tmp_path: Path) -> None:
     add_function(tmp_path, NIC, vendor="what?")
     with pytest.raises(SysfsError, match=r"/vendor: 'what\?' is no number"):
         function(NIC, tmp_path)
+
+
+def test_who_is_in_the_way_in_a_group(tmp_path: Path) -> None:
+    """Neither bridges nor drivers without DMA of their own, nor who goes to VFIO too."""
+    others = {
+        "0000:00:01.0": ("shpchp", "0x060400"),
+        "0000:01:00.1": ("pci-stub", "0x020000"),
+        "0000:01:00.2": ("mlx5_vfio_pci", "0x020000"),
+        "0000:01:00.3": (None, "0x020000"),
+        "0000:01:00.4": ("nvme", "0x010802"),
+    }
+    join_group(tmp_path, add_function(tmp_path, NIC), 7)
+    for address, (driver, code) in others.items():
+        folder = add_function(tmp_path, address, **{"class": code})
+        join_group(tmp_path, folder, 7)
+        if driver is not None:
+            bind(tmp_path, folder, driver)
+    (tmp_path / "kernel/iommu_groups/7/devices/0000:01:00.5").symlink_to(tmp_path)  # has gone
+    assert [other.address for other in in_the_way(function(NIC, tmp_path))] == ["0000:01:00.4"]
