@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from datapath.bus.sysfs import function
+from libvirt_vdpa.config import read_config
 from libvirt_vdpa.metadata import xml_folder
 from tests.harness.daemon_host import SERVANTS, end_process
 from tests.harness.guest import CHECKOUT
@@ -62,10 +63,15 @@ def plain(line: str) -> str:
     return " ".join(line.split())
 
 
+def only_block(wanted: str) -> str:
+    """The document's only block of a kind."""
+    (content,) = [content for kind, content in BLOCK.findall(DOCUMENT.read_text()) if kind == wanted]
+    return str(content)
+
+
 def snippet() -> list[str]:
     """The lines that the document wants in a domain."""
-    ((content),) = [content for kind, content in BLOCK.findall(DOCUMENT.read_text()) if kind == "xml"]
-    return [line.strip() for line in content.splitlines()]
+    return [line.strip() for line in only_block("xml").splitlines()]
 
 
 @pytest.fixture
@@ -105,6 +111,19 @@ def test_the_domain_is_as_the_document_wants_it(machine: dict[str, str]) -> None
     assert set(snippet()) <= lines
 
 
+def test_the_configuration_is_one(tmp_path: Path) -> None:
+    file = tmp_path / "virtvdpad.toml"
+    file.write_text(only_block("toml"))
+    (pool,) = read_config(file).pools
+    assert (pool.name, pool.driver, pool.pf, pool.vfs, pool.bind) == (
+        "cards",
+        "ifcvf",
+        "0000:06:00.0",
+        8,
+        True,
+    )
+
+
 def test_the_commands(machine: dict[str, str], tmp_path: Path) -> None:
     all_steps = steps()
     script = tmp_path / "commands"
@@ -117,6 +136,7 @@ def test_the_commands(machine: dict[str, str], tmp_path: Path) -> None:
     last = next((output for output in reversed(printed) if output.exists()), script)
     assert code == 0, f"{last.read_text()}\nvirtvdpad: {tail(LOG, 20)}"
     for step, output in zip(all_steps, printed, strict=True):
-        lines = [plain(line) for line in output.read_text().splitlines()]
+        lines = iter([plain(line) for line in output.read_text().splitlines()])
         for line in step.shown:
-            assert plain(line) in lines, f"{step.commands}prints\n{output.read_text()}"
+            # Takes the lines up to this one: what is shown is printed in this order.
+            assert plain(line) in lines, f"{step.commands}prints, at '{line}'\n{output.read_text()}"
