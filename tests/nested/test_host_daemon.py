@@ -147,6 +147,17 @@ def test_one_that_is_given_back_stays_so(host: PciHost, virt_vdpa: Callable[...,
     assert host.devices[DEVICE] == ("free", "")
 
 
+def test_a_physical_function_that_comes_back_gets_its_vfs_again(host: PciHost) -> None:
+    """By the kernel's word alone, too. That it has gone is noticed before: the daemon says so."""
+    (PF / "sriov_numvfs").write_text("0")
+    remove(PHYSICAL_FUNCTION)
+    said = f"{PHYSICAL_FUNCTION}: no such PCI function on this host"
+    wait_for("the loss to be noticed", lambda: said in host.log.read_text(), DEADLINE)
+    rescan(PHYSICAL_FUNCTION)
+    wait_for("its VFs", lambda: len(function(PHYSICAL_FUNCTION).virtual_functions) == 2, DEADLINE)
+    wait_for("the pool", lambda: pools(host)["vfs"] == (2, 0, ""), DEADLINE)
+
+
 def test_another_number_of_vfs_is_told_and_left_alone(host: PciHost) -> None:
     start_with_vfs(host, 3)
     vfs, free, problem = pools(host)["vfs"]
