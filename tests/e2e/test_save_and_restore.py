@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.domain_xml import DomainXml
-from tests.harness.vdpa_host import VdpaHost
+from tests.harness.vdpa_host import GUEST_ADDRESS, VdpaHost
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
 
@@ -32,8 +32,12 @@ def test_a_guest_saved_while_it_runs_and_receives(host: VdpaHost, domain: Domain
     image = tmp_path / "memory"
     host.start_guest(domain)
     memory = f"file={image},snapshot=external"
-    host.virsh("snapshot-create-as", domain.name, "live", "--memspec", memory, "--live")
+    with host.spawn("ping", ["ping", "-q", "-n", "-i", "0.01", GUEST_ADDRESS.partition("/")[0]]):
+        host.virsh("snapshot-create-as", domain.name, "live", "--memspec", memory, "--live")
     assert host.ping(count=20) == (20, 20)  # the guest goes on
+    statistics = host.ask_port(domain, "query-stats")
+    assert statistics["relayed.1"] > 0, "nothing that the VF wrote was marked page by page"
+    assert statistics["log_missed"] == 0
     host.virsh("snapshot-delete", domain.name, "live", "--metadata")
     host.virsh("destroy", domain.name)
     host.virsh("restore", str(image))
