@@ -95,7 +95,7 @@ class PrivateRings:
         return self.place(index)
 
     def close(self) -> None:
-        """Release memory and eventfds; the function must have been closed."""
+        """Release memory and eventfds, which the function must not reach any more."""
         self._resources.close()
 
 

@@ -246,9 +246,7 @@ class VirtioNetDevice(VdpaDevice):
     def stop_ring(self, index: int) -> RingState:
         self._check_ring_runs(index)
         if not self.HAS_RING_STATE:
-            state = self._restart(without=index)
-            assert state is not None
-            return state
+            return self._restart(without=index)[index]
         try:
             state = self._stop([index])[index]
             # Only now: the guest must hear of the entries that were completed last.
@@ -385,25 +383,28 @@ class VirtioNetDevice(VdpaDevice):
 
     def _restart(
         self, without: int | None = None, more: Mapping[int, Ring] | None = None
-    ) -> RingState | None:
+    ) -> dict[int, RingState]:
         """Stop, and start again where the rings stand, on whichever path fits now.
 
-        :param without: a ring that is to rest; where it stopped is returned.
+        :param without: a ring that is to rest.
         :param more: rings that are new.
+        :return: where the rings stopped.
         """
         before = dict(self._rings)
         states = self.suspend()
-        rings = {index: dataclasses.replace(ring, state=states[index]) for index, ring in before.items()}
+        rings = {
+            index: dataclasses.replace(ring, state=states[index])
+            for index, ring in before.items()
+            if index != without
+        }
         rings.update(more or {})
-        if without is not None:
-            del rings[without]
         if rings:
             self._run(rings)
         for ring in before.values():
             # An interrupt that was on its way when the function stopped may have been lost.
             if ring.call is not None:
                 signal_eventfd(ring.call)
-        return None if without is None else states[without]
+        return states
 
     def _initialise(self, rings: Mapping[int, Ring]) -> None:
         """From reset up to the rings (section 3.1.1, steps 1 to 6 and the beginning of 7)."""

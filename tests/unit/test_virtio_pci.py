@@ -235,6 +235,21 @@ def test_private_rings_keep_clear_of_guest_memory(device: VirtioPciDevice, guest
         device.map_memory(MemoryRegion(far, 0x1000, guest.region.fd, 0, guest.region.address))
 
 
+def test_idle_private_rings_make_room_for_guest_memory(
+    device: VirtioPciDevice, function: FakeFunction, guest: Guest
+) -> None:
+    """A front-end that comes next may have its memory elsewhere."""
+    device.start(FEATURES, rings(guest, 5))
+    [before] = [memory for memory in function.mapped if memory != guest.region]
+    device.suspend()
+    far = MemoryRegion(before.guest_address, 0x1000, guest.region.fd, 0, guest.region.address)
+    device.map_memory(far)
+    assert before not in function.mapped
+    device.start(FEATURES, rings(guest, 5))
+    [after] = [memory for memory in function.mapped if memory not in (guest.region, far)]
+    assert after.guest_address + after.size <= far.guest_address
+
+
 SIZE = sum(-(-part // 4096) * 4096 for part in ring_bytes(256)[1:])
 
 
