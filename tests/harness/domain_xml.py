@@ -8,7 +8,8 @@ from typing import Self
 
 from lxml import etree
 
-from tests.harness.guest import CHECKOUT, KERNEL_ARGUMENTS, GuestImage
+from tests.harness.guest import CHECKOUT, KERNEL_ARGUMENTS
+from tests.harness.kernel import BootImage
 
 EXAMPLES = CHECKOUT / "xml"
 METADATA = "urn:libvirt-vdpa:domain:1.0"
@@ -69,7 +70,7 @@ class DomainXml:
         """Path of the first interface's vhost-user socket."""
         return str(self.element("devices/interface/source").get("path"))
 
-    def boot(self, image: GuestImage, address: str) -> Self:
+    def boot(self, image: BootImage, address: str) -> Self:
         """Boot the test guest, with `address` (ADDRESS/LENGTH) on its first NIC."""
         self._set_text("os", "kernel", str(image.kernel))
         self._set_text("os", "initrd", str(image.initrd))

@@ -9,10 +9,9 @@ Owns the image and what its /init understands:
 
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from tests.harness.kernel import BUSYBOX, kernel, pack_initrd
+from tests.harness.kernel import BUSYBOX, BootImage, boot_image, pack_initrd
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CACHE = CHECKOUT / ".cache"
@@ -65,29 +64,12 @@ while :; do setsid cttyhack /bin/sh; done
 POWER_BUTTON = "#!/bin/busybox sh\nexec poweroff -f\n"
 
 
-@dataclass(frozen=True)
-class GuestImage:
-    """What a domain boots from."""
-
-    kernel: Path
-    initrd: Path
-    #: Release of the kernel, such as 6.1.0-9-cloud-amd64.
-    release: str
-
-
-def guest_image() -> GuestImage:
+def guest_image() -> BootImage:
     """The guest image, made at the first call on this machine.
 
     :raise HarnessError: when the kernel package can be had neither from the cache nor from the network.
     """
-    folder = CACHE / "guest"
-    vmlinuz = kernel(KERNEL_PACKAGE, folder, keep_modules)
-    release = vmlinuz.name.removeprefix("vmlinuz-")
-    initrd = folder / f"initrd-{release}"
-    recipe = Path(__file__)
-    if not initrd.exists() or initrd.stat().st_mtime < recipe.stat().st_mtime:
-        make_initrd(folder / f"modules-{release}", initrd)
-    return GuestImage(vmlinuz, initrd, release)
+    return boot_image(KERNEL_PACKAGE, CACHE / "guest", keep_modules, make_initrd, [Path(__file__)])
 
 
 def keep_modules(tree: Path, release: str, folder: Path) -> None:

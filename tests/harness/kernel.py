@@ -7,7 +7,8 @@ depends on today. What is kept of a package and what goes into an initramfs, the
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.harness.cached import made_once
@@ -43,6 +44,44 @@ def kernel(metapackage: str, folder: Path, keep: Callable[[Path, str, Path], Non
             image.rename(partial / image.name)
 
     return next(made_once(folder, fetch).glob("vmlinuz-*"))
+
+
+@dataclass(frozen=True)
+class BootImage:
+    """What a machine boots from."""
+
+    kernel: Path
+    initrd: Path
+    #: The folder of what was kept of the kernel's modules.
+    modules: Path
+
+    @property
+    def release(self) -> str:
+        """Release of the kernel, such as 6.1.0-9-cloud-amd64."""
+        return self.kernel.name.removeprefix("vmlinuz-")
+
+
+def boot_image(
+    metapackage: str,
+    folder: Path,
+    keep_modules: Callable[[Path, str, Path], None],
+    make_initrd: Callable[[Path, Path], None],
+    recipes: Sequence[Path],
+) -> BootImage:
+    """A kernel with its modules in `folder`/modules-RELEASE and an initramfs, each made at the first need.
+
+    :param keep_modules: as `keep` of `kernel`; makes that folder.
+    :param make_initrd: makes an initramfs of that folder.
+    :param recipes: files that decide what the initramfs has: it is made again when one has changed.
+    :raise UnavailableError: when the package can be had neither from the cache nor from the network.
+    """
+    vmlinuz = kernel(metapackage, folder, keep_modules)
+    release = vmlinuz.name.removeprefix("vmlinuz-")
+    image = BootImage(vmlinuz, folder / f"initrd-{release}", folder / f"modules-{release}")
+    made = image.initrd.stat().st_mtime if image.initrd.exists() else 0
+    if any(made < recipe.stat().st_mtime for recipe in recipes):
+        make_initrd(image.modules, image.initrd)
+    return image
 
 
 def _versioned(metapackage: str) -> str:

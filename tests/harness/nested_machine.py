@@ -23,14 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
 from tests.harness import nested_hardware
 from tests.harness.guest import CACHE, CHECKOUT
-from tests.harness.kernel import BUSYBOX, kernel, pack_initrd
+from tests.harness.kernel import BUSYBOX, BootImage, boot_image, pack_initrd
 from tests.harness.nested_hardware import WIRES, hardware
 from tests.harness.processes import POLL_INTERVAL, HarnessError, Process, run
 
@@ -116,35 +115,14 @@ mv {inside}/status.partial {inside}/status
 """
 
 
-@dataclass(frozen=True)
-class Image:
-    """What the machine boots from."""
-
-    kernel: Path
-    initrd: Path
-    #: All modules of the kernel, as modprobe wants them below /lib/modules/RELEASE.
-    modules: Path
-
-
-def image() -> Image:
+def image() -> BootImage:
     """The image, made at the first call on this machine.
 
     :raise UnavailableError: when the kernel package can be had neither from the cache nor from the network.
     """
-    folder = CACHE / "nested"
-    vmlinuz = kernel(KERNEL_PACKAGE, folder, keep_modules)
-    release = vmlinuz.name.removeprefix("vmlinuz-")
-    modules = folder / f"modules-{release}"
-    initrd = folder / f"initrd-{release}"
-    # It names the hardware, too.
-    recipes = (Path(__file__), Path(nested_hardware.__file__))
-    if not initrd.exists() or any(initrd.stat().st_mtime < recipe.stat().st_mtime for recipe in recipes):
-        make_initrd(modules, initrd)
-    return Image(vmlinuz, initrd, modules)
-
-
-def release_of(modules: Path) -> str:
-    return modules.name.removeprefix("modules-")
+    # The initramfs names the hardware, too.
+    recipes = [Path(__file__), Path(nested_hardware.__file__)]
+    return boot_image(KERNEL_PACKAGE, CACHE / "nested", keep_modules, make_initrd, recipes)
 
 
 def keep_modules(tree: Path, release: str, folder: Path) -> None:
@@ -167,7 +145,7 @@ def with_dependencies(modules: Path, names: Sequence[str]) -> list[Path]:
 def make_initrd(modules: Path, initrd: Path) -> None:
     """Pack busybox, modules and /init into an initramfs."""
     wires = "".join(WIRE.format(name=name, address=address) for name, address in WIRES.items())
-    init = INIT.format(wires=wires, inside=INSIDE, release=release_of(modules))
+    init = INIT.format(wires=wires, inside=INSIDE, release=modules.name.removeprefix("modules-"))
     with tempfile.TemporaryDirectory(prefix="initrd-", dir=initrd.parent) as scratch:
         root = Path(scratch)
         for name in ("bin", "dev", "modules", "new", "proc", "sys"):
@@ -209,7 +187,7 @@ class NestedMachine(Process):
         self.output = self.exchange / "output"
         self.output.touch()
         words = {"inside": INSIDE, "checkout": shlex.quote(str(CHECKOUT)), "command": shlex.join(command)}
-        words |= {"modules": shlex.quote(str(made.modules)), "release": release_of(made.modules)}
+        words |= {"modules": shlex.quote(str(made.modules)), "release": made.release}
         start = START.format(**words)
         (self.exchange / "start").write_text(start)
         argv: list[str | Path] = [
