@@ -113,8 +113,8 @@ class DeviceEvent(Enum):
 class VdpaDevice(abc.ABC):
     """One VF as a vDPA device. All methods but `close` raise `DeviceError` (or `DeviceLostError`).
 
-    One that starts, stops or re-routes rings and raises has stopped them all: the VF runs none then, and
-    `suspend` has nothing to tell.
+    One that fails to start, stop or re-route rings has stopped them all: the VF runs none then, and `suspend`
+    has nothing to tell. What is refused beforehand (no such ring, one too large) changes nothing.
     """
 
     #: What messages call this device: driver and address, such as "ifcvf,vfio-user=/run/vf0.sock".
