@@ -2,7 +2,7 @@
 
 A driver turns a VF into a `VdpaDevice`; the back-end drives it. The order of calls is the contract:
 
-    open_device(spec)
+    open_device(spec, log_mode)
       map_memory / unmap_memory          any time; a range stays mapped until it is unmapped
       start(features, rings)             idle -> running, with one or more rings
         start_ring(index, ring)          one more ring while running
@@ -93,10 +93,24 @@ class DirtyBitmap:
     Pages beyond its end are not marked. Source: QEMU docs/interop/vhost-user.rst, "Migration".
     """
 
-    #: Address of the first byte in this process; whoever made the bitmap keeps it mapped.
+    #: File that backs it, and the offset there; owned by whoever made the bitmap, as the mapping is.
+    fd: int
+    fd_offset: int
+    #: Address of the first byte in this process.
     address: int
     #: Length in bytes.
     size: int
+
+
+class LogMode(Enum):
+    """Who marks the pages that a VF writes."""
+
+    #: The VF where it can, else the relay.
+    AUTO = "auto"
+    #: The VF itself.
+    HARDWARE = "hardware"
+    #: The shadow-ring relay; `sw-live-migration` in DPDK's words.
+    SOFTWARE = "software"
 
 
 class DeviceEvent(Enum):
@@ -177,6 +191,11 @@ class VdpaDevice(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def log_mode(self) -> LogMode | None:
+        """How writes are marked now, HARDWARE or SOFTWARE; None when they are not."""
+
+    @property
+    @abc.abstractmethod
     def shadowed(self) -> bool:
         """Whether rings run through the shadow-ring relay now, not between guest and VF alone."""
 
@@ -234,20 +253,21 @@ class DeviceSpec:
 
 
 #: Driver name -> module, imported only when it is asked for, that has
-#: `open_device(spec: DeviceSpec) -> VdpaDevice`.
+#: `open_device(spec: DeviceSpec, log_mode: LogMode) -> VdpaDevice`.
 DRIVERS: Mapping[str, str] = {
     "ifcvf": "datapath.drivers.ifcvf",
     "virtio": "datapath.drivers.virtio_pci",
 }
 
 
-def open_device(spec: DeviceSpec) -> VdpaDevice:
+def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO) -> VdpaDevice:
     """Take hold of a VF.
 
+    :param log_mode: who is to mark the pages that it writes, whenever that is asked for.
     :raise DeviceSpecError: for options that the driver does not take.
-    :raise DeviceError: when the VF cannot be reached or is not one that the driver serves.
+    :raise DeviceError: when the VF cannot be reached, is not one that the driver serves, or cannot log so.
     """
     module = importlib.import_module(DRIVERS[spec.driver])
-    device = module.open_device(spec)
+    device = module.open_device(spec, log_mode)
     assert isinstance(device, VdpaDevice)
     return device

@@ -11,7 +11,7 @@ from datapath.bus.function import PciFunction
 from datapath.bus.pci import PciIds
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
 from datapath.drivers.virtio_registers import wait_until
-from datapath.vdpa import DeviceError, DeviceSpec, Ring, RingState
+from datapath.vdpa import DeviceError, DeviceSpec, LogMode, Ring, RingState
 from datapath.vfio import Region
 
 #: Network functions. The vendor and device ids are those of any virtio-net card: the subsystem decides.
@@ -101,10 +101,10 @@ class IfcvfDevice(VirtioNetDevice):
         return self._function.read(LiveMigration.BAR, LiveMigration.ring_state(index), 4) >> 16
 
 
-def open_device(spec: DeviceSpec) -> IfcvfDevice:
+def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO) -> IfcvfDevice:
     """Take hold of the VF that a device string names: `ifcvf,pci=ADDRESS` or `ifcvf,vfio-user=PATH`.
 
     :raise DeviceSpecError: for other options.
     :raise DeviceError: when the VF cannot be had, or is no IFCVF.
     """
-    return take_hold(IfcvfDevice, spec)
+    return take_hold(IfcvfDevice, spec, log_mode)

@@ -35,6 +35,7 @@ from datapath.vdpa import (
     DeviceLostError,
     DeviceSpec,
     DirtyBitmap,
+    LogMode,
     MemoryRegion,
     Ring,
     RingState,
@@ -102,14 +103,17 @@ def queue_vector(index: int) -> int:
     return index + 1
 
 
-def take_hold(kind: type[Device], spec: DeviceSpec) -> Device:
+def take_hold(kind: type[Device], spec: DeviceSpec, log_mode: LogMode) -> Device:
     """Make a device out of the function that a device string names; on failure the function is let go.
 
     :raise DeviceSpecError: for options that name no function.
-    :raise DeviceError: when the function cannot be had, or is not one that this kind of device is made of.
+    :raise DeviceError: when the function cannot be had, is not one that this kind of device is made of, or
+        cannot mark what it writes as is wanted.
     """
     function = open_function(spec)
     try:
+        if log_mode is LogMode.HARDWARE:
+            raise DeviceError(f"{spec}: has no dirty log of its own; use log mode 'software' or 'auto'")
         return kind(str(spec), function)
     except BaseException:
         function.close()
@@ -290,6 +294,10 @@ class VirtioNetDevice(VdpaDevice):
         self._forget_log()
         if self._running and self._paths.shadowed and self._could_go_on_directly():
             self._restart()
+
+    @property
+    def log_mode(self) -> LogMode | None:
+        return None if self._bitmap is None else LogMode.SOFTWARE
 
     @property
     def shadowed(self) -> bool:

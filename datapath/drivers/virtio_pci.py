@@ -15,7 +15,7 @@ from datapath.bus.function import PciFunction
 from datapath.bus.pci import MODERN_NET, PciIds
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
 from datapath.drivers.virtio_registers import wait_until
-from datapath.vdpa import DeviceError, DeviceSpec, Ring, RingState
+from datapath.vdpa import DeviceError, DeviceSpec, LogMode, Ring, RingState
 from datapath.virtio import PCI_TRANSITIONAL_NET, PCI_VENDOR
 
 #: Seconds that the function has to send what it was given, before it is reset.
@@ -64,10 +64,10 @@ class VirtioPciDevice(VirtioNetDevice):
         return self._guest_used(ring)
 
 
-def open_device(spec: DeviceSpec) -> VirtioPciDevice:
+def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO) -> VirtioPciDevice:
     """Take hold of the function that a device string names: `virtio,pci=ADDRESS` or `virtio,vfio-user=PATH`.
 
     :raise DeviceSpecError: for other options.
     :raise DeviceError: when the function cannot be had, or is no modern virtio-net function.
     """
-    return take_hold(VirtioPciDevice, spec)
+    return take_hold(VirtioPciDevice, spec, log_mode)

@@ -49,7 +49,7 @@ class DirtyLog:
             pin = ffi.from_buffer(view)
             self._mapping.callback(ffi.release, pin)
             address = int(ffi.cast("uintptr_t", pin)) + self._area.offset - start
-            self._bitmap = DirtyBitmap(address, self._area.size)
+            self._bitmap = DirtyBitmap(self._fd, self._area.offset, address, self._area.size)
         return self._bitmap
 
     def mark_all(self) -> None:

@@ -1,6 +1,7 @@
 """A dirty bitmap as a test keeps it, over the guest memory of a driven VF."""
 
 import mmap
+import os
 
 from datapath.native._native import ffi
 from datapath.vdpa import DirtyBitmap
@@ -13,10 +14,13 @@ class DirtyLog:
 
     def __init__(self, base: int, size: int) -> None:
         self._base = base
-        self._view = mmap.mmap(-1, (base + size) // PAGE // 8)
+        length = (base + size) // PAGE // 8
+        self._fd = os.memfd_create("dirty log", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, length)
+        self._view = mmap.mmap(self._fd, length)
         self._pin = ffi.from_buffer(self._view)
         #: What a device is told.
-        self.bitmap = DirtyBitmap(int(ffi.cast("uintptr_t", self._pin)), len(self._view))
+        self.bitmap = DirtyBitmap(self._fd, 0, int(ffi.cast("uintptr_t", self._pin)), len(self._view))
 
     def take(self) -> set[int]:
         """The guest physical addresses of the pages marked since the last look."""
@@ -34,3 +38,4 @@ class DirtyLog:
         """Unmap it; the device must have been told, or closed."""
         ffi.release(self._pin)
         self._view.close()
+        os.close(self._fd)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from unittest import mock
 
 from datapath import port
-from datapath.vdpa import DeviceSpec, MemoryRegion
+from datapath.vdpa import DeviceSpec, LogMode, MemoryRegion
 from tests.harness.recording_device import RecordingDevice
 
 
@@ -29,7 +29,7 @@ class PinningDevice(RecordingDevice):
         self.meanwhile = callback
 
 
-def open_device(spec: DeviceSpec) -> PinningDevice:
+def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO) -> PinningDevice:
     device = PinningDevice()
     device.pieces, device.seconds = int(spec.options["pieces"]), float(spec.options["seconds"])
     return device

@@ -5,7 +5,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from datapath.vdpa import DeviceError, DeviceEvent, DirtyBitmap, MemoryRegion, Ring, RingState, VdpaDevice
+from datapath.vdpa import (
+    DeviceError,
+    DeviceEvent,
+    DirtyBitmap,
+    LogMode,
+    MemoryRegion,
+    Ring,
+    RingState,
+    VdpaDevice,
+)
 from datapath.virtio import Feature, bit
 
 FEATURES = sum(
@@ -90,6 +99,10 @@ class RecordingDevice(VdpaDevice):
     def stop_logging(self) -> None:
         self._called("stop_logging")
         self.bitmap = None
+
+    @property
+    def log_mode(self) -> LogMode | None:
+        return None if self.bitmap is None else LogMode.SOFTWARE
 
     @property
     def shadowed(self) -> bool:
