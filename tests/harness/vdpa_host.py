@@ -62,7 +62,11 @@ class VdpaHost(LibvirtHost):
         hook.parent.mkdir(parents=True)
         hook.symlink_to(HOOK)
         super().start()
+        self.make_links()
         self.start_daemon()
+
+    def make_links(self) -> None:
+        """Make the network links that the configuration wants to be there."""
 
     def start_daemon(self) -> None:
         """Start virtvdpad (again) and wait until it answers."""

@@ -1,0 +1,210 @@
+"""Two private hosts joined by a cable, between which guests migrate.
+
+    virt-vdpa-nic ── TAPs ── br0 ── cable ════════ cable ── br0 ── TAPs ── virt-vdpa-nic
+          host a    10.76.0.1                              10.76.0.3    host b
+
+Guests have other addresses of that network, so a peer on either host reaches a guest wherever it is, as
+soon as the bridges know where that is. Owns the cable and the calls of `virsh migrate`.
+"""
+
+import re
+import signal
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from tests.harness.domain_xml import DomainXml
+from tests.harness.host import HostProcess
+from tests.harness.processes import run, wait_for
+from tests.harness.vdpa_host import CONFIGURATION, VdpaHost
+
+BRIDGE = "br0"
+CABLE = "cable"
+ADDRESSES = {"a": "10.76.0.1/24", "b": "10.76.0.3/24"}
+BRIDGED = f'{CONFIGURATION}bridge = "{BRIDGE}"\n'
+#: Seconds for a migration that nothing hinders, on a busy machine.
+MIGRATION_TIME = 120.0
+
+Via = Literal["unix", "tcp"]
+
+
+class BridgedHost(VdpaHost):
+    """A host whose emulated NIC has its TAPs in a bridge, and the host's address is the bridge's."""
+
+    def __init__(self, name: str, address: str, *, configuration: str = BRIDGED, keep: bool = False) -> None:
+        super().__init__(name, configuration=configuration, keep=keep)
+        self.address = address
+
+    def make_links(self) -> None:
+        # Only what tests send is to be on the bridge, and at once: no IPv6, no wait for other bridges.
+        self.run(["sh", "-c", "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6"])
+        options = ["stp_state", "0", "forward_delay", "0", "mcast_snooping", "0"]
+        self.run(["ip", "link", "add", BRIDGE, "type", "bridge", *options])
+        self.run(["ip", "link", "set", BRIDGE, "up"])
+        self.set_address(BRIDGE, self.address)
+
+    @property
+    def ip(self) -> str:
+        """The host's address without the length of its network."""
+        return self.address.partition("/")[0]
+
+    @property
+    def uri(self) -> str:
+        """The connection URI of the host's libvirtd for a client on any host: /tmp is everybody's."""
+        return f"qemu+unix:///system?socket={self.path('/run/libvirt/libvirt-sock')}"
+
+
+class Migration:
+    """A `virsh migrate` under way."""
+
+    def __init__(self, process: HostProcess) -> None:
+        self._process = process
+
+    @property
+    def running(self) -> bool:
+        return self._process.running
+
+    def output(self) -> str:
+        """What virsh has said."""
+        return self._process.log.read_text().strip()
+
+    def wait(self, seconds: float = MIGRATION_TIME) -> int:
+        """virsh's exit code, once it has ended.
+
+        :raise HarnessError: when it does not end in time.
+        """
+        wait_for("virsh migrate to end", lambda: not self.running, seconds)
+        return self._process.popen.wait()
+
+    def succeed(self, seconds: float = MIGRATION_TIME) -> None:
+        """Wait for an end, which must be a good one."""
+        code = self.wait(seconds)
+        assert code == 0, f"virsh migrate exited {code}: {self.output()}"
+
+    def fail(self, seconds: float = MIGRATION_TIME) -> str:
+        """Wait for an end, which must be a bad one; what virsh says."""
+        code = self.wait(seconds)
+        assert code != 0, f"virsh migrate went well: {self.output()}"
+        return self.output()
+
+    def interrupt(self) -> None:
+        """Ctrl-C: virsh aborts the job."""
+        self._process.signal(signal.SIGINT)
+
+
+class TwoHosts:
+    """The two hosts; as a context manager they are started and ended."""
+
+    def __init__(self, *, configuration: str = BRIDGED, keep: bool = False) -> None:
+        self.a, self.b = (
+            BridgedHost(name, address, configuration=configuration, keep=keep)
+            for name, address in ADDRESSES.items()
+        )
+        self._migrations = 0
+
+    def start(self) -> None:
+        """Start both and plug the cable in. Whatever comes of it, `end` must be called."""
+        for host in self.both:
+            host.start()
+        # By pids as they are seen here, so only the network namespace is entered.
+        enter = ["nsenter", f"--target={self.a.init_pid}", "--net"]
+        peer = ["peer", "name", CABLE, "netns", str(self.b.init_pid)]
+        run([*enter, "ip", "link", "add", CABLE, "type", "veth", *peer])
+        for host in self.both:
+            host.run(["ip", "link", "set", CABLE, "master", BRIDGE, "up"])
+            # The first incoming migration is not to ask QEMU for its capabilities, which takes seconds.
+            host.virsh("domcapabilities")
+
+    def end(self) -> None:
+        """End both. Idempotent."""
+        for host in self.both:
+            host.end()
+
+    @property
+    def both(self) -> tuple[BridgedHost, BridgedHost]:
+        return self.a, self.b
+
+    @property
+    def logs(self) -> list[Path]:
+        """Folders of the hosts' logs."""
+        return [host.logs for host in self.both]
+
+    def other(self, host: BridgedHost) -> BridgedHost:
+        """The host that is not this one."""
+        return self.b if host is self.a else self.a
+
+    def begin_migration(
+        self,
+        domain: DomainXml,
+        *flags: str,
+        to: BridgedHost,
+        via: Via = "unix",
+    ) -> Migration:
+        """Start `virsh migrate --live` on the other host; the domain is defined only where it runs.
+
+        :param flags: further ones, such as `--p2p`.
+        :param via: what the guest's memory goes through: a socket on this machine, or the cable.
+        """
+        self._migrations += 1
+        through = f"unix://{to.folder}/migration.sock" if via == "unix" else f"tcp://{to.ip}"
+        words = ["migrate", "--live", "--persistent", "--undefinesource", *flags]
+        command = ["virsh", "-c", "qemu:///system", *words, domain.name, to.uri, "--migrateuri", through]
+        return Migration(self.other(to).spawn(f"migrate-{self._migrations}", command))
+
+    def migrate(self, domain: DomainXml, *flags: str, to: BridgedHost, via: Via = "unix") -> None:
+        """Migrate a domain; as `begin_migration`, and it must go well."""
+        self.begin_migration(domain, *flags, to=to, via=via).succeed()
+        # Where it was, its ports end with the hook's `release`, which virsh does not wait for.
+        source = self.other(to)
+        wait_for("the ports at the source to end", lambda: not source.ports_of(domain), 10)
+
+    def home(self, domain: DomainXml) -> BridgedHost:
+        """The one host on which a domain runs.
+
+        :raise AssertionError: when it runs on none or on both.
+        """
+        homes = [host for host in self.both if host.state(domain.name) == "running"]
+        assert len(homes) == 1, f"{domain.name} runs on {[host.name for host in homes] or 'no host'}"
+        return homes[0]
+
+    def remove(self, domain: DomainXml) -> None:
+        """End a domain wherever it is."""
+        for host in self.both:
+            host.remove(domain)
+
+    def cut(self) -> None:
+        """Pull the cable."""
+        self.a.run(["ip", "link", "set", CABLE, "down"])
+
+    def mend(self) -> None:
+        """Plug the cable in again."""
+        self.a.run(["ip", "link", "set", CABLE, "up"])
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+
+def job_info(host: VdpaHost, domain: DomainXml, *, completed: bool = False) -> dict[str, str]:
+    """`virsh domjobinfo` by its labels, such as "Total downtime"; empty when there is no job to tell about.
+
+    :param completed: of the last one that ended well; the destination knows it as the source did.
+    """
+    words = ["domjobinfo", domain.name, *(["--completed"] if completed else [])]
+    done: subprocess.CompletedProcess[str] = host.virsh(*words, check=False)
+    if done.returncode != 0:
+        return {}
+    return {
+        name: " ".join(value.split())
+        for name, value in re.findall(r"^([^:\n]+):\s+(.+?)\s*$", done.stdout, re.MULTILINE)
+    }
