@@ -26,7 +26,7 @@ from enum import Enum
 from pathlib import Path
 
 #: Layout of the record; another number is not understood.
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 #: Folder, in the run folder, of what is for root alone: records and control sockets, by domain.
 PORTS_FOLDER = "ports"
 
@@ -210,8 +210,16 @@ class Record:
     #: The process and the time it started, in clock ticks since boot: together they name it for ever.
     pid: int | None = None
     start_time: int | None = None
-    #: Virtio features that the first process offered: a guest must not find others later.
+    #: Virtio features that the first process offered, here or where the guest came from: a guest must not
+    #: find others later.
     features: int | None = None
+    #: Who marks the pages that the VF writes while the guest migrates: a LogMode's value.
+    log_mode: str = "auto"
+    #: Who tells the network where the guest is after a migration, as its metadata says, and further rounds.
+    announce: str = "auto"
+    announce_rounds: int = 0
+    #: Where the port sends what announces its guest, virt-vdpa-port's --uplink; None: nowhere.
+    uplink: str | None = None
     version: int = RECORD_VERSION
 
     @property
@@ -226,7 +234,10 @@ class Record:
 
     @property
     def awaits_start(self) -> bool:
-        """Whether its first process comes with `start`: `prepare` has been, QEMU is to make the socket."""
+        """Whether its first process comes with `start`: `prepare` has been, QEMU is to make the socket.
+
+        Not of a port that a migrating guest is to come to: its source goes on without it.
+        """
         return self.state == State.IDLE.value and self.role == "connect" and self.features is None
 
     @property

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from datapath.vdpa import LogMode
 from libvirt_vdpa.client import ControlClient, ControlError
 from libvirt_vdpa.config import SocketConfig
 from libvirt_vdpa.ports import (
@@ -53,6 +54,8 @@ PASS_THROUGH = 0o711
 MAKE_SOCKETS = 0o1771
 #: States of a port process in which a front-end is there.
 CONNECTED = ("connected", "running")
+#: Policies of announcing (metadata's `announce`) in which the port sends nothing on its uplink.
+SILENT = ("guest", "off")
 
 
 class PortError(Exception):
@@ -172,19 +175,9 @@ class Port:
 
     def _spawn(self) -> None:
         record = self.record
-        arguments = [
-            f"--socket-path={record.socket}",
-            f"--device={record.device}",
-            f"--control={record.control}",
-            f"--name={record.label}",
-        ]
-        if record.role == "connect":
-            arguments.append("--connect")
-        if record.features is not None:
-            arguments.append(f"--features={record.features:#x}")
         self._log_mark = log_size(Path(record.log))
         try:
-            self._process = Process.spawn([find_program(PROGRAM), *arguments], Path(record.log))
+            self._process = Process.spawn([find_program(PROGRAM), *port_arguments(record)], Path(record.log))
         except (ProgramError, OSError) as error:
             self.problem = str(error)
             self._die_soon()
@@ -355,6 +348,25 @@ ACTIONS: dict[Action, Callable[[Port], None]] = {
     Action.RETRY_LATER: Port._retry_later,
     Action.FORGET: Port._forget,
 }
+
+
+def port_arguments(record: Record) -> list[str]:
+    """virt-vdpa-port's command line for a port."""
+    arguments = [
+        f"--socket-path={record.socket}",
+        f"--device={record.device}",
+        f"--control={record.control}",
+        f"--name={record.label}",
+    ]
+    if record.role == "connect":
+        arguments.append("--connect")
+    if record.log_mode != LogMode.AUTO.value:
+        arguments.append(f"--log-mode={record.log_mode}")
+    if record.features is not None:
+        arguments.append(f"--features={record.features:#x}")
+    if record.uplink is not None and record.announce not in SILENT:
+        arguments.append(f"--uplink={record.uplink}")
+    return arguments
 
 
 def give_socket(path: Path, owner: SocketConfig) -> bool:

@@ -151,9 +151,10 @@ def test_record_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 2}, "not a record of version 1"),
+        ({"version": 1}, "not a record of version 2"),
         ({"pid": "12"}, "'pid' has the wrong type"),
         ({"features": 1.5}, "'features' has the wrong type"),
+        ({"announce_rounds": "3"}, "'announce_rounds' has the wrong type"),
         ({"state": "happy"}, "there is no state 'happy'"),
         ({"surprise": 1}, "has other members than a record"),
         ({"control": "/elsewhere/x.ctl"}, "belongs to another path, /elsewhere/x.json"),

@@ -17,7 +17,7 @@ from datapath.control import Arguments
 from libvirt_vdpa.api import ApiServer
 from libvirt_vdpa.config import SocketConfig
 from libvirt_vdpa.ports import Record, State, control_path
-from libvirt_vdpa.supervisor import Port, PortError, Supervisor, give_socket
+from libvirt_vdpa.supervisor import Port, PortError, Supervisor, give_socket, port_arguments
 
 UUID = "7664d0a0-0001-4000-8000-000000000001"
 MAC = "52:54:00:76:64:01"
@@ -63,6 +63,29 @@ class TestGiveSocket:
         (tmp_path / "s").symlink_to(victim)
         assert not give_socket(tmp_path / "s", OWNER)
         assert mode(victim) == 0o600
+
+
+class TestCommandLine:
+    """What a record has the port told beyond where its sockets and its VF are."""
+
+    UPLINK = "nic=/run/nics/default/control,vf=1"
+
+    def options(self, **changes: object) -> list[str]:
+        changed = dataclasses.replace(record(Path("/run")), **changes)  # type: ignore[arg-type]
+        return port_arguments(changed)[4:]
+
+    def test_by_default_nothing(self) -> None:
+        assert self.options() == []
+
+    def test_who_logs_and_what_was_offered(self) -> None:
+        assert self.options(log_mode="hardware", features=0x30) == ["--log-mode=hardware", "--features=0x30"]
+
+    @pytest.mark.parametrize(
+        ("announce", "told"), [("auto", True), ("rarp", True), ("guest", False), ("off", False)]
+    )
+    def test_an_uplink_where_the_port_may_announce(self, announce: str, told: bool) -> None:
+        expected = [f"--uplink={self.UPLINK}"] if told else []
+        assert self.options(announce=announce, uplink=self.UPLINK) == expected
 
 
 class TestFolders:
