@@ -1,0 +1,143 @@
+"""Calls into libvirt that somebody waits for, made so that nothing of ours hangs when libvirt does.
+
+Each call is made in a thread of its own, with a deadline: setMetadata, for example, waits until a migration
+of the domain has ended (seen with libvirt 9.0), and abortJob must not wait behind it. The connection is the
+one that events.py follows; between two of them every call fails at once.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import libvirt
+import libvirt_qemu
+
+from libvirt_vdpa.background import in_background
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+#: Seconds for a call that asks, and for one that changes something.
+ASK_LIMIT = 2.0
+CHANGE_LIMIT = 5.0
+#: Prefix that libvirt gives to the namespace of the state element.
+STATE_KEY = "vdpastate"
+#: What does not work with a connection that may only read.
+WRITERS = (
+    "ending migrations, announcing by QEMU, following migrations by QEMU's events where the domain has no "
+    "monitor for us, and writing down what guests negotiated"
+)
+#: `operation` of virDomainGetJobStats -> which side of a migration this host is.
+SIDES = {
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "source",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: "destination",
+}
+
+
+class HypervisorError(Exception):
+    """A call that failed, or did not return in time; the text is one line."""
+
+
+class Hypervisor:
+    """One libvirt, as far as it is there. Used in the event loop, but for `attach`."""
+
+    def __init__(self) -> None:
+        self._connection: libvirt.virConnect | None = None
+        #: Whether the connection may change something.
+        self.writable = False
+
+    def attach(self, connection: libvirt.virConnect | None, *, writable: bool = False) -> None:
+        """Use this connection from now on, None when it is lost. Called in the thread that follows it."""
+        self._connection, self.writable = connection, writable
+
+    @property
+    def connected(self) -> bool:
+        """Whether libvirt is there, as far as known."""
+        return self._connection is not None
+
+    async def abort_job(self, uuid: str) -> None:
+        """Cancel what is being done with a domain: its migration at the source.
+
+        :raise HypervisorError: when that fails.
+        """
+        await self._call(uuid, "abortJob", lambda domain: domain.abortJob(), CHANGE_LIMIT)
+
+    async def destroy(self, uuid: str) -> None:
+        """End a domain's QEMU at once.
+
+        :raise HypervisorError: when that fails.
+        """
+        await self._call(uuid, "destroy", lambda domain: domain.destroy(), CHANGE_LIMIT)
+
+    async def set_metadata(self, uuid: str, namespace: str, element: str) -> None:
+        """Put an element into the live domain's metadata, instead of the one of that namespace.
+
+        :raise HypervisorError: when that fails.
+        """
+
+        def change(domain: libvirt.virDomain) -> int:
+            return domain.setMetadata(
+                libvirt.VIR_DOMAIN_METADATA_ELEMENT,
+                element,
+                STATE_KEY,
+                namespace,
+                libvirt.VIR_DOMAIN_AFFECT_LIVE,
+            )
+
+        await self._call(uuid, "setMetadata", change, CHANGE_LIMIT)
+
+    async def domain_xml(self, uuid: str) -> str:
+        """A running domain's XML.
+
+        :raise HypervisorError: when that fails.
+        """
+        return await self._call(uuid, "getXMLDesc", lambda domain: domain.XMLDesc(0), ASK_LIMIT)
+
+    async def job(self, uuid: str) -> dict[str, object]:
+        """What is being done with a domain (virDomainGetJobStats); `side` says which side of a migration.
+
+        :raise HypervisorError: when that fails.
+        """
+        return await self._call(uuid, "getJobStats", job_of, ASK_LIMIT)
+
+    async def monitor_command(self, uuid: str, command: str, arguments: Mapping[str, object]) -> object:
+        """Have QEMU execute a QMP command. The domain is tainted by it (custom-monitor).
+
+        :raise HypervisorError: when that fails, or QEMU refuses.
+        """
+        text = json.dumps({"execute": command, "arguments": arguments})
+
+        def execute(domain: libvirt.virDomain) -> str:
+            return str(libvirt_qemu.qemuMonitorCommand(domain, text, 0))
+
+        answer = json.loads(await self._call(uuid, command, execute, CHANGE_LIMIT))
+        if "error" in answer:
+            raise HypervisorError(f"QEMU refuses {command}: {answer['error'].get('desc')}")
+        return answer.get("return")
+
+    async def _call(self, uuid: str, name: str, call: Callable[[libvirt.virDomain], T], limit: float) -> T:
+        connection = self._connection
+        if connection is None:
+            raise HypervisorError(f"libvirt is not there for {name}")
+
+        def work() -> T:
+            return call(connection.lookupByUUIDString(uuid))
+
+        try:
+            async with asyncio.timeout(limit):
+                return await in_background(f"libvirt {name}", work)
+        except TimeoutError:
+            raise HypervisorError(f"libvirt has not answered {name} within {limit:g} s") from None
+        except libvirt.libvirtError as error:
+            raise HypervisorError(f"libvirt: {name}: {' '.join(str(error).split())}") from None
+
+
+def job_of(domain: libvirt.virDomain) -> dict[str, object]:
+    """Job statistics of a domain, empty when nothing is being done, with the side of a migration."""
+    # The binding says that it gives a dict[int, str].
+    figures: Any = domain.jobStats()
+    if figures.get("type") == libvirt.VIR_DOMAIN_JOB_NONE:
+        return {}
+    return {**figures, "side": SIDES.get(figures.get("operation", 0))}
