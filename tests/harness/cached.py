@@ -5,6 +5,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+CACHE = CHECKOUT / ".cache"
+
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, which `make` fills unless it is there; who else wants it meanwhile waits.

@@ -4,6 +4,8 @@ Owns the image and what its /init understands:
 
 - `vdpa.ip=ADDRESS/LENGTH` on the kernel command line: the address of eth0;
 - a shell on the serial console (console.py talks to it);
+- `traffic serve` on TRAFFIC_PORT, for a peer that wants traffic of which nothing may be lost
+  (guest_traffic.py, native/traffic.c);
 - the ACPI power button (`virsh shutdown`), `poweroff -f` and `reboot -f` work.
 """
 
@@ -11,10 +13,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tests.harness.cached import CACHE as CACHE
+from tests.harness.cached import CHECKOUT as CHECKOUT
+from tests.harness.compiled import NATIVE, compiled
 from tests.harness.kernel import BUSYBOX, BootImage, boot_image, pack_initrd
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-CACHE = CHECKOUT / ".cache"
+#: Where the guest waits for a peer.
+TRAFFIC_PORT = 7000
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 
@@ -40,7 +45,7 @@ KERNEL_ARGUMENTS = (
     "tsc=reliable no_timer_check random.trust_cpu=on"
 )
 
-INIT = """#!/bin/busybox sh
+INIT = f"""#!/bin/busybox sh
 export PATH=/bin PS1='guest# '
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
@@ -48,7 +53,7 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 for module in $(cat /modules/order); do insmod "/modules/$module"; done
 for word in $(cat /proc/cmdline); do
-    case $word in vdpa.ip=*) address=${word#vdpa.ip=} ;; esac
+    case $word in vdpa.ip=*) address=${{word#vdpa.ip=}} ;; esac
 done
 ip link set lo up
 if [ -e /sys/class/net/eth0 ]; then
@@ -56,6 +61,7 @@ if [ -e /sys/class/net/eth0 ]; then
     ip link set eth0 up
 fi
 acpid
+traffic serve {TRAFFIC_PORT} &
 while :; do setsid cttyhack /bin/sh; done
 """
 
@@ -69,7 +75,9 @@ def guest_image() -> BootImage:
 
     :raise HarnessError: when the kernel package can be had neither from the cache nor from the network.
     """
-    return boot_image(KERNEL_PACKAGE, CACHE / "guest", keep_modules, make_initrd, [Path(__file__)])
+    return boot_image(
+        KERNEL_PACKAGE, CACHE / "guest", keep_modules, make_initrd, [Path(__file__), NATIVE / "traffic.c"]
+    )
 
 
 def keep_modules(tree: Path, release: str, folder: Path) -> None:
@@ -81,12 +89,13 @@ def keep_modules(tree: Path, release: str, folder: Path) -> None:
 
 
 def make_initrd(modules: Path, initrd: Path) -> None:
-    """Pack busybox, the modules and /init into an initramfs."""
+    """Pack busybox, the traffic program, the modules and /init into an initramfs."""
     with tempfile.TemporaryDirectory(prefix="initrd-", dir=initrd.parent) as scratch:
         root = Path(scratch)
         for name in ("bin", "dev", "etc/acpi/PWRF", "modules", "proc", "sys", "var/log", "var/run"):
             (root / name).mkdir(parents=True)
         shutil.copy(BUSYBOX, root / "bin/busybox")
+        shutil.copy(compiled("traffic", "-static"), root / "bin/traffic")
         for module in MODULES:
             shutil.copy(modules / Path(module).name, root / "modules")
         (root / "modules/order").write_text("".join(f"{Path(module).name}\n" for module in MODULES))

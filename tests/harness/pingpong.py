@@ -3,20 +3,17 @@
 Meanwhile the test does to the VF what it likes. Owns the process.
 """
 
-import hashlib
 import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.harness.compiled import compiled
 from tests.harness.driven_vf import BASE, BUFFERS, MEMORY_SIZE, RX, TX, DrivenVf
-from tests.harness.guest import CACHE
-from tests.harness.processes import Process, run
+from tests.harness.processes import Process
 
-SOURCE = Path(__file__).parent / "native" / "pingpong.c"
 #: Where each ring's buffers begin; 256 of 2 KiB fit.
 RING_BUFFERS = {RX: BASE + BUFFERS, TX: BASE + BUFFERS + 0x80000}
-FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 
 
 @dataclass(frozen=True)
@@ -29,18 +26,6 @@ class Score:
     doubles: int
     interrupts: int
     kicks: int
-
-
-def program() -> Path:
-    """The compiled program; compiled once for each content of its source."""
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    built = CACHE / f"pingpong-{digest}"
-    if not built.exists():
-        CACHE.mkdir(exist_ok=True)
-        scratch = built.with_suffix(".new")
-        run(["gcc", *FLAGS, SOURCE, "-o", scratch])
-        scratch.rename(built)
-    return built
 
 
 class PingPong(Process):
@@ -61,7 +46,7 @@ class PingPong(Process):
         :param retry_ms: when to send a frame again that has not come back; 0: none may be lost.
         """
         wire.setblocking(True)
-        argv: list[str | Path] = [program()]
+        argv: list[str | Path] = [compiled("pingpong")]
         numbers = [rounds, int(event_idx), retry_ms, vf.memory.fd, MEMORY_SIZE, BASE, wire.fileno()]
         for index in (RX, TX):
             queue = vf.queues[index]
