@@ -17,6 +17,7 @@ UNITS = (
     "interrupt",
     "dma",
     "log",
+    "device_log",
     "written",
     "shadow",
     "relay",

@@ -85,7 +85,10 @@ static bool is_prompt(int fd)
     return false;
 }
 
-/* Map a part of a file, refusing what the file does not reach: touching that would raise SIGBUS. */
+/*
+ * Map a part of a file, refusing pages that the file does not reach: touching them would raise SIGBUS. The last
+ * page may be in the file in part: a dirty log is as long as its bits are.
+ */
 static int map_file(int fd, uint64_t offset, uint64_t size, bool writable, uint8_t **host)
 {
     struct stat status;
@@ -98,7 +101,7 @@ static int map_file(int fd, uint64_t offset, uint64_t size, bool writable, uint8
     if (fstat(fd, &status) < 0) {
         return -errno;
     }
-    if ((uint64_t)status.st_size < end) {
+    if (((uint64_t)status.st_size + DMA_PAGE_SIZE - 1) / DMA_PAGE_SIZE < end / DMA_PAGE_SIZE) {
         return -EINVAL;
     }
     if (!S_ISREG(status.st_mode) || !is_prompt(fd)) {

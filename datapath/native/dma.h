@@ -47,7 +47,7 @@ struct dma_log {
 
 /*
  * Map `size` bytes of fd from `offset` on; the fd may be closed afterwards. fd -1 only keeps the range.
- * -EINVAL: empty, unaligned, wraps, or beyond the file's end. -EEXIST: overlaps. -ENOSPC: too many.
+ * -EINVAL: empty, unaligned, wraps, or of pages beyond the file's end. -EEXIST: overlaps. -ENOSPC: too many.
  * -EOPNOTSUPP: a file whose pages may not come.
  */
 int dma_add(struct dma_table *table, uint64_t iova, uint64_t size, int fd, uint64_t offset, bool writable);

@@ -300,22 +300,14 @@ int engine_start_queue(struct engine *engine, unsigned int index, const struct r
     return result;
 }
 
-/* The packet that waits for buffers is lost with its queue, as a rule. */
+/* The packet that waits for buffers is lost where those that come are. */
 static void drop_packet(struct engine *engine)
 {
-    if (engine->keeps_packets) {
+    if (engine_leaves_packets(engine)) {
         return;
     }
     engine->queue[ENGINE_RX].count.dropped += engine->packet_length > 0;
     engine->packet_length = 0;
-}
-
-static void take_out(struct engine *engine, unsigned int index)
-{
-    engine->queue[index].programmed = false;
-    if (index == ENGINE_RX) {
-        drop_packet(engine);
-    }
 }
 
 struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue)
@@ -323,7 +315,7 @@ struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue)
     struct ring_state state;
 
     enter(engine);
-    take_out(engine, queue);
+    engine->queue[queue].programmed = false;
     state = ring_position(&engine->queue[queue].ring);
     leave_and_wake(engine);
     return state;
@@ -364,13 +356,14 @@ void engine_set_log(struct engine *engine, bool on, uint64_t base, uint64_t end)
 void engine_reset(struct engine *engine)
 {
     enter(engine);
+    engine->running = false;
     for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
-        take_out(engine, i);
+        engine->queue[i].programmed = false;
         if (engine->queue[i].doorbell != NULL) {
             __atomic_store_n(engine->queue[i].doorbell, ENGINE_NOT_RUNG, __ATOMIC_RELAXED);
         }
     }
-    engine->running = false;
+    drop_packet(engine);
     engine->fault = NULL;
     engine->log.on = false;
     drain_fd(engine->fault_fd);

@@ -47,7 +47,7 @@ void engine_close(struct engine *engine);
 int engine_open_doorbells(struct engine *engine, int doorbell_fd);
 void engine_close_doorbells(struct engine *engine);
 
-/* While nobody receives, leave what comes on the uplink; without this it is lost, as on most NICs. */
+/* While the device does not run, leave what comes on the uplink; without this it is lost, as on most NICs. */
 void engine_keep_packets(struct engine *engine, bool keep);
 
 /* Eventfd that notifies a queue, owned by the engine, -1 without doorbells; and one for faults. */
@@ -65,7 +65,10 @@ void engine_unmap_all(struct engine *engine);
  */
 int engine_start_queue(struct engine *engine, unsigned int queue, const struct ring_setup *setup);
 
-/* Take a queue out; harmless if there is none. The state is that of the last programming. */
+/*
+ * Take a queue out; harmless if there is none. The state is that of the last programming. Packets for a receive
+ * queue that is out wait on the uplink while the device runs, as in the packet buffer of a NIC.
+ */
 struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue);
 
 /* Notify a queue. Unlike a write to its eventfd, this no client can hinder. */

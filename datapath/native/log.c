@@ -53,12 +53,13 @@ void log_mark_range(struct dirty_log *log, uint64_t address, uint64_t length)
     note(log, last / 8, (0xffu << first % 8) & (0xffu >> (7 - last % 8)));
 }
 
-/* Set bits of one byte, unless they are set. */
-static void set_missing(uint8_t *byte, uint8_t bits)
+/* Set bits of one byte, unless they are set. How many were not. */
+static unsigned int set_missing(uint8_t *byte, uint8_t bits)
 {
-    if ((__atomic_load_n(byte, __ATOMIC_RELAXED) & bits) != bits) {
-        log_set(byte, bits);
+    if ((__atomic_load_n(byte, __ATOMIC_RELAXED) & bits) == bits) {
+        return 0;
     }
+    return __builtin_popcount(bits & ~log_set(byte, bits));
 }
 
 void log_flush(struct dirty_log *log)
@@ -76,9 +77,9 @@ void log_flush(struct dirty_log *log)
      */
     device_fence();
     for (unsigned int i = 0; i < log->pending; i++) {
-        set_missing(&log->bitmap[log->set[i].byte], log->set[i].bits);
+        log->marked += set_missing(&log->bitmap[log->set[i].byte], log->set[i].bits);
     }
-    set_missing(&log->bitmap[log->byte], log->bits);
+    log->marked += set_missing(&log->bitmap[log->byte], log->bits);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     log_forget(log);
 }

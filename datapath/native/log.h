@@ -22,6 +22,7 @@ struct dirty_log {
     uint8_t *bitmap;            /* NULL: nothing is logged */
     uint64_t bytes;
     uint64_t missed;            /* pages that lie beyond the bitmap, plus bitmaps that vanished */
+    uint64_t marked;            /* bits that were not set before */
 
     /* Bits that are to be set: those of the byte that came last, and before it. */
     uint64_t byte;
@@ -32,12 +33,12 @@ struct dirty_log {
 };
 
 /*
- * Set bits of one byte. Release: whoever takes the bit and then copies the page sees what was written to
+ * Set bits of one byte, and return those that were. Release: whoever takes the bit and then copies the page sees what was written to
  * it before. Atomic also against others who set bits beside: no bit is lost.
  */
-static inline void log_set(uint8_t *byte, uint8_t bits)
+static inline uint8_t log_set(uint8_t *byte, uint8_t bits)
 {
-    __atomic_fetch_or(byte, bits, __ATOMIC_RELEASE);
+    return __atomic_fetch_or(byte, bits, __ATOMIC_RELEASE);
 }
 
 /* As log_mark(), for any range. */

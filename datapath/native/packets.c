@@ -183,7 +183,7 @@ bool packets_receive(struct engine *engine)
         engine_break(engine, ENGINE_RX, queue->ring.error);
         return false;
     }
-    if (!live && engine->keeps_packets) {
+    if (!live && engine_leaves_packets(engine)) {
         return false;
     }
     for (; moved < BATCH && fetch_packet(engine); moved++) {

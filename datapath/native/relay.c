@@ -361,14 +361,14 @@ void relay_log(struct relay *relay, void *bitmap, uint64_t bytes)
     leave(relay);
 }
 
-uint64_t relay_log_missed(struct relay *relay)
+struct relay_log_counters relay_log_count(struct relay *relay)
 {
-    uint64_t missed;
+    struct relay_log_counters count;
 
     enter(relay);
-    missed = relay->log.missed;
+    count = (struct relay_log_counters){ relay->log.marked, relay->log.missed };
     leave(relay);
-    return missed;
+    return count;
 }
 
 int relay_broken_fd(struct relay *relay)

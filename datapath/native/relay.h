@@ -79,8 +79,13 @@ int relay_unmap(struct relay *relay, uint64_t address, uint64_t size);
 /* Mark what shadow rings and their devices write in a bitmap (log.h), from now on; NULL ends it. */
 void relay_log(struct relay *relay, void *bitmap, uint64_t bytes);
 
-/* Pages that some log had no room for, plus logs that were given up because their memory had gone. */
-uint64_t relay_log_missed(struct relay *relay);
+/* Of all logs so far. */
+struct relay_log_counters {
+    uint64_t marked;    /* pages that were marked and had not been */
+    uint64_t missed;    /* pages that a log had no room for, plus logs whose memory had gone */
+};
+
+struct relay_log_counters relay_log_count(struct relay *relay);
 
 /* Eventfd of the relay, readable after a shadow ring has met an error. */
 int relay_broken_fd(struct relay *relay);

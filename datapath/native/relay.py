@@ -186,8 +186,8 @@ class Relay:
         """Count since the relay was made.
 
         `kicks.N`: notifications of the guest; `kick_errors.N`: descriptors or doorbells that failed;
-        `relayed.N`: used entries carried over; `log_missed`: pages that the log had no room for, and logs
-        that vanished.
+        `relayed.N`: used entries carried over; `logged_pages`: pages marked that were not; `log_missed`:
+        pages that the log had no room for, and logs that vanished.
         """
         result: dict[str, int] = {}
         for ring in range(self._rings):
@@ -195,7 +195,9 @@ class Relay:
             result[f"kicks.{ring}"] = count.kicks
             result[f"kick_errors.{ring}"] = count.errors
             result[f"relayed.{ring}"] = count.relayed
-        result["log_missed"] = lib.relay_log_missed(self._open())
+        log = lib.relay_log_count(self._open())
+        result["logged_pages"] = log.marked
+        result["log_missed"] = log.missed
         return result
 
     def close(self) -> None:

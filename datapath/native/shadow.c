@@ -185,8 +185,12 @@ unsigned int shadow_complete(struct shadow *shadow, struct dma_table *table, str
     if (count == 0) {
         return 0;
     }
-    /* Before the guest sees them and may use the descriptors for something else. */
+    /*
+     * Before the guest sees them and may use the descriptors for something else; and in the bitmap itself, for
+     * what dies after the guest has seen them marks no more.
+     */
     mark_batch(shadow, table, log);
+    log_flush(log);
     pass_on(shadow);
     settle();
     mark_entries(shadow, log, first, count);

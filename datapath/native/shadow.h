@@ -9,8 +9,9 @@
  * device completed without having been given it never reaches the guest.
  *
  * Plain data without thread or lock. Everything but the first four functions touches memory that others
- * share and so runs under guard_run(). Those that take a log leave log_flush() to the caller. One of them that
- * was left in the middle may be called again if the log was lost (log_lose()), otherwise the ring is lost.
+ * share and so runs under guard_run(). Those that take a log leave log_flush() to the caller, but for the
+ * buffers of shadow_complete(), which are in the log before the guest sees them. One of them that was left in
+ * the middle may be called again if the log was lost (log_lose()), otherwise the ring is lost.
  */
 #ifndef LIBVIRT_VDPA_SHADOW_H
 #define LIBVIRT_VDPA_SHADOW_H

@@ -61,6 +61,11 @@ bool engine_is_live(const struct engine *engine, unsigned int queue)
     return engine->running && engine->fault == NULL && engine->queue[queue].programmed;
 }
 
+bool engine_leaves_packets(const struct engine *engine)
+{
+    return engine->keeps_packets || (engine->running && engine->fault == NULL);
+}
+
 /* Ask the driver to notify where only it can bring work. False: there is some already. */
 static bool arm(struct engine *engine)
 {
@@ -132,7 +137,8 @@ static void take_turn(struct engine *engine)
 static void watch_uplink(struct engine *engine)
 {
     struct epoll_event event = { .data.u32 = TOKEN_PACKET };
-    bool no_room = engine_is_live(engine, ENGINE_RX) ? engine->queue[ENGINE_RX].held : engine->keeps_packets;
+    bool no_room =
+        engine_is_live(engine, ENGINE_RX) ? engine->queue[ENGINE_RX].held : engine_leaves_packets(engine);
     bool congested = engine_is_live(engine, ENGINE_TX) && engine->queue[ENGINE_TX].held;
     int operation = EPOLL_CTL_MOD;
 

@@ -84,6 +84,9 @@ void engine_lose_uplink(struct engine *engine);
 /* Whether a queue may touch the driver's memory. */
 bool engine_is_live(const struct engine *engine, unsigned int queue);
 
+/* Whether packets that come are left on the uplink while no queue receives: one that runs may have one soon. */
+bool engine_leaves_packets(const struct engine *engine);
+
 /* What the thread runs, given its engine, until `quit`. */
 void *worker_main(void *engine);
 

@@ -1,7 +1,10 @@
 """The packet engine of the emulated NIC, driven through its C interface by a driver that keeps the rules."""
 
+import fcntl
 import itertools
 import os
+import select
+import socket
 import struct
 import subprocess
 import threading
@@ -40,6 +43,10 @@ def header(buffers: int) -> bytes:
 
 def read16(b: Bench, address: int) -> int:
     return int(struct.unpack("<H", b.memory.read(address, 2))[0])
+
+
+def readable(end: socket.socket) -> bool:
+    return bool(select.select([end], [], [], 0)[0])
 
 
 def threads() -> set[str]:
@@ -254,6 +261,42 @@ def test_a_queue_goes_on_where_it_was_stopped() -> None:
         assert b.tx.wait_used() == [(2, 0)]
 
 
+@pytest.mark.parametrize("buffers", [0, 1], ids=["packet-at-hand", "packets-on-the-uplink"])
+def test_packets_wait_for_a_receive_queue_that_is_out(buffers: int) -> None:
+    """The device runs; a NIC has a packet buffer."""
+    with bench() as b:
+        b.run()
+        b.offer(*[2048] * buffers)
+        b.wire.send(PACKET)
+        if buffers:
+            b.rx.wait_used()
+        else:
+            wait_for(lambda: not readable(b.uplink), "the packet at hand")
+        b.engine.stop_queue(RX)
+        b.wire.send(b"1" * 60)
+        b.wire.send(b"2" * 60)
+        b.send(PACKET)
+        b.receive_from_wire()
+        b.start(RX, b.rx)
+        left = 3 - buffers
+        b.offer(*[2048] * left)
+        assert len(b.rx.wait_used(left)) == left
+        assert b.engine.count(RX).dropped == 0
+
+
+@pytest.mark.parametrize("stop", ["run", "reset"])
+def test_packets_are_lost_on_a_device_that_does_not_run(stop: str) -> None:
+    with bench() as b:
+        b.run()
+        b.engine.stop_queue(RX)
+        b.wire.send(PACKET)
+        if stop == "run":
+            b.engine.run(False)
+        else:
+            b.engine.reset()
+        wait_for(lambda: b.engine.count(RX).dropped == 1, "the packet to be lost")
+
+
 def test_prefetched_buffers_are_fetched_and_not_used() -> None:
     with bench(prefetch=4) as b:
         b.run()
@@ -365,6 +408,25 @@ def test_writes_beyond_the_log_are_passed_over(end: int) -> None:
         b.wire.send(PACKET)
         b.rx.wait_used()
         assert not any(os.pread(fd, PAGE, 0))
+        os.close(fd)
+
+
+def test_a_log_may_end_within_a_page_of_its_file() -> None:
+    """So does QEMU's: a page for every so many bits, and some bytes for the rest; it cannot be made longer."""
+    log, size = 1 << 44, PAGE + 8
+    with bench() as b:
+        fd = os.memfd_create("log", os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        b.engine.map(log, 2 * PAGE, fd, 0, writable=True)
+        b.engine.set_log(True, log, log + size)
+        b.run()
+        [at] = b.offer(2048)
+        b.wire.send(PACKET)
+        b.rx.wait_used()
+        assert os.pread(fd, 1, at // PAGE // 8) == bytes([1 << at // PAGE % 8])
+        with pytest.raises(OSError, match="Invalid argument"):
+            b.engine.map(log + 2 * PAGE, 3 * PAGE, fd, 0, writable=True)
         os.close(fd)
 
 

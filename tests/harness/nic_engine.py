@@ -43,8 +43,9 @@ class Bench:
     memory: MemfdMemory
     rx: Virtqueue
     tx: Virtqueue
-    #: The far end of the uplink.
+    #: The far end of the uplink, and the engine's.
     wire: socket.socket
+    uplink: socket.socket
     event_idx: bool
     mergeable: bool
 
@@ -133,4 +134,4 @@ def bench(
         stack.callback(engine.close)
         engine.open_doorbells(mapped_doorbells)
         engine.map(0, MEMORY_SIZE, memory.fd, 0, writable=True)
-        yield Bench(engine, memory, rx, tx, wire, event_idx, mergeable)
+        yield Bench(engine, memory, rx, tx, wire, uplink, event_idx, mergeable)

@@ -200,6 +200,40 @@ def test_what_leaving_writes_is_marked(make_link: MakeLink, log: Log) -> None:
     assert log.take() == pages((link.guest.used, 1), (BUFFERS, 1))
 
 
+def test_buffers_are_in_the_bitmap_before_the_guest_sees_them(make_link: MakeLink, log: Log) -> None:
+    """A relay that dies when it has published the used index, here of its guest's used ring, marks no more."""
+    link = make_link(8)
+    last_page = BASE + MEMORY - PAGE
+    link.guest.used = last_page
+    link.relay.log(log.area)
+    link.add()
+    heads = [give(link, Buffer(BUFFERS + n * 8 * PAGE, PAGE, True)) for n in range(2)]
+    link.settled()
+    log.take()
+    os.ftruncate(link.memory.fd, MEMORY - PAGE)
+    link.device.complete(*heads, length=1)
+    assert link.broken() == "memory has gone under the ring"
+    assert log.take() == {BUFFERS, BUFFERS + 8 * PAGE}
+
+
+def test_pages_are_counted_when_they_are_newly_marked(make_link: MakeLink, log: Log) -> None:
+    link = make_link()
+    link.relay.log(log.area)
+    link.add()
+    heads = [give(link, Buffer(BUFFERS + n * PAGE, PAGE, True)) for n in (0, 0, 1)]
+    link.settled()
+    log.take()
+
+    def marked_by(head: int) -> int:
+        before = link.relay.statistics()["logged_pages"]
+        link.device.complete(head, length=1)
+        link.guest.wait_used()
+        link.settled()
+        return link.relay.statistics()["logged_pages"] - before
+
+    assert [marked_by(head) for head in heads] == [2, 0, 1], "the first with the used ring, which is one page"
+
+
 def test_bits_that_are_set_stay_set(make_link: MakeLink, log: Log) -> None:
     link = make_link()
     link.relay.log(log.area)
