@@ -142,6 +142,8 @@ class VdpaDevice(abc.ABC):
     max_queue_size: int
     #: Largest MTU in bytes that the VF forwards; None when it does not say.
     max_mtu: int | None
+    #: Who can mark the pages that the VF writes: HARDWARE, SOFTWARE or both.
+    log_modes: tuple[LogMode, ...]
 
     @abc.abstractmethod
     def map_memory(self, region: MemoryRegion) -> None:
@@ -181,7 +183,9 @@ class VdpaDevice(abc.ABC):
     def start_logging(self, bitmap: DirtyBitmap) -> None:
         """From now on mark what the VF writes to guest memory, ring entries among it; again: elsewhere.
 
-        Rings may run on through a relay in software, after a pause of milliseconds. After `DeviceError`
+        Rings may run on through a relay in software, after a pause of milliseconds. A VF that marks buffers
+        but not ring entries has them marked when its rings stop. Whatever was written until this returns
+        without being marked here was marked in the bitmap before, if there was one. After `DeviceError`
         nothing is logged.
         """
 
@@ -215,7 +219,13 @@ class VdpaDevice(abc.ABC):
 
     @abc.abstractmethod
     def statistics(self) -> dict[str, int]:
-        """Counters by name; `kicks.N` counts the notifications forwarded for ring N."""
+        """Counters by name, since the device was opened.
+
+        `kicks.N` counts the notifications forwarded for ring N. `logged_pages` counts pages that were marked
+        and had not been: all of the relay's; of a VF's own those that are seen by looking at the bitmap, now
+        and when logging ends, so it is at least that many. `log_missed` counts pages that a bitmap had no
+        room for, and bitmaps whose memory had gone.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -412,7 +412,7 @@ def test_writes_beyond_the_log_are_passed_over(end: int) -> None:
 
 
 def test_a_log_may_end_within_a_page_of_its_file() -> None:
-    """So does QEMU's: a page for every so many bits, and some bytes for the rest; it cannot be made longer."""
+    """So does QEMU's, which is as long as there are bits, and cannot be made longer."""
     log, size = 1 << 44, PAGE + 8
     with bench() as b:
         fd = os.memfd_create("log", os.MFD_ALLOW_SEALING)

@@ -40,6 +40,7 @@ class RecordingDevice(VdpaDevice):
     queue_pairs: int = 1
     max_queue_size: int = 1024
     max_mtu: int | None = 9000
+    log_modes: tuple[LogMode, ...] = (LogMode.HARDWARE, LogMode.SOFTWARE)
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     rings: dict[int, Ring] = field(default_factory=dict)
     mapped: list[MemoryRegion] = field(default_factory=list)

@@ -201,7 +201,7 @@ def test_what_leaving_writes_is_marked(make_link: MakeLink, log: Log) -> None:
 
 
 def test_buffers_are_in_the_bitmap_before_the_guest_sees_them(make_link: MakeLink, log: Log) -> None:
-    """A relay that dies when it has published the used index, here of its guest's used ring, marks no more."""
+    """A relay that dies after that, here of its guest's used ring, marks no more."""
     link = make_link(8)
     last_page = BASE + MEMORY - PAGE
     link.guest.used = last_page
