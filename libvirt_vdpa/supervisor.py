@@ -54,6 +54,8 @@ PASS_THROUGH = 0o711
 MAKE_SOCKETS = 0o1771
 #: States of a port process in which a front-end is there.
 CONNECTED = ("connected", "running")
+#: Event of a port process -> the part of its status that it brings up to date.
+STATUS_OF_EVENT = {"PORT_LOG": "log", "PORT_ANNOUNCE": "announce"}
 #: Policies of announcing (metadata's `announce`) in which the port sends nothing on its uplink.
 SILENT = ("guest", "off")
 
@@ -131,6 +133,15 @@ class Port:
             raise ControlError(f"{self.record.control}: not connected")
         self.status = await self._client.query("query-status")
         return self.status
+
+    async def ask(self, command: str, arguments: dict[str, object] | None = None) -> object:
+        """Have the process execute a command.
+
+        :raise ControlError: when it does not answer, or refuses.
+        """
+        if self._client is None:
+            raise ControlError(f"{self.record.control}: not connected")
+        return await self._client.execute(command, arguments)
 
     async def adopt(self) -> None:
         """Take up, after a restart of the daemon, where the record says that the port was."""
@@ -257,13 +268,18 @@ class Port:
         self.feed(Event.DIED)
 
     def _heard(self, name: str, data: dict[str, object]) -> None:
-        """An event of the process: whether a front-end is there."""
+        """An event of the process: whether a front-end is there, whether writes are marked, who announced."""
         if name == "PORT_STATE":
             state, reason = data.get("state"), data.get("reason")
             logger.info("%s: %s%s", self.record.label, state, f" ({reason})" if reason else "")
             self.status["state"] = state
             self.status["front_end"] = state in CONNECTED
-            self._changed(self)
+        elif name in STATUS_OF_EVENT:
+            known = self.status.get(STATUS_OF_EVENT[name])
+            self.status[STATUS_OF_EVENT[name]] = {**(known if isinstance(known, dict) else {}), **data}
+        else:
+            return
+        self._changed(self)
 
     def _attend(self) -> None:
         self._attendant = asyncio.create_task(self._look_after(), name=f"port {self.record.label}")
