@@ -6,6 +6,7 @@ Owns the process and DPDK's command line; needs no hugepages and leaves nothing 
 import os
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,17 +43,19 @@ class Testpmd(Process):
         queue_size: int = 256,
         memory: int = MEMORY,
         buffers: int = BUFFERS,
+        options: Sequence[str] = (),
     ) -> None:
         """
         :param folder: where its log and DPDK's runtime files go.
         :param mode: testpmd's --forward-mode: `txonly` sends for ever, `macswap` sends back what comes.
         :param memory: megabytes; `buffers` packet buffers take some of it.
+        :param options: more of testpmd's.
         """
         device = f"net_virtio_user0,path={socket},queues={queue_pairs},queue_size={queue_size}"
         eal = ["--no-huge", "-m", str(memory), "--no-pci", "--single-file-segments", "--lcores=0@0,1@1"]
         # Without an interval for statistics it would wait for the end of its standard input and quit.
         application = ["--auto-start", "--stats-period=60", f"--forward-mode={mode}"]
-        queues = [f"--total-num-mbufs={buffers}", f"--rxq={queue_pairs}", f"--txq={queue_pairs}"]
+        queues = [f"--total-num-mbufs={buffers}", f"--rxq={queue_pairs}", f"--txq={queue_pairs}", *options]
         super().__init__(
             ["dpdk-testpmd", *eal, f"--vdev={device}", "--", *application, *queues],
             folder / "testpmd.log",

@@ -1,0 +1,182 @@
+"""The dirty log is right: under full load of a front-end that is not ours, guest memory is compared page by
+page with what the log says was written.
+
+DPDK's virtio-user drives the port through a proxy that begins and ends logging as QEMU does. Frames come in
+at the uplink whose every 16 bytes tell when they were sent, so whatever is found in guest memory of a frame
+sent after the log was complete was written by the device while it logged. Two things are shown of each case:
+every page written is marked and no other; and a destination that copies what is marked, while all goes on,
+has in the end what the device wrote here.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.harness.dirty_pages import GuestPages, Traffic
+from tests.harness.emulated_nic import EmulatedNic, PortProcess
+from tests.harness.netns import NetworkNamespace
+from tests.harness.processes import wait_for
+from tests.harness.testpmd import HEADER_OUT, Testpmd
+from tests.harness.vhost_user_proxy import VhostUserProxy
+
+pytestmark = pytest.mark.dpdk
+
+#: Frames between two looks at the log, and looks while it is on.
+ROUND, ROUNDS = 1500, 8
+#: Frames that may be under way: what the TAP queues (1000), a burst, and as many as any ring has here.
+UNDER_WAY = 1000 + 64 + 1024
+#: Buffers are used in turn, not the last one first.
+IN_TURN = "--mbcache=0"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A load: what testpmd does with its frames, its ring size and buffers, and the frames' lengths."""
+
+    mode: str
+    queue_size: int
+    options: tuple[str, ...] = ()
+    shortest: int = 1504
+    longest: int = 1504
+
+    @property
+    def headers(self) -> bool:
+        """Whether the device alone writes virtio's headers: a frame sent on gets another one in its place."""
+        return self.mode == "rxonly"
+
+
+CASES = {
+    "small ring": Case("rxonly", 64),
+    "ring of several pages, both ways": Case("io", 1024),
+    "frames of all lengths in large buffers": Case("rxonly", 256, ("--mbuf-size=9000",), 64),
+    "frames over several buffers": Case(
+        "rxonly", 512, ("--mbuf-size=656", "--enable-scatter", "--max-pkt-len=1600"), 64
+    ),
+    "frames over several buffers, both ways": Case(
+        "io", 256, ("--mbuf-size=656", "--enable-scatter", "--max-pkt-len=1600", "--tx-offloads=0x8000"), 64
+    ),
+    "transmit alone": Case("txonly", 512),
+}
+
+
+@pytest.fixture(scope="module")
+def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
+    with (
+        NetworkNamespace() as namespace,
+        EmulatedNic(tmp_path_factory.mktemp("nic"), namespace, 1, "--keep") as running,
+    ):
+        yield running
+
+
+class Load:
+    """A front-end at work behind the proxy, and what is seen of its memory."""
+
+    def __init__(self, nic: EmulatedNic, folder: Path, case: Case, *port_options: str) -> None:
+        self._close = ExitStack()
+        self._nic = nic
+        enter = self._close.enter_context
+        try:
+            self.port = enter(PortProcess(folder, nic.device(0), *port_options))
+            self.proxy = enter(VhostUserProxy(folder / "proxy.sock", self.port.socket))
+            self.peer = enter(
+                Testpmd(
+                    folder,
+                    self.proxy.path,
+                    case.mode,
+                    queue_size=case.queue_size,
+                    memory=96,
+                    options=[IN_TURN, *case.options],
+                )
+            )
+            self.proxy.wait_until_running()
+            wire = enter(closing(nic.namespace.packet_socket("vf0")))
+            self.traffic = enter(closing(Traffic(wire, HEADER_OUT, case.shortest, case.longest)))
+            self.pages = enter(closing(GuestPages(self.proxy)))
+        except BaseException:
+            self._close.close()
+            raise
+        self._receives = case.mode != "txonly"
+        self._transmits = case.mode in ("txonly", "io")
+        self.work()
+
+    def _moved(self) -> tuple[int, int]:
+        seen = self._nic.query(0)
+        return seen["rx_packets"], seen["tx_packets"]
+
+    def work(self, frames: int = ROUND) -> None:
+        """Wait until so many frames more have gone each way."""
+        before = self._moved()
+
+        def done() -> bool:
+            received, transmitted = (now - then for now, then in zip(self._moved(), before, strict=True))
+            return (received >= frames or not self._receives) and (
+                transmitted >= frames or not self._transmits
+            )
+
+        wait_for("frames through the VF", done, 60)
+
+    def close(self) -> None:
+        self._close.close()
+
+
+@pytest.fixture(params=["software"])
+def log_mode(request: pytest.FixtureRequest) -> str:
+    mode: str = request.param
+    return mode
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def load(nic: EmulatedNic, case: Case, log_mode: str, tmp_path: Path) -> Iterator[Load]:
+    with closing(Load(nic, tmp_path, case)) as made:
+        yield made
+
+
+def prove(load: Load, case: Case) -> None:
+    """Log while the load goes on, stop the rings, and compare; the rings do not run afterwards."""
+    pages = load.pages
+    earliest = load.traffic.next - UNDER_WAY
+    load.proxy.start_logging(pages.log, pages.log_size)
+    logged_since = load.traffic.next
+    rings = pages.used_rings()
+    pages.copy_all()
+    for _ in range(ROUNDS):
+        load.work()
+        pages.take()
+    load.proxy.stop_rings()
+    pages.take()
+    marked, written = pages.marked_pages(), pages.written_since(logged_since)
+    assert written or case.mode == "txonly"
+    assert not written - marked, "frames were written to pages that are not marked"
+    changed = pages.changed_ring_pages(rings)
+    assert changed
+    assert not changed - marked, "a used ring has changed in pages that are not marked"
+    unfounded = marked - pages.written_since(earliest) - pages.used_ring_pages()
+    assert not unfounded, "pages are marked that nobody wrote"
+    assert pages.differences(headers=case.headers) == []
+
+
+def test_what_is_written_is_marked_and_nothing_else(load: Load, case: Case, log_mode: str) -> None:
+    prove(load, case)
+
+
+@pytest.mark.parametrize("case", ["ring of several pages, both ways"], indirect=True)
+def test_logging_is_switched_off_and_on_under_load(load: Load, case: Case, log_mode: str) -> None:
+    pages = load.pages
+    for _ in range(3):
+        load.proxy.start_logging(pages.log, pages.log_size)
+        load.work()
+        assert pages.take()
+        load.proxy.stop_logging()
+        pages.take()
+        load.work()
+        assert pages.take() == 0, "pages are marked after logging"
+    pages.forget_marked()
+    prove(load, case)

@@ -1,0 +1,292 @@
+"""A vhost-user proxy between a front-end that knows no dirty logging and our port.
+
+DPDK's virtio-user never migrates. Here everything it says passes through, descriptors too, and in between the
+proxy says to the back-end what QEMU says when a migration begins, is given up, or comes to its end; those
+replies the front-end never sees. Kicks, interrupts and packets do not come this way.
+
+Owns the listening socket, both connections, the thread that forwards, and copies of the descriptors of guest
+memory, so that a test sees the memory that the front-end shares.
+"""
+
+import array
+import contextlib
+import dataclasses
+import mmap
+import os
+import queue
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from datapath.descriptors import close_all
+from datapath.vhost_user.backend import F_LOG_ALL
+from datapath.vhost_user.messages import (
+    HEADER,
+    LAYOUTS,
+    MAX_FDS,
+    Decoder,
+    LogArea,
+    Message,
+    ProtocolFeature,
+    Region,
+    Request,
+    VringAddress,
+    VringState,
+    decode_reply,
+    encode_request,
+)
+from datapath.virtio import bit
+from tests.harness.processes import HarnessError, wait_for
+
+#: Flag of SET_VRING_ADDR: writes to the used ring are to be logged (QEMU docs/interop/vhost-user.rst).
+VRING_F_LOG = 1
+#: Seconds that a back-end may take for an answer.
+PATIENCE = 10.0
+
+Replies = queue.SimpleQueue[bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedRegion:
+    """Guest memory as the front-end shares it, mapped here too."""
+
+    region: Region
+    view: mmap.mmap
+
+
+class VhostUserProxy:
+    """Serves one front-end at a time on a path, each with a connection of its own to the back-end."""
+
+    def __init__(self, path: Path, back_end: Path) -> None:
+        self.path = path
+        self.memory: list[SharedRegion] = []
+        self.addresses: dict[int, VringAddress] = {}
+        self.sizes: dict[int, int] = {}
+        #: Rings whose kick has come.
+        self.started: set[int] = set()
+        self._back_end_path = back_end
+        self._features: int | None = None
+        self._reply_ack = False
+        self._logging = False
+        self._lock = threading.Lock()
+        #: Who waits for the replies to come, in their order: the front-end (None), or a caller of `ask`.
+        self._waiting: deque[Replies | None] = deque()
+        self._back: socket.socket | None = None
+        self._error: BaseException | None = None
+        self._stop_reader, self._stop_writer = os.pipe()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    # What a test says to the back-end
+
+    def ask(self, request: Request, payload: Any = None, *fds: int) -> Any:
+        """Say something to the back-end on the front-end's behalf; its decoded answer where one is due.
+
+        :raise HarnessError: when nobody is connected, or no answer comes.
+        """
+        replies: Replies = queue.SimpleQueue()
+        layout = LAYOUTS[request]
+        need = layout.reply is None and self._reply_ack
+        with self._lock:
+            if self._back is None:
+                raise HarnessError("the proxy has no front-end")
+            _send(self._back, encode_request(Message(request, payload, need)), fds)
+            if layout.reply is None and not need:
+                return None
+            self._waiting.append(replies)
+        try:
+            return decode_reply(request, replies.get(timeout=PATIENCE))
+        except queue.Empty:
+            raise HarnessError(f"{request.name} was not answered: {self._error}") from None
+
+    def start_logging(self, log: int, size: int, offset: int = 0) -> None:
+        """What QEMU sends when a migration begins; on return the log is complete."""
+        assert self._features is not None
+        self._logging = True
+        self.ask(Request.SET_LOG_BASE, LogArea(size, offset), log)
+        self._switch(self._features | F_LOG_ALL, VRING_F_LOG)
+
+    def stop_logging(self) -> None:
+        """What QEMU sends when a migration is given up."""
+        assert self._features is not None
+        self._logging = False
+        self._switch(self._features, 0)
+
+    def stop_rings(self) -> dict[int, int]:
+        """Stop all rings as at the end of a migration; their bases. The front-end is not told."""
+        return {
+            index: self.ask(Request.GET_VRING_BASE, VringState(index, 0)).num
+            for index in sorted(self.started)
+        }
+
+    def wait_until_running(self, rings: int = 2) -> None:
+        """Wait until the front-end has started its rings."""
+        wait_for("a front-end behind the proxy", lambda: len(self.started) >= rings, 60)
+
+    def guest_address(self, user: int) -> int:
+        """Where something lies in guest memory that the front-end has at `user`."""
+        for shared in self.memory:
+            offset = user - shared.region.user_address
+            if 0 <= offset < shared.region.size:
+                return shared.region.guest_address + offset
+        raise HarnessError(f"{user:#x} is not in the front-end's memory")
+
+    def _switch(self, features: int, flags: int) -> None:
+        self.ask(Request.SET_FEATURES, features)
+        for address in self.addresses.values():
+            log = self.guest_address(address.used)
+            self.ask(Request.SET_VRING_ADDR, dataclasses.replace(address, flags=flags, log=log))
+        self.ask(Request.GET_FEATURES)
+
+    # What passes through
+
+    def _serve(self) -> None:
+        """Front-end after front-end, until `close`."""
+        try:
+            while self._readable(self._listener):
+                front, _ = self._listener.accept()
+                with front, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as back:
+                    back.connect(str(self._back_end_path))
+                    self._back = back
+                    with contextlib.suppress(ConnectionError):
+                        self._forward(front, back)
+                    self._forget()
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def _readable(self, *sockets: socket.socket) -> list[socket.socket]:
+        """Wait for one of them; none: it is time to end."""
+        ready, _, _ = select.select([self._stop_reader, *(sock.fileno() for sock in sockets)], [], [])
+        return [] if self._stop_reader in ready else [sock for sock in sockets if sock.fileno() in ready]
+
+    def _forward(self, front: socket.socket, back: socket.socket) -> None:
+        decoder = Decoder()
+        while ready := self._readable(front, back):
+            if back in ready:
+                self._answer(front, _receive_reply(back))
+            if front in ready:
+                data, fds = _receive(front, decoder.wanted)
+                message = decoder.feed(data, fds)
+                if message is not None:
+                    with contextlib.closing(message):
+                        self._pass_on(back, message)
+
+    def _answer(self, front: socket.socket, reply: bytes) -> None:
+        with self._lock:
+            waiting = self._waiting.popleft()
+        if waiting is None:
+            front.sendall(reply)
+        else:
+            waiting.put(reply)
+
+    def _pass_on(self, back: socket.socket, message: Message) -> None:
+        self._learn(message)
+        layout = LAYOUTS.get(message.request)
+        due = layout is not None and layout.reply is not None
+        with self._lock:
+            _send(back, encode_request(message), message.fds)
+            if due or (message.need_reply and self._reply_ack):
+                self._waiting.append(None)
+
+    def _learn(self, message: Message) -> None:
+        """Remember what the front-end has said, and add what it would say if it logged."""
+        payload = message.payload
+        match message.request:
+            case Request.SET_PROTOCOL_FEATURES:
+                message.payload = payload | bit(ProtocolFeature.LOG_SHMFD)
+                self._reply_ack = bool(payload & bit(ProtocolFeature.REPLY_ACK))
+            case Request.SET_FEATURES:
+                self._features = payload
+                message.payload = payload | (F_LOG_ALL if self._logging else 0)
+            case Request.SET_MEM_TABLE:
+                self._forget_memory()
+                self.memory = [_shared(region, fd) for region, fd in zip(payload, message.fds, strict=True)]
+            case Request.SET_VRING_NUM:
+                self.sizes[payload.index] = payload.num
+            case Request.SET_VRING_ADDR:
+                self.addresses[payload.index] = payload
+            case Request.SET_VRING_KICK:
+                self.started.add(payload.index)
+            case Request.GET_VRING_BASE:
+                self.started.discard(payload.index)
+
+    def _forget(self) -> None:
+        """The front-end has left. Its memory stays to be looked at until the next one's comes."""
+        with self._lock:
+            self._back = None
+            self._waiting.clear()
+        self._logging = False
+        self.started.clear()
+        self.addresses.clear()
+
+    def _forget_memory(self) -> None:
+        for shared in self.memory:
+            with contextlib.suppress(BufferError):  # whoever looks at it lets it go
+                shared.view.close()
+        self.memory = []
+
+    def close(self) -> None:
+        """End the connection and stop listening."""
+        os.write(self._stop_writer, b"x")
+        self._thread.join()
+        self._forget_memory()
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
+        close_all([self._stop_reader, self._stop_writer])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _shared(region: Region, fd: int) -> SharedRegion:
+    return SharedRegion(region, mmap.mmap(fd, region.size, offset=region.mmap_offset))
+
+
+def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+    """A whole message; its descriptors go with the first byte."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sent = sock.sendmsg([data], rights)
+    sock.sendall(data[sent:])
+
+
+def _receive(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    """What has come of a message, with its descriptors.
+
+    :raise ConnectionError: when the other side has left.
+    """
+    fds = array.array("i")
+    data, ancillary, _, _ = sock.recvmsg(
+        size, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content)
+    if not data:
+        raise ConnectionError("one side has left")
+    return data, list(fds)
+
+
+def _receive_reply(sock: socket.socket) -> bytes:
+    """A whole reply; the back-end sends no descriptors.
+
+    :raise ConnectionError: when it has left.
+    """
+    header = sock.recv(HEADER.size, socket.MSG_WAITALL)
+    if len(header) < HEADER.size:
+        raise ConnectionError("the back-end has left")
+    _, _, size = HEADER.unpack(header)
+    return header + (sock.recv(size, socket.MSG_WAITALL) if size else b"")
