@@ -49,10 +49,19 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    # Whatever fixture is called so and keeps logs; importing the class would load libvirt for every test.
-    logs = getattr(getattr(item, "funcargs", {}).get("host"), "logs", None)
-    if report.failed and isinstance(logs, Path) and logs.exists():
-        for log in sorted(logs.rglob("*.*")):
-            if log.is_file() and (text := log.read_text(errors="replace")[-LOG_TAIL:].strip()):
-                report.sections.append((str(log.relative_to(logs)), text))
+    if report.failed:
+        # Whatever fixtures are called so and keep logs; importing the classes would load libvirt for every test.
+        fixtures = getattr(item, "funcargs", {})
+        places = {"": getattr(fixtures.get("host"), "logs", None)}
+        places |= getattr(fixtures.get("hosts"), "logs", {})
+        for name, logs in places.items():
+            if isinstance(logs, Path) and logs.exists():
+                report.sections += [(name + title, text) for title, text in tails(logs)]
     return report
+
+
+def tails(logs: Path) -> Iterator[tuple[str, str]]:
+    """The ends of the logs below a folder, by their names."""
+    for log in sorted(logs.rglob("*.*")):
+        if log.is_file() and (text := log.read_text(errors="replace")[-LOG_TAIL:].strip()):
+            yield str(log.relative_to(logs)), text

@@ -11,6 +11,7 @@ from lxml import etree
 from tests.harness.guest import CHECKOUT, KERNEL_ARGUMENTS
 from tests.harness.kernel import BootImage
 
+QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 EXAMPLES = CHECKOUT / "xml"
 METADATA = "urn:libvirt-vdpa:domain:1.0"
 
@@ -81,6 +82,29 @@ class DomainXml:
         """Make it a domain that is none of our business: no metadata, no vhost-user interface."""
         self.root.remove(self.element("metadata"))
         self.element("devices").remove(self.interface)
+        return self
+
+    def migrating(self, mode: str, announce: str = "auto") -> Self:
+        """Say how all its interfaces are migrated, and how they are announced then."""
+        for request in self.root.iter(f"{{{METADATA}}}interface"):
+            request.set("migration", mode)
+            request.set("announce", announce)
+        return self
+
+    def add_nic(self) -> str:
+        """Give it one more interface like the first; its MAC."""
+        interfaces = self.root.findall("devices/interface")
+        mac = f"{self.mac[:-2]}{int(self.mac[-2:], 16) + 0x10 * len(interfaces):02x}"
+        for original in (self.interface, self.request):
+            text = etree.tostring(original, encoding="unicode").replace(self.mac, mac)
+            original.addnext(etree.fromstring(text))
+        return mac
+
+    def override(self, name: str, kind: str, value: str) -> Self:
+        """Set a property of the first NIC that libvirt does not know, which taints the domain."""
+        text = f"""<q:override xmlns:q='{QEMU}'><q:device alias='net0'><q:frontend>
+            <q:property name='{name}' type='{kind}' value='{value}'/></q:frontend></q:device></q:override>"""
+        self.root.append(etree.fromstring(text))
         return self
 
     def rename(self, number: int) -> Self:

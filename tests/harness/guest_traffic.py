@@ -132,6 +132,7 @@ class Traffic:
         host: Host,
         address: str,
         *,
+        port: int = TRAFFIC_PORT,
         datagrams: int = DATAGRAMS_PER_SECOND,
         stream: int = BYTES_PER_SECOND,
     ) -> None:
@@ -139,11 +140,12 @@ class Traffic:
         Start it, and wait until it flows both ways.
 
         :param address: the guest's, with or without the length of its network.
+        :param port: where the guest serves.
         :param datagrams: datagrams per second, each way.
         :param stream: bytes per second, each way.
         """
         name = f"traffic-{len(list(host.logs.glob('traffic-*')))}"
-        words = ["drive", address.partition("/")[0], str(TRAFFIC_PORT), str(datagrams), str(stream)]
+        words = ["drive", address.partition("/")[0], str(port), str(datagrams), str(stream)]
         self._process = host.spawn(name, [compiled("traffic", "-static"), *words])
         try:
             self._process.wait_for("a first word", lambda: next(self._told("progress"), None), 20)

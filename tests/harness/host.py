@@ -139,6 +139,11 @@ class Host:
         return ["nsenter", "--target", str(self.init_pid), "--mount", "--uts", "--net", "--pid"]
 
     @property
+    def network(self) -> Path:
+        """The host's network namespace."""
+        return Path(f"/proc/{self.init_pid}/ns/net")
+
+    @property
     def end_command(self) -> str:
         """The shell command that ends a host that was kept."""
         return f"kill -9 {self.init_pid}; tail --pid={self.init_pid} -f /dev/null; rm -r {self.folder}"

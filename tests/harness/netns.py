@@ -39,6 +39,32 @@ def open_packet_socket(link: str) -> socket.socket:
     return sock
 
 
+def inside(namespace: Path, make: Callable[[], T]) -> T:
+    """Call a function in a thread that has entered a network namespace: a socket stays where it was made.
+
+    :param namespace: a process's, such as /proc/PID/ns/net.
+    """
+    made: list[T] = []
+    errors: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with namespace.open() as entrance:
+                libc = ctypes.CDLL(None, use_errno=True)
+                if libc.setns(entrance.fileno(), CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(namespace))
+            made.append(make())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return made[0]
+
+
 class NetworkNamespace:
     """A namespace with its loopback down and nothing else in it."""
 
@@ -66,29 +92,7 @@ class NetworkNamespace:
 
     def packet_socket(self, link: str) -> socket.socket:
         """A raw socket on a link inside: sends and sees whole Ethernet frames."""
-        return self._inside(lambda: open_packet_socket(link))
-
-    def _inside(self, make: Callable[[], T]) -> T:
-        """Call a function in a thread that has entered the namespace: a socket stays where it was made."""
-        made: list[T] = []
-        errors: list[BaseException] = []
-
-        def enter() -> None:
-            try:
-                with self.path.open() as namespace:
-                    libc = ctypes.CDLL(None, use_errno=True)
-                    if libc.setns(namespace.fileno(), CLONE_NEWNET):
-                        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(self.path))
-                made.append(make())
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=enter)
-        thread.start()
-        thread.join()
-        if errors:
-            raise errors[0]
-        return made[0]
+        return inside(self.path, lambda: open_packet_socket(link))
 
     def close(self) -> None:
         """End the namespace."""

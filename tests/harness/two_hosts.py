@@ -126,9 +126,9 @@ class TwoHosts:
         return self.a, self.b
 
     @property
-    def logs(self) -> list[Path]:
-        """Folders of the hosts' logs."""
-        return [host.logs for host in self.both]
+    def logs(self) -> dict[str, Path]:
+        """Folders of the hosts' logs, by the beginning of a title."""
+        return {f"{host.name}: ": host.logs for host in self.both}
 
     def other(self, host: BridgedHost) -> BridgedHost:
         """The host that is not this one."""
