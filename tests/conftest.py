@@ -50,7 +50,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        # Whatever fixtures are called so and keep logs; importing the classes would load libvirt for every test.
+        # Whatever fixtures are called so and keep logs; importing the classes would load libvirt each time.
         fixtures = getattr(item, "funcargs", {})
         places = {"": getattr(fixtures.get("host"), "logs", None)}
         places |= getattr(fixtures.get("hosts"), "logs", {})
