@@ -200,6 +200,11 @@ class GuestPages:
                     result.append(f"used ring {index} differs in page {start:#x}")
         return result
 
+    def unlike(self) -> set[int]:
+        """Offsets of the pages in which the destination's copy differs, whoever wrote them."""
+        here, there = memoryview(self._memory).cast("B"), memoryview(self.copy).cast("B")
+        return {at for at in range(0, self.size, PAGE) if here[at : at + PAGE] != there[at : at + PAGE]}
+
     def close(self) -> None:
         """Let the memory and the log go."""
         del self._memory
