@@ -10,35 +10,32 @@ It imports no asyncio, lxml, qemu.qmp or libvirt: there is one process for every
 import argparse
 import contextlib
 import json
-import math
 import os
 import selectors
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from datapath import virtio
 from datapath.control import Arguments, ControlServer
 from datapath.endpoint import Connector, Endpoint, EndpointError, Listener, NoMoreFrontEndsError, from_fd
 from datapath.loop import dispatch, ended_by_signals
+from datapath.port_options import PROGRAM, parse_arguments
 from datapath.vdpa import (
     DeviceError,
     DeviceEvent,
     DeviceLostError,
-    DeviceSpec,
     DeviceSpecError,
+    LogMode,
     VdpaDevice,
     open_device,
 )
-from datapath.vhost_user.backend import Backend
+from datapath.vhost_user.backend import F_LOG_ALL, Backend
 from datapath.vhost_user.connection import Connection, DisconnectedError
 from datapath.vhost_user.messages import ProtocolError
 
-PROGRAM = "virt-vdpa-port"
 #: What `--print-capabilities` prints (QEMU docs/interop/vhost-user.json, VHostUserBackendCapabilities).
 CAPABILITIES = {"type": "net"}
-ALL_FEATURES = (1 << 64) - 1
 
 
 class Port:
@@ -205,6 +202,22 @@ class Port:
             "rings": list(self._rings(backend)) if backend is not None else [],
             "last_error": self._last_error,
             "connections": self._connections,
+            "log": {
+                "wanted": bool(acked & F_LOG_ALL),
+                "mode": self._device.log_mode.value if self._device.log_mode is not None else None,
+                "problem": None,
+                "pages": self._device.statistics().get("logged_pages", 0),
+                "missed": self._device.statistics().get("log_missed", 0),
+            },
+            "announce": {
+                "uplink": str(self._options.uplink) if self._options.uplink is not None else None,
+                "pending": False,
+                "sent": 0,
+                "last_sent": None,
+                "problem": None,
+            },
+            "timing": {"start": None, "stop": None},
+            "pauses": [],
         }
 
     def _rings(self, backend: Backend) -> Iterator[dict[str, object]]:
@@ -231,72 +244,6 @@ def log(name: str | None, text: str) -> None:
     print(f"{PROGRAM}: {name}: {text}" if name else f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
 
 
-def _device_spec(text: str) -> DeviceSpec:
-    try:
-        return DeviceSpec.parse(text)
-    except DeviceSpecError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _feature_mask(text: str) -> int:
-    try:
-        mask = int(text, 0)
-    except ValueError:
-        mask = -1
-    if not 0 <= mask <= ALL_FEATURES:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a mask of 64 bits, such as 0x130000020")
-    return mask
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds")
-    return seconds
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; exits with 2 where it is wrong."""
-    parser = argparse.ArgumentParser(PROGRAM, description="A vhost-user back-end for one vDPA device.")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--socket-path", type=Path, metavar="PATH", help="UNIX socket to listen on")
-    where.add_argument("--fd", type=int, metavar="N", help="listening or connected socket to use")
-    parser.add_argument("--connect", action="store_true", help="connect to PATH instead of listening on it")
-    parser.add_argument(
-        "--connect-timeout",
-        type=_seconds,
-        default=30.0,
-        metavar="S",
-        help="for the first time: %(default)g s",
-    )
-    parser.add_argument(
-        "--device",
-        type=_device_spec,
-        required=True,
-        metavar="DRIVER,key=value…",
-        help="such as ifcvf,pci=0000:06:00.3 or virtio,vfio-user=/run/nic/vf0.sock",
-    )
-    parser.add_argument("--control", type=Path, metavar="PATH", help="control socket (QMP) to serve")
-    parser.add_argument("--name", metavar="LABEL", help="what log lines call this port")
-    parser.add_argument(
-        "--features",
-        type=_feature_mask,
-        default=ALL_FEATURES,
-        metavar="MASK",
-        help="offer no other virtio features than these",
-    )
-    parser.add_argument(
-        "--print-capabilities", action="store_true", help="print what this program is, as JSON"
-    )
-    options = parser.parse_args(arguments)
-    if options.connect and options.socket_path is None:
-        parser.error("--connect needs --socket-path")
-    return options
-
-
 def serve(options: argparse.Namespace) -> int:
     """Open the VF, offer it, serve.
 
@@ -311,7 +258,7 @@ def serve(options: argparse.Namespace) -> int:
             endpoint = from_fd(options.fd)
         elif options.connect:
             endpoint = Connector(options.socket_path, options.connect_timeout)
-        device = open_device(options.device)
+        device = open_device(options.device, options.log_mode)
         stack.callback(device.close)
         port = Port(device, options, selector)
         stack.callback(port.close)
@@ -323,6 +270,23 @@ def serve(options: argparse.Namespace) -> int:
         return port.run(endpoint)
 
 
+def probe(options: argparse.Namespace) -> None:
+    """Print what the device can do, as JSON.
+
+    :raise DeviceError: when the VF cannot be had.
+    """
+    with contextlib.closing(open_device(options.device, options.log_mode)) as device:
+        modes = getattr(device, "log_modes", (LogMode.SOFTWARE,))
+        able = {
+            "features": device.features & options.features,
+            "queue_pairs": device.queue_pairs,
+            "max_queue_size": device.max_queue_size,
+            "max_mtu": device.max_mtu,
+            "log_modes": sorted(mode.value for mode in modes),
+        }
+    print(json.dumps(able))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -331,6 +295,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     options = parse_arguments(given)
     try:
+        if options.probe:
+            probe(options)
+            return 0
         return serve(options)
     except (DeviceError, DeviceSpecError, EndpointError) as error:
         log(options.name, str(error))

@@ -1,5 +1,6 @@
 """virt-vdpa-port over a real emulated VF, driven by a front-end that plays every order and every fault."""
 
+import json
 import os
 import resource
 import signal
@@ -286,6 +287,13 @@ COMMAND_LINES = {
     "features no number": (["--device=ifcvf,vfio-user=/x", "--features=zz"], 2, "'zz' is not a mask"),
     "features negative": (["--device=ifcvf,vfio-user=/x", "--features=-1"], 2, "'-1' is not a mask"),
     "time-out no number": (["--device=ifcvf,vfio-user=/x", "--connect-timeout=nan"], 2, "'nan' is not a"),
+    "log mode": (["--device=ifcvf,vfio-user=/x", "--log-mode=zz"], 2, "'zz' is not one of: auto, hardware"),
+    "uplink": (["--device=ifcvf,vfio-user=/x", "--uplink=eth0"], 2, "neither interface=NAME nor nic=SOCKET"),
+    "uplink without VF": (
+        ["--device=ifcvf,vfio-user=/x", "--uplink=nic=/x"],
+        2,
+        "neither interface=NAME nor",
+    ),
     "two sockets": (["--device=ifcvf,vfio-user=/x", "--fd=0", "--socket-path=/x"], 2, "not allowed with"),
 }
 
@@ -306,6 +314,17 @@ def test_wrong_command_lines(tmp_path: Path, case: str) -> None:
     assert text in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_can_be_probed(nic: EmulatedNic) -> None:
+    command = [BIN / "virt-vdpa-port", "--probe", f"--device={nic.device(1)}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert found["features"] & bit(Feature.F_VERSION_1)
+    assert (found["queue_pairs"], found["max_mtu"]) == (1, 1500)
+    assert "software" in found["log_modes"]
+    assert wait_for("an idle VF", lambda: nic.query(1)["state"] == "idle", 10)
 
 
 def test_capabilities_are_printed_whatever_else_is_said() -> None:

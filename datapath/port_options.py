@@ -1,0 +1,115 @@
+"""The command line of a port, `virt-vdpa-port`."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from datapath.uplink import UplinkSpec, UplinkSpecError
+from datapath.vdpa import DeviceSpec, DeviceSpecError, LogMode
+
+PROGRAM = "virt-vdpa-port"
+ALL_FEATURES = (1 << 64) - 1
+
+
+def _device_spec(text: str) -> DeviceSpec:
+    try:
+        return DeviceSpec.parse(text)
+    except DeviceSpecError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _uplink_spec(text: str) -> UplinkSpec:
+    try:
+        return UplinkSpec.parse(text)
+    except UplinkSpecError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _log_mode(text: str) -> LogMode:
+    try:
+        return LogMode(text)
+    except ValueError as error:
+        modes = ", ".join(mode.value for mode in LogMode)
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of: {modes}") from error
+
+
+def _feature_mask(text: str) -> int:
+    try:
+        mask = int(text, 0)
+    except ValueError:
+        mask = -1
+    if not 0 <= mask <= ALL_FEATURES:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a mask of 64 bits, such as 0x130000020")
+    return mask
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds")
+    return seconds
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(PROGRAM, description="A vhost-user back-end for one vDPA device.")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket-path", type=Path, metavar="PATH", help="UNIX socket to listen on")
+    where.add_argument("--fd", type=int, metavar="N", help="listening or connected socket to use")
+    where.add_argument(
+        "--probe", action="store_true", help="serve nobody: tell what the device can do, as JSON, and end"
+    )
+    parser.add_argument("--connect", action="store_true", help="connect to PATH instead of listening on it")
+    parser.add_argument(
+        "--connect-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="for the first time: %(default)g s",
+    )
+    parser.add_argument(
+        "--device",
+        type=_device_spec,
+        required=True,
+        metavar="DRIVER,key=value…",
+        help="such as ifcvf,pci=0000:06:00.3 or virtio,vfio-user=/run/nic/vf0.sock",
+    )
+    parser.add_argument("--control", type=Path, metavar="PATH", help="control socket (QMP) to serve")
+    parser.add_argument("--name", metavar="LABEL", help="what log lines call this port")
+    parser.add_argument(
+        "--features",
+        type=_feature_mask,
+        default=ALL_FEATURES,
+        metavar="MASK",
+        help="offer no other virtio features than these",
+    )
+    parser.add_argument(
+        "--negotiated",
+        type=_feature_mask,
+        metavar="MASK",
+        help="what the guest accepted before it came here; for a front-end that has forgotten it",
+    )
+    parser.add_argument(
+        "--log-mode",
+        type=_log_mode,
+        default=LogMode.AUTO,
+        metavar="auto|hardware|software",
+        help="who marks the pages that the device writes (default: the device, where it can)",
+    )
+    parser.add_argument(
+        "--uplink",
+        type=_uplink_spec,
+        metavar="interface=NAME|nic=SOCKET,vf=N",
+        help="where frames that announce the guest leave (default: nowhere)",
+    )
+    parser.add_argument(
+        "--print-capabilities", action="store_true", help="print what this program is, as JSON"
+    )
+    options = parser.parse_args(arguments)
+    if options.connect and options.socket_path is None:
+        parser.error("--connect needs --socket-path")
+    return options
