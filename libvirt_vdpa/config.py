@@ -40,9 +40,12 @@ MAX_VFS = 65535
 #: What makes up a pool -> further keys that such a pool takes.
 POOL_KINDS: dict[str, tuple[str, ...]] = {
     "emulated": ("tap", "bridge"),
-    "devices": ("bind",),
-    "pf": ("vfs", "bind"),
+    "devices": ("bind", "uplink"),
+    "pf": ("vfs", "bind", "uplink"),
 }
+#: What a network interface may be called (dev_valid_name of Linux's net/core/dev.c), less the comma, which
+#: virt-vdpa-port's --uplink cannot say.
+INTERFACE_FORM = re.compile(r"(?!\.{1,2}$)[^\s/:,]{1,15}")
 
 T = TypeVar("T")
 
@@ -81,6 +84,8 @@ class PoolConfig:
     vfs: int | None = None
     #: Whether the daemon binds the pool's functions to vfio-pci.
     bind: bool = False
+    #: Network interface on which the guests of its VFs are announced; None: the physical function's.
+    uplink: str | None = None
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,9 @@ def _devices_pool(name: str, driver: str, table: _Table) -> PoolConfig:
     for address in devices:
         if devices.count(address) > 1:
             raise table.error("devices", f"{address} is given twice")
-    return PoolConfig(name, driver, devices=devices, bind=table.take("bind", bool, False))
+    return PoolConfig(
+        name, driver, devices=devices, bind=table.take("bind", bool, False), uplink=_uplink(table)
+    )
 
 
 def _pf_pool(name: str, driver: str, table: _Table) -> PoolConfig:
@@ -263,7 +270,16 @@ def _pf_pool(name: str, driver: str, table: _Table) -> PoolConfig:
     vfs = table.take("vfs", int, 0) if table.has("vfs") else None
     if vfs is not None and not 1 <= vfs <= MAX_VFS:
         raise table.error("vfs", f"must be a number of VFs from 1 to {MAX_VFS}")
-    return PoolConfig(name, driver, pf=pf, vfs=vfs, bind=table.take("bind", bool, False))
+    bind = table.take("bind", bool, False)
+    return PoolConfig(name, driver, pf=pf, vfs=vfs, bind=bind, uplink=_uplink(table))
+
+
+def _uplink(table: _Table) -> str | None:
+    """The name of a network interface, there or not: interfaces come and go."""
+    name = table.take("uplink", str, "") if table.has("uplink") else None
+    if name is not None and (not INTERFACE_FORM.fullmatch(name) or len(os.fsencode(name)) > 15):
+        raise table.error("uplink", f"must be the name of a network interface, not '{name}'")
+    return name
 
 
 #: What makes up a pool -> who reads it.

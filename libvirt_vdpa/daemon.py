@@ -22,7 +22,7 @@ from libvirt_vdpa.config import CONFIG_FILE, Config, ConfigError, read_config
 from libvirt_vdpa.emulated import EmulatedNic, end_strays
 from libvirt_vdpa.events import DomainWatcher
 from libvirt_vdpa.host_pools import HostPools
-from libvirt_vdpa.inventory import Inventory, InventoryError, Vf
+from libvirt_vdpa.inventory import Holder, Inventory, InventoryError, Vf
 from libvirt_vdpa.kernel import Kernel
 from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError, holder_of
 from libvirt_vdpa.ports import Record
@@ -47,7 +47,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._host_pools = HostPools(config.pools, Kernel(), config.run_folder)
-        self._inventory = Inventory(config.pools, self._host_pools.obstacle)
+        self._inventory = Inventory(config.pools, self._host_pools.obstacle, self._host_pools.uplink)
         self._supervisor = Supervisor(
             config.socket,
             self._port_changed,
@@ -135,10 +135,10 @@ class Daemon:
                 raise CommandError(f"hook: argument '{name}' must be a string")
         xml = arguments["xml"].encode("utf-8", "replace")
         try:
-            await self._lifecycle.hook(arguments["operation"], arguments["domain"], xml)
+            replacement = await self._lifecycle.hook(arguments["operation"], arguments["domain"], xml)
         except LifecycleError as error:
             raise CommandError(str(error)) from None
-        return {}
+        return {} if replacement is None else {"xml": replacement}
 
     async def _query_status(self, _arguments: Arguments) -> object:
         await self._refresh_devices()
@@ -154,7 +154,7 @@ class Daemon:
                     "driver": pool.driver,
                     "vfs": len(pool.vfs),
                     "free": sum(
-                        vf.holder is None and not problem
+                        vf.holder is None and self._inventory.promised(vf) is None and not problem
                         for vf, problem in self._inventory.problems(pool.vfs)
                     ),
                     "problem": pool.problem or pool.warning,
@@ -180,23 +180,24 @@ class Daemon:
     async def _query_devices(self, _arguments: Arguments) -> object:
         await self._refresh_devices()
         found = self._inventory.problems(self._inventory)
-        return {"devices": [describe_vf(vf, problem) for vf, problem in found]}
+        return {"devices": [describe_vf(vf, self._inventory.promised(vf), problem) for vf, problem in found]}
 
     async def _quit(self, _arguments: Arguments) -> object:
         self._end.set()
         return {}
 
 
-def describe_vf(vf: Vf, problem: str) -> dict[str, object]:
+def describe_vf(vf: Vf, promised: Holder | None, problem: str) -> dict[str, object]:
     """One VF as query-devices shows it."""
+    holder = vf.holder or promised
     return {
         "device": vf.device,
         "driver": vf.driver,
         "pool": vf.pool,
         "queue_pairs": vf.queue_pairs,
-        "state": "lent" if vf.holder else "unusable" if problem else "free",
-        "domain": vf.holder.domain if vf.holder else None,
-        "mac": vf.holder.mac if vf.holder else None,
+        "state": "lent" if vf.holder else "promised" if promised else "unusable" if problem else "free",
+        "domain": holder.domain if holder else None,
+        "mac": holder.mac if holder else None,
         "problem": problem,
     }
 

@@ -105,26 +105,37 @@ class EmulatedNic:
                     self._process.send(signal.SIGKILL)
                     await ending
                 return False
-            self._inventory.set_pool(self.pool.name, asking.result())
+            vfs = asking.result()
+            self._inventory.set_pool(self.pool.name, [self._vf(vf) for vf in vfs], self._uplinks(vfs))
             self._inventory.pools[self.pool.name].problem = ""
-            logger.info("pool '%s': %d VFs", self.pool.name, len(asking.result()))
+            logger.info("pool '%s': %d VFs", self.pool.name, len(vfs))
             return True
         finally:
             asking.cancel()
             ending.cancel()
 
-    async def _query_vfs(self) -> list[tuple[str, int | None]]:
-        """Device string and queue pairs of each VF, as soon as the NIC answers."""
+    async def _query_vfs(self) -> list[dict[str, object]]:
+        """The VFs, as soon as the NIC answers."""
         while True:
             with contextlib.suppress(ControlError):
-                async with ControlClient(self.folder / "control") as client:
-                    return [self._vf(vf) for vf in vfs_of(await client.query("query-devices"))]
+                async with ControlClient(self._control) as client:
+                    return vfs_of(await client.query("query-devices"))
             await asyncio.sleep(READY_INTERVAL)
+
+    @property
+    def _control(self) -> Path:
+        return self.folder / "control"
+
+    def _device(self, vf: dict[str, object]) -> str:
+        return f"{self.pool.driver},vfio-user={vf.get('socket')}"
 
     def _vf(self, vf: dict[str, object]) -> tuple[str, int | None]:
         queue_pairs = vf.get("queue_pairs")
-        device = f"{self.pool.driver},vfio-user={vf.get('socket')}"
-        return device, queue_pairs if isinstance(queue_pairs, int) else None
+        return self._device(vf), queue_pairs if isinstance(queue_pairs, int) else None
+
+    def _uplinks(self, vfs: Iterable[dict[str, object]]) -> dict[str, str]:
+        """Device string -> uplink: frames for the network go out where the VF's own do."""
+        return {self._device(vf): f"nic={self._control},vf={vf.get('index')}" for vf in vfs}
 
     def _spawn(self) -> Process:
         process = Process.spawn([find_program(PROGRAM), *self._arguments()], self._log)

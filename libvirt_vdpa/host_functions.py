@@ -4,6 +4,7 @@ Looks at sysfs and /proc and changes nothing: binding.py and sriov.py do. Every 
 moment: functions come, go and change their driver while one looks.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 
 from datapath.bus.pci import PciIds
@@ -23,6 +24,8 @@ IOMMU_REMEDIES = {
     "AuthenticAMD": "enable the IOMMU (AMD-Vi) in the firmware and boot without amd_iommu=off",
 }
 IOMMU_REMEDY = "enable the IOMMU in the firmware and boot without iommu=off"
+#: phys_port_name of what stands for a VF or a subfunction (Linux Documentation/networking/switchdev.rst).
+REPRESENTOR = re.compile(r"(c\d+)?pf\d+(vf|sf)\d+")
 
 #: Address of a PCI function -> who holds it.
 Holders = Mapping[str, str]
@@ -71,6 +74,23 @@ class HostFunctions:
         :raise SysfsError: when there is none at `address`.
         """
         return function(address, self._root)
+
+    def uplink(self, address: str) -> str | None:
+        """The network interface of a VF's physical function; None when there is none."""
+        try:
+            parent = self.look(address).physical_function
+            names = self.look(parent).net_interfaces if parent is not None else ()
+        except SysfsError:
+            return None
+        return next((name for name in names if not self._is_representor(name)), None)
+
+    def _is_representor(self, interface: str) -> bool:
+        """Whether an interface of a physical function stands for one of its VFs, as behind an eSwitch."""
+        try:
+            port = (self._root / "class/net" / interface / "phys_port_name").read_text()
+        except OSError:
+            return False
+        return REPRESENTOR.fullmatch(port.strip()) is not None
 
     def obstacle(self, address: str, driver: str, holders: Holders) -> str:
         """Why a function cannot be given to a port now, and what to do; empty when it can.

@@ -71,6 +71,10 @@ class HostPools:
         obstacle = self._functions.obstacle(address, driver, holders)
         return self._failed.get(address, obstacle) if obstacle else ""
 
+    def uplink(self, address: str) -> str | None:
+        """Where a VF's guest can be announced. As `HostFunctions.uplink`."""
+        return self._functions.uplink(address)
+
     async def start(self, inventory: Inventory) -> None:
         """Create the VFs that the configuration asks for and bind what it wants bound.
 

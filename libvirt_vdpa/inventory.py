@@ -1,12 +1,14 @@
 """Which VFs this host has, in which pools, and who holds which.
 
-A VF is lent to one port at a time, whether it was taken from a pool or named by the domain. Owns nothing
+A VF is lent to one port at a time, whether it was taken from a pool or named by the domain. One that is
+promised, to a guest that is about to come, is lent to nobody else until the promise expires. Owns nothing
 but this bookkeeping: what stands against a PCI function is asked for when it is to be lent, and that a VF
 really works is found out by the port that opens it.
 """
 
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from datapath.bus.sysfs import ADDRESS
@@ -27,6 +29,10 @@ ADDRESS_OPTIONS: dict[str, Callable[[str], str]] = {"vfio-user": plain_path, "pc
 #: Why the PCI function at an address cannot be given to a port by a driver of ours, while ports hold others
 #: and maybe this one (address -> holder); empty when it can.
 Obstacle = Callable[[str, str, Mapping[str, str]], str]
+#: The network interface on which the guest of the PCI function at an address can be announced; None: none.
+UplinkOf = Callable[[str], str | None]
+#: Seconds that a promise lasts: libvirt's `prepare` follows its `migrate` within one or two, if at all.
+PROMISE_LIMIT = 30.0
 
 
 class InventoryError(Exception):
@@ -35,7 +41,7 @@ class InventoryError(Exception):
 
 @dataclass(frozen=True)
 class Holder:
-    """The port that a VF is lent to."""
+    """The port that a VF is lent or promised to."""
 
     domain: str
     uuid: str
@@ -43,6 +49,15 @@ class Holder:
 
     def __str__(self) -> str:
         return f"domain '{self.domain}' ({self.mac})"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A VF is kept for a port that does not exist yet."""
+
+    holder: Holder
+    #: When it is void, by the inventory's clock.
+    expires: float
 
 
 @dataclass
@@ -57,6 +72,11 @@ class Vf:
     #: Receive/transmit queue pairs; None when it is not known before a port has opened it.
     queue_pairs: int | None = None
     holder: Holder | None = None
+    #: May be void; see `Inventory.promised`.
+    promise: Promise | None = None
+    #: Where its port sends what announces the guest, as virt-vdpa-port's --uplink has it; None: nowhere.
+    #: Of a PCI function it is looked up when the VF is lent.
+    uplink: str | None = None
 
 
 @dataclass
@@ -65,6 +85,8 @@ class Pool:
 
     name: str
     driver: str
+    #: Network interface of the configuration, for announcing the guests of its VFs.
+    uplink: str | None = None
     vfs: list[Vf] = field(default_factory=list)
     #: Why its VFs cannot be used now; empty when they can.
     problem: str = ""
@@ -104,29 +126,46 @@ def pci_address(device: str) -> str | None:
 class Inventory:
     """The VFs of this host."""
 
-    def __init__(self, pools: Iterable[PoolConfig], obstacle: Obstacle = lambda *_: "") -> None:
+    def __init__(
+        self,
+        pools: Iterable[PoolConfig],
+        obstacle: Obstacle = lambda *_: "",
+        uplink_of: UplinkOf = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """No VFs yet, but the pools.
 
         :param obstacle: asked each time that a PCI function is to be lent or shown.
+        :param uplink_of: asked when a PCI function is lent whose pool has no uplink in the configuration.
+        :param clock: seconds, for promises.
         """
         self._obstacle = obstacle
-        self.pools = {pool.name: Pool(pool.name, pool.driver) for pool in pools}
-        #: VFs of no pool, as long as they are lent.
+        self._uplink_of = uplink_of
+        self._clock = clock
+        self.pools = {pool.name: Pool(pool.name, pool.driver, pool.uplink) for pool in pools}
+        #: VFs of no pool, as long as they are lent or promised.
         self._named: list[Vf] = []
 
     def __iter__(self) -> Iterator[Vf]:
         for pool in self.pools.values():
             yield from pool.vfs
-        yield from self._named
+        yield from (vf for vf in self._named if vf.holder is not None or self._holds(vf.promise))
 
-    def set_pool(self, name: str, devices: Iterable[tuple[str, int | None]]) -> None:
-        """Say what VFs a pool has: device strings and queue pairs. Those that are lent stay so."""
+    def set_pool(
+        self, name: str, devices: Iterable[tuple[str, int | None]], uplinks: Mapping[str, str] | None = None
+    ) -> None:
+        """Say what VFs a pool has: device strings and queue pairs. Those that are lent or promised stay so.
+
+        :param uplinks: device string -> its uplink, of those that have one of their own.
+        """
         pool = self.pools[name]
         known = {address(vf.device): vf for vf in (*self._named, *pool.vfs)}
         vfs = []
         for device, queue_pairs in devices:
-            vf = known.get(address(device))
-            vfs.append(Vf(device, pool.driver, name, queue_pairs, vf.holder if vf else None))
+            vf = Vf(device, pool.driver, name, queue_pairs, uplink=(uplinks or {}).get(device))
+            if (before := known.get(address(device))) is not None:
+                vf.holder, vf.promise = before.holder, before.promise
+            vfs.append(vf)
         there = {address(vf.device) for vf in vfs}
         # A VF that has gone from the pool stays held by the port that has it.
         left = [vf for vf in pool.vfs if vf.holder is not None and address(vf.device) not in there]
@@ -160,18 +199,76 @@ class Inventory:
             return f"lent to {holder}, from another pool"
         return self._obstacle(where, vf.driver, holders)
 
-    def lend(self, driver: str, pool: str | None, device: str | None, queue_pairs: int, holder: Holder) -> Vf:
-        """Take a VF for a port: the one that is named, or a free one of the pool.
+    def candidates(
+        self, driver: str, pool: str | None, device: str | None, queue_pairs: int, holder: Holder
+    ) -> Iterator[Vf]:
+        """VFs that a port could be lent now, one at least: the one that is promised to it, the one that is
+        named, or each free one of the pool.
 
         :raise InventoryError: when there is none that fits.
         """
-        vf = self._of_pool(driver, pool) if pool is not None else self._by_name(f"{driver},{device}", driver)
-        if vf.queue_pairs is not None and queue_pairs > vf.queue_pairs:
-            raise InventoryError(too_many_queues(queue_pairs, vf.queue_pairs))
+        usable = (
+            self._of_pool(driver, pool, holder)
+            if pool is not None
+            else self._by_name(f"{driver},{device}", driver, holder)
+        )
+        for vf in usable:
+            if vf.queue_pairs is not None and queue_pairs > vf.queue_pairs:
+                raise InventoryError(too_many_queues(queue_pairs, vf.queue_pairs))
+            yield vf
+
+    def lend(self, driver: str, pool: str | None, device: str | None, queue_pairs: int, holder: Holder) -> Vf:
+        """Take a VF for a port; what was promised to the port is void then.
+
+        :raise InventoryError: when there is none that fits.
+        """
+        vf = next(self.candidates(driver, pool, device, queue_pairs, holder))
+        self.retract(holder.uuid, holder.mac)
         vf.holder = holder
-        if vf.pool is None:
-            self._named.append(vf)
+        vf.uplink = self._uplink(vf)
+        self._keep(vf)
         return vf
+
+    def promise(self, vf: Vf, holder: Holder) -> None:
+        """Lend a VF, one of the `candidates`, to nobody but a port that is to come, for PROMISE_LIMIT."""
+        vf.promise = Promise(holder, self._clock() + PROMISE_LIMIT)
+        self._keep(vf)
+
+    def retract(self, uuid: str, mac: str | None = None) -> None:
+        """Promise nothing to a port, or to a whole domain."""
+        for vf in self:
+            port = vf.promise.holder if vf.promise is not None else None
+            if port is not None and port.uuid == uuid and mac in (None, port.mac):
+                vf.promise = None
+
+    def promised(self, vf: Vf) -> Holder | None:
+        """Whom a VF that nobody holds is promised to now, if only as a VF of another pool."""
+        if vf.holder is not None:
+            return None
+        there = [other for other in self if self._holds(other.promise)]
+        wanted = address(vf.device) if there else ""
+        found = [other.promise for other in there if address(other.device) == wanted]
+        return found[0].holder if found and found[0] is not None else None
+
+    def _holds(self, promise: Promise | None) -> bool:
+        return promise is not None and self._clock() < promise.expires
+
+    def _free_for(self, vf: Vf, holder: Holder) -> bool:
+        promised = self.promised(vf)
+        return vf.holder is None and (
+            promised is None or (promised.uuid, promised.mac) == (holder.uuid, holder.mac)
+        )
+
+    def _uplink(self, vf: Vf) -> str | None:
+        configured = self.pools[vf.pool].uplink if vf.pool is not None else None
+        where = pci_address(vf.device)
+        interface = configured or (self._uplink_of(where) if where is not None else None)
+        return f"interface={interface}" if interface else vf.uplink
+
+    def _keep(self, vf: Vf) -> None:
+        """Remember a VF that is in no pool, and none that nobody has."""
+        if vf.pool is None and all(vf is not other for other in self._named):
+            self._named = [*(other for other in self if other.pool is None), vf]
 
     def hold(self, device: str, holder: Holder) -> None:
         """Note that a running port has a VF.
@@ -189,7 +286,7 @@ class Inventory:
         """A port has let go of its VF; nothing happens when it did not hold it."""
         vf = self._find(device)
         if vf is not None and vf.holder == holder:
-            vf.holder = None
+            vf.holder = vf.promise = None
             self._named = [other for other in self._named if other is not vf]
 
     def _find(self, device: str) -> Vf | None:
@@ -198,22 +295,26 @@ class Inventory:
         # A VF may be in two pools, and is lent from one of them.
         return next((vf for vf in found if vf.holder is not None), found[0] if found else None)
 
-    def _by_name(self, device: str, driver: str) -> Vf:
+    def _by_name(self, device: str, driver: str, holder: Holder) -> Iterator[Vf]:
         vf = self._find(device)
         if vf is None:
             where = pci_address(device)
             vf = Vf(f"{driver},pci={where}" if where else device, driver, None)
-        if vf.holder is not None:
-            raise InventoryError(f"metadata attribute device: '{device}' is in use by {vf.holder}")
+        if not self._free_for(vf, holder):
+            raise InventoryError(f"metadata attribute device: '{device}' is {self._taken(vf)}")
         if vf.driver != driver:
             raise InventoryError(
                 f"metadata attribute driver='{driver}': device '{device}' needs '{vf.driver}'"
             )
         if problem := self.problem(vf):
             raise InventoryError(f"device '{vf.device}': {problem}")
-        return vf
+        yield vf
 
-    def _of_pool(self, driver: str, name: str) -> Vf:
+    def _taken(self, vf: Vf) -> str:
+        """Who has a VF that cannot be lent."""
+        return f"in use by {vf.holder}" if vf.holder is not None else f"promised to {self.promised(vf)}"
+
+    def _of_pool(self, driver: str, name: str, holder: Holder) -> Iterator[Vf]:
         pool = self.pools.get(name)
         if pool is None:
             there = ", ".join(self.pools) or "none"
@@ -224,16 +325,30 @@ class Inventory:
             )
         if pool.problem:
             raise InventoryError(f"pool '{name}' has no usable VF: {pool.problem}")
-        free = [vf for vf in pool.vfs if vf.holder is None]
+        free = [vf for vf in pool.vfs if self._free_for(vf, holder)]
+        # What is promised to this port comes first.
+        free.sort(key=lambda vf: self.promised(vf) is None)
         problems = []
         for vf, problem in self.problems(free):
             if not problem:
-                return vf
-            problems.append(f"{pci_address(vf.device) or vf.device}: {problem}")
-        holders = ", ".join(dict.fromkeys(str(vf.holder) for vf in pool.vfs if vf.holder is not None))
-        lent = f"{len(pool.vfs) - len(free)} of {len(pool.vfs)} lent to {holders}" if holders else ""
-        reasons = "; ".join(filter(None, [lent, *problems, pool.warning]))
+                yield vf
+            else:
+                problems.append(f"{pci_address(vf.device) or vf.device}: {problem}")
+        if len(problems) < len(free):
+            return
+        reasons = "; ".join(filter(None, [*self._others(pool, free), *problems, pool.warning]))
         raise InventoryError(f"pool '{name}' has no {'usable' if free else 'free'} VF: {reasons}")
+
+    def _others(self, pool: Pool, free: Collection[Vf]) -> Iterator[str]:
+        """Who has the VFs of a pool that are not free."""
+        taken = [vf for vf in pool.vfs if vf not in free]
+        for what, holders in (
+            ("lent", [vf.holder for vf in taken if vf.holder is not None]),
+            ("promised", [self.promised(vf) for vf in taken if vf.holder is None]),
+        ):
+            if holders:
+                names = ", ".join(dict.fromkeys(str(holder) for holder in holders))
+                yield f"{len(holders)} of {len(pool.vfs)} {what} to {names}"
 
 
 def too_many_queues(asked: int, has: int) -> str:

@@ -60,23 +60,24 @@ class Lifecycle:
         self._last_operation: dict[str, int] = {}
         self._numbers = itertools.count()
 
-    async def hook(self, operation: str, name: str, xml: bytes) -> None:
+    async def hook(self, operation: str, name: str, xml: bytes) -> str | None:
         """Carry out a hook's operation; one that is unknown, or of a foreign domain, does nothing.
 
         Cancelled, it undoes what it has begun: whoever asked is gone.
 
+        :return: XML that libvirt is to go on with in place of the domain's, in `migrate` and `restore`.
         :raise LifecycleError: when libvirt must be told that it cannot be.
         """
         handler = OPERATIONS.get(operation)
         if handler is None or not is_ours(xml):
-            return
+            return None
         uuid = domain_identity(xml)[1]
         number = self._last_operation[uuid] = next(self._numbers)
         limit = self._config.hook_time_limit * ANSWER_SHARE
         logger.info("domain '%s': %s", name, operation)
         try:
             async with asyncio.timeout(limit), self._exclusive(uuid):
-                await handler(self, name, xml)
+                return await handler(self, name, xml)
         except TimeoutError:
             text = f"domain '{name}': {operation} took longer than {limit:g} s; see virtvdpad's log"
             raise LifecycleError(text) from None
@@ -259,7 +260,7 @@ class Lifecycle:
         return port
 
 
-Handler = Callable[[Lifecycle, str, bytes], Awaitable[None]]
+Handler = Callable[[Lifecycle, str, bytes], Awaitable[str | None]]
 #: Hook operation -> what carries it out: given the domain's name and XML.
 OPERATIONS: dict[str, Handler] = {
     "prepare": Lifecycle._prepare,

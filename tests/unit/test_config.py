@@ -128,6 +128,14 @@ def test_mistakes_name_file_and_key(file: Path, text: str, message: str) -> None
         ("pf = '0000:01:00.0'\nvfs = 0", "pool.a.vfs: must be a number of VFs from 1 to 65535"),
         ("pf = '0000:01:00.0'\nvfs = true", "pool.a.vfs: must be a whole number, not True"),
         ("pf = '0000:01:00.0'\nbind = 1", "pool.a.bind: must be true or false, not 1"),
+        ("emulated = 1\nuplink = 'a'", "pool.a.uplink: is for pools with 'devices', this one has 'emulated'"),
+        *(
+            (
+                f"pf = '0000:01:00.0'\nuplink = '{name}'",
+                f"pool.a.uplink: must be the name of a network interface, not '{name}'",
+            )
+            for name in ("", "a,vf=1", "a/b", "..", "a b", 16 * "x", 8 * "é")
+        ),
         (
             "pf = '0000:01:00.0'\n[pool.b]\ndriver = 'ifcvf'\ndevices = ['0000:01:00.0']",
             "pool.b.devices: 0000:01:00.0 is in pool 'a' already",

@@ -20,8 +20,8 @@ def test_the_pools_that_the_sample_has_in_comments_are_taken(tmp_path: Path) -> 
     taken = tmp_path / "c.toml"
     taken.write_text("\n".join(line for line in lines if re.match(r"\[|[a-z]+ = ", line)))
     assert read_config(taken).pools == (
-        PoolConfig("cards", "virtio", devices=("0000:06:00.3", "0000:06:00.4")),
-        PoolConfig("card", "ifcvf", pf="0000:08:00.0", vfs=8),
+        PoolConfig("cards", "virtio", devices=("0000:06:00.3", "0000:06:00.4"), uplink="eth0"),
+        PoolConfig("card", "ifcvf", pf="0000:08:00.0", vfs=8, uplink="eth0"),
     )
 
 

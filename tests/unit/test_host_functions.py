@@ -145,3 +145,19 @@ def test_who_has_it_open(kernel: FakeKernel) -> None:
     (kernel.procfs / "99").mkdir()  # has ended
     host = HostFunctions(kernel)
     assert host.users(host.look(ONE), host.openers()) == ["qemu-system-x86 (pid 30)", "crosvm (pid 5)"]
+
+
+def test_a_vf_is_announced_on_the_interface_of_its_physical_function(kernel: FakeKernel) -> None:
+    pf, vf = "0000:02:00.0", "0000:02:00.1"
+    kernel.add(pf, files={"sriov_totalvfs": "1", "sriov_numvfs": "0"})
+    kernel.add(vf)
+    uplink = HostFunctions(kernel).uplink
+    assert uplink(vf) is None
+    (kernel.sysfs / "bus/pci/devices" / vf / "physfn").symlink_to(f"../{pf}")
+    assert uplink(vf) is None
+    for name, port in (("a_rep", "pf0vf0"), ("b_sf", "c1pf0sf3"), ("c_pf", "p0"), ("d", None)):
+        kernel.add_interface(pf, name)
+        if port is not None:
+            (kernel.sysfs / "class/net" / name / "phys_port_name").write_text(f"{port}\n")
+    assert uplink(vf) == "c_pf"
+    assert uplink("0000:03:00.0") is None

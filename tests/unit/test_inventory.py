@@ -7,7 +7,7 @@ import pytest
 from datapath.vdpa import DRIVERS
 from libvirt_vdpa.config import PoolConfig
 from libvirt_vdpa.emulated import in_use
-from libvirt_vdpa.inventory import Holder, Inventory, InventoryError
+from libvirt_vdpa.inventory import PROMISE_LIMIT, Holder, Inventory, InventoryError, Vf
 
 A = Holder("a", "uuid-a", "52:54:00:00:00:01")
 B = Holder("b", "uuid-b", "52:54:00:00:00:02")
@@ -232,3 +232,116 @@ class TestPciFunctions:
             inventory.lend("any", "one", None, 1, B)
         inventory.give_back(f"ifcvf,pci={self.FIRST}", A)
         assert inventory.lend("any", "one", None, 1, B).device == f"ifcvf,pci={self.FIRST}"
+
+
+class TestPromises:
+    """VFs that are kept for guests that are about to come."""
+
+    class Clock:
+        now = 1000.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return self.Clock()
+
+    @pytest.fixture
+    def host(self, clock: Clock) -> Inventory:
+        inventory = Inventory([PoolConfig("default", "ifcvf", 2)], clock=clock)
+        inventory.set_pool("default", [(VF0, 1), (VF1, 1)])
+        return inventory
+
+    def promise(self, host: Inventory, holder: Holder, device: str | None = None) -> Vf:
+        pool = "default" if device is None else None
+        vf = next(host.candidates("ifcvf", pool, device, 1, holder))
+        host.promise(vf, holder)
+        return vf
+
+    def test_nobody_else_is_lent_what_is_promised(self, host: Inventory) -> None:
+        assert self.promise(host, A).device == VF0
+        assert host.lend("any", "default", None, 1, B).device == VF1
+        with pytest.raises(InventoryError) as refused:
+            host.lend("any", "default", None, 1, Holder("c", "uuid-c", "mac"))
+        assert str(refused.value) == (
+            "pool 'default' has no free VF: 1 of 2 lent to domain 'b' (52:54:00:00:00:02); "
+            "1 of 2 promised to domain 'a' (52:54:00:00:00:01)"
+        )
+        with pytest.raises(InventoryError, match=r"is promised to domain 'a' \(52:54:00:00:00:01\)"):
+            host.lend("ifcvf", None, "vfio-user=/vf0.sock", 1, B)
+
+    def test_who_it_is_promised_to_is_lent_it_and_the_promise_is_done_with(self, host: Inventory) -> None:
+        host.lend("any", "default", None, 1, B)
+        promised = self.promise(host, A)
+        host.give_back(VF0, B)
+        # Not the first free one, under whatever name the domain goes now.
+        renamed = Holder("a2", A.uuid, A.mac)
+        assert host.lend("any", "default", None, 1, renamed) is promised
+        host.give_back(promised.device, renamed)
+        assert [host.promised(vf) for vf in host] == [None, None]
+
+    def test_a_promise_expires(self, host: Inventory, clock: Clock) -> None:
+        vf = self.promise(host, A)
+        clock.now += PROMISE_LIMIT - 0.1
+        assert host.promised(vf) == A
+        clock.now += 0.1
+        assert host.promised(vf) is None
+        assert host.lend("any", "default", None, 1, B) is vf
+
+    def test_two_ports_of_one_domain_are_promised_two(self, host: Inventory) -> None:
+        other = Holder(A.domain, A.uuid, B.mac)
+        assert [self.promise(host, port).device for port in (A, other)] == [VF0, VF1]
+        host.retract(A.uuid, A.mac)
+        assert [host.promised(vf) for vf in host] == [None, other]
+        host.retract(A.uuid)
+        assert [host.promised(vf) for vf in host] == [None, None]
+
+    def test_one_that_is_named_is_forgotten_when_nobody_comes(self, host: Inventory, clock: Clock) -> None:
+        self.promise(host, A, "vfio-user=/x.sock")
+        assert [vf.device for vf in host] == [VF0, VF1, "ifcvf,vfio-user=/x.sock"]
+        with pytest.raises(InventoryError, match="is promised to domain 'a'"):
+            host.lend("ifcvf", None, "vfio-user=/x.sock", 1, B)
+        clock.now += PROMISE_LIMIT
+        assert [vf.device for vf in host] == [VF0, VF1]
+        assert host.lend("ifcvf", None, "vfio-user=/x.sock", 1, B).holder == B
+
+    def test_a_promise_survives_that_the_pool_is_gone_through_again(self, host: Inventory) -> None:
+        self.promise(host, A)
+        host.set_pool("default", [(VF1, 1), (VF0, 1)])
+        assert [host.promised(vf) for vf in host] == [None, A]
+
+    def test_one_that_is_in_two_pools_is_promised_once(self, clock: Clock) -> None:
+        host = Inventory([PoolConfig(name, "ifcvf", devices=()) for name in ("one", "all")], clock=clock)
+        for name in ("one", "all"):
+            host.set_pool(name, [("ifcvf,pci=0000:06:00.1", None)])
+        host.promise(next(host.candidates("any", "one", None, 1, A)), A)
+        with pytest.raises(InventoryError, match="1 of 1 promised to domain 'a'"):
+            host.lend("any", "all", None, 1, B)
+        assert host.lend("any", "all", None, 1, A).holder == A
+        assert [host.promised(vf) for vf in host] == [None, None]
+
+
+class TestUplinks:
+    """Where a guest is announced."""
+
+    def test_of_an_emulated_vf_its_nic_knows(self, inventory: Inventory) -> None:
+        inventory.set_pool("default", [(VF0, 1), (VF1, 1)], {VF1: "nic=/run/nic,vf=1"})
+        assert [inventory.lend("any", "default", None, 1, port).uplink for port in (A, B)] == [
+            None,
+            "nic=/run/nic,vf=1",
+        ]
+
+    @pytest.mark.parametrize(
+        ("configured", "found", "uplink"),
+        [("eth1", "eth0", "interface=eth1"), (None, "eth0", "interface=eth0"), (None, None, None)],
+    )
+    def test_of_a_pci_function(self, configured: str | None, found: str | None, uplink: str | None) -> None:
+        pool = PoolConfig("cards", "ifcvf", devices=("0000:06:00.1",), uplink=configured)
+        inventory = Inventory([pool], uplink_of=lambda where: found if where == "0000:06:00.1" else "?")
+        inventory.set_pool("cards", [("ifcvf,pci=0000:06:00.1", None)])
+        assert inventory.lend("ifcvf", None, "pci=0000:06:00.1", 1, A).uplink == uplink
+
+    def test_of_a_pci_function_in_no_pool(self) -> None:
+        inventory = Inventory([], uplink_of=lambda where: f"of-{where}")
+        assert inventory.lend("ifcvf", None, "pci=0000:06:00.1", 1, A).uplink == "interface=of-0000:06:00.1"
