@@ -6,8 +6,8 @@ depends on the host's VFs is inventory.py's.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lxml import etree
@@ -15,6 +15,7 @@ from lxml import etree
 from datapath.vdpa import DRIVERS
 from libvirt_vdpa.inventory import InventoryError, address
 from libvirt_vdpa.metadata import ANY_DRIVER, NAMESPACE, InterfaceRequest, Problem, line_of, read_metadata
+from libvirt_vdpa.state import InterfaceState, read_state
 
 #: `mode=` of an interface's source (QEMU's part) -> our role on the vhost-user socket.
 ROLES = {"client": "listen", "server": "connect"}
@@ -24,8 +25,11 @@ SHARED_MEMORY = "<memoryBacking><source type='memfd'/><access mode='shared'/></m
 UNSERVED = ("iommu", "packed")
 #: Attributes of an interface's <driver> that size its rings; libvirt sees to powers of two.
 QUEUE_SIZES = ("rx_queue_size", "tx_queue_size")
-#: Attributes of our metadata that take effect with live migration.
-WITHOUT_EFFECT = ("migration", "announce")
+#: Policy of announcing -> why QEMU's further rounds do not go with it.
+WITHOUT_ROUNDS = {
+    "off": "nobody announces the guest then",
+    "rarp": "the port announces the guest then, not QEMU",
+}
 #: Both become names of files, so they must have exactly this form.
 UUID_FORM = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAC_FORM = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
@@ -48,12 +52,15 @@ class PortSpec:
     device: str | None
     migration: str
     announce: str
+    announce_rounds: int
     #: Our role on the socket: "listen" or "connect".
     role: str
     socket_path: Path
     queue_pairs: int
     #: Largest ring in descriptors, as far as the XML says.
     queue_size: int
+    #: Bytes of a packet, as far as the XML says; 0 when it does not.
+    mtu: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class DomainSpec:
     name: str
     uuid: str
     ports: tuple[PortSpec, ...]
+    #: What its guest uses of each port, by MAC, as far as the daemon of its last host has said.
+    states: Mapping[str, InterfaceState] = field(default_factory=dict)
 
 
 def socket_path(run_folder: Path, uuid: str, mac: str) -> Path:
@@ -83,17 +92,50 @@ def parse_domain(xml: bytes, run_folder: Path) -> DomainSpec:
     return spec
 
 
+def with_local_paths(xml: bytes, run_folder: Path) -> bytes | None:
+    """A domain of another host with the socket paths of this one; None when it has them already.
+
+    Only the run folder may differ: a path that is wrong on every host is left as it is. So is all else, but
+    for the kind of quotes.
+    """
+    try:
+        root = etree.fromstring(xml, domain_parser())
+    except etree.XMLSyntaxError:
+        return None
+    uuid = uuid_of(root)
+    changed = False
+    for request in read_metadata(root)[0]:
+        element = find_interface(root, request, {}, [])
+        source = element.find("source") if element is not None else None
+        if element is None or source is None:
+            continue
+        local, path = socket_path(run_folder, uuid, mac_of(element)), Path(source.get("path", ""))
+        if path != local and path.is_absolute() and path.parts[-2:] == local.parts[-2:]:
+            source.set("path", str(local))
+            changed = True
+    return etree.tostring(root.getroottree(), encoding="utf-8") if changed else None
+
+
+def domain_parser() -> etree.XMLParser:
+    """A parser for XML of others: nothing is fetched or expanded, nothing is lost that is written again."""
+    return etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False, strip_cdata=False)
+
+
+def uuid_of(root: etree._Element) -> str:
+    """A domain's UUID; empty when it has none."""
+    return (root.findtext("uuid") or "").strip().lower()
+
+
 def check_domain(xml: bytes, run_folder: Path) -> tuple[DomainSpec | None, list[Problem]]:
     """Read a domain and list all that is wrong with it; no domain when it cannot be read at all."""
-    parser = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False)
     try:
-        root = etree.fromstring(xml, parser)
+        root = etree.fromstring(xml, domain_parser())
     except etree.XMLSyntaxError as error:
         return None, [Problem(error.lineno or 1, "", f"domain XML: {error.msg}")]
     if root.tag != "domain":
         return None, [Problem(line_of(root), "", f"domain XML begins with <{root.tag}>, not <domain>")]
     name = " ".join((root.findtext("name") or "").split())
-    uuid = (root.findtext("uuid") or "").strip().lower()
+    uuid = uuid_of(root)
     requests, problems = read_metadata(root)
     ports: list[PortSpec] = []
     if requests and not UUID_FORM.fullmatch(uuid):
@@ -114,7 +156,7 @@ def check_domain(xml: bytes, run_folder: Path) -> tuple[DomainSpec | None, list[
     if requests:
         problems += memory_problems(root)
     problems += forgotten_interfaces(root, claimed, run_folder)
-    return DomainSpec(name, uuid, tuple(ports)), problems
+    return DomainSpec(name, uuid, tuple(ports), read_state(root)), problems
 
 
 def find_interface(
@@ -196,15 +238,17 @@ class InterfaceCheck:
             device=request.device,
             migration=request.migration,
             announce=request.announce,
+            announce_rounds=request.announce_rounds,
             role=ROLES.get(self.mode, ""),
             socket_path=self.path,
             queue_pairs=self.number("queues", 1),
             queue_size=max(self.number(name, 0) for name in QUEUE_SIZES),
+            mtu=self.number("size", 0, "mtu"),
         )
 
-    def number(self, attribute: str, default: int) -> int:
-        """A number of <driver>; the default when it is missing or none."""
-        text = attribute_of(self.element, "driver", attribute)
+    def number(self, attribute: str, default: int, child: str = "driver") -> int:
+        """A number of <driver>, or of another child; the default when it is missing or none."""
+        text = attribute_of(self.element, child, attribute)
         return int(text) if NUMBER_FORM.fullmatch(text) else default
 
     def problems(self) -> list[Problem]:
@@ -244,15 +288,12 @@ def check_device(check: InterfaceCheck) -> Iterator[Finding]:
         yield check.request.line, f"metadata attribute device: {error}", True
 
 
-def check_effect(check: InterfaceCheck) -> Iterator[Finding]:
-    """What is read but does nothing yet must not be relied on."""
-    for attribute in WITHOUT_EFFECT:
-        value = getattr(check.request, attribute)
-        if value != "auto":
-            text = (
-                f"metadata attribute {attribute}='{value}': has no effect before live migration is supported"
-            )
-            yield check.request.line, text, False
+def check_announce(check: InterfaceCheck) -> Iterator[Finding]:
+    """QEMU's further rounds need somebody who answers to them."""
+    rounds, policy = check.request.announce_rounds, check.request.announce
+    if rounds and policy in WITHOUT_ROUNDS:
+        text = f"metadata attribute announce-rounds='{rounds}': excludes announce='{policy}'"
+        yield check.request.line, f"{text}, {WITHOUT_ROUNDS[policy]}; remove one", True
 
 
 def check_type(check: InterfaceCheck) -> Iterator[Finding]:
@@ -320,7 +361,7 @@ CHECKS: tuple[Callable[[InterfaceCheck], Iterator[Finding]], ...] = (
     check_type,
     check_driver_name,
     check_device,
-    check_effect,
+    check_announce,
     check_source,
     check_reconnect,
     check_queues,
@@ -362,4 +403,4 @@ def domain_identity(xml: bytes) -> tuple[str, str]:
         return "", ""
     if root is None:
         return "", ""
-    return (root.findtext("name") or "").strip(), (root.findtext("uuid") or "").strip().lower()
+    return (root.findtext("name") or "").strip(), uuid_of(root)

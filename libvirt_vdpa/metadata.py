@@ -21,12 +21,13 @@ DEFAULT_POOL = "default"
 #: Driver of an interface that leaves the choice to the pool.
 ANY_DRIVER = "any"
 
-#: Attribute -> a value that has the right form, for messages.
-EXAMPLES = {
-    "mac": "52:54:00:76:64:01",
-    "alias": "ua-net0",
-    "pool": "default",
-    "device": "vfio-user=/run/vf0.sock",
+#: Attribute -> what its value should be, for messages.
+FORMS = {
+    "mac": "like '52:54:00:76:64:01'",
+    "alias": "like 'ua-net0'",
+    "pool": "like 'default'",
+    "device": "like 'vfio-user=/run/vf0.sock'",
+    "announce-rounds": "a number from 0 to 20",
 }
 
 
@@ -62,6 +63,7 @@ class InterfaceRequest:
     device: str | None
     migration: str
     announce: str
+    announce_rounds: int
     line: int
 
     @property
@@ -82,6 +84,7 @@ class InterfaceRequest:
             device=device,
             migration=element.get("migration", "auto"),
             announce=element.get("announce", "auto"),
+            announce_rounds=int(element.get("announce-rounds", "0")),
             line=line_of(element),
         )
 
@@ -159,7 +162,7 @@ def explain_interface(element: etree._Element) -> Iterator[str]:
             yield f"metadata attribute {name}='{value}': use one of {', '.join(values)}"
         patterns = allowed(f"{attribute}//rng:param[@name='pattern']/text()")
         if patterns and not any(re.fullmatch(pattern, value) for pattern in patterns):
-            yield f"metadata attribute {name}='{value}': wrong form, should be like '{EXAMPLES[name]}'"
+            yield f"metadata attribute {name}='{value}': wrong form, should be {FORMS[name]}"
     given = set(element.attrib)
     if not given & {"mac", "alias"}:
         yield "metadata attribute mac or alias is missing: it says which interface is meant"

@@ -1,5 +1,6 @@
 """Domain XML: what the examples ask for, and what is refused, with words and line."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapath.vdpa import DRIVERS
-from libvirt_vdpa.domain import DomainError, PortSpec, check_domain, domain_identity, parse_domain
+from libvirt_vdpa.domain import (
+    DomainError,
+    PortSpec,
+    check_domain,
+    domain_identity,
+    parse_domain,
+    with_local_paths,
+)
 from libvirt_vdpa.metadata import xml_folder
+from libvirt_vdpa.state import InterfaceState, render_state
 
 RUN = Path("/run/libvirt-vdpa")
 DEMO = (xml_folder() / "vdpa-demo.xml").read_text()
@@ -53,10 +62,12 @@ def test_demo() -> None:
             device=None,
             migration="auto",
             announce="auto",
+            announce_rounds=0,
             role="listen",
             socket_path=RUN / UUID / f"{MAC}.sock",
             queue_pairs=1,
             queue_size=0,
+            mtu=0,
         ),
     )
 
@@ -115,7 +126,7 @@ WRONG = {
         METADATA,
         METADATA.replace("driver=", "drivr="),
         f"interface {MAC}: metadata attribute drivr='ifcvf' is not known; "
-        "known are: migration, announce, mac, alias, driver, pool, device",
+        "known are: migration, announce, announce-rounds, mac, alias, driver, pool, device",
     ),
     "unknown-driver-name": (
         "driver='ifcvf'",
@@ -144,6 +155,24 @@ WRONG = {
         "pool='default'",
         "announce='loud'",
         f"interface {MAC}: metadata attribute announce='loud': use one of auto, guest, rarp, off",
+    ),
+    "announce-rounds": (
+        "pool='default'",
+        "announce-rounds='21'",
+        f"interface {MAC}: metadata attribute announce-rounds='21': wrong form, should be a number"
+        " from 0 to 20",
+    ),
+    "rounds-of-nobody": (
+        "pool='default'",
+        "announce='off' announce-rounds='3'",
+        f"interface {MAC}: metadata attribute announce-rounds='3': excludes announce='off', nobody announces"
+        " the guest then; remove one",
+    ),
+    "rounds-of-the-port": (
+        "pool='default'",
+        "announce='rarp' announce-rounds='1'",
+        f"interface {MAC}: metadata attribute announce-rounds='1': excludes announce='rarp', the port"
+        " announces the guest then, not QEMU; remove one",
     ),
     "mac-form": (
         METADATA,
@@ -305,19 +334,68 @@ def test_no_reconnect_is_only_advised_against() -> None:
     parse_domain(xml.encode(), RUN)
 
 
-def test_what_has_no_effect_yet_is_pointed_out() -> None:
-    said = "migration='software' announce='off'"
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("", ("auto", "auto", 0)),
+        ("migration='hardware' announce='guest' announce-rounds='20'", ("hardware", "guest", 20)),
+        ("migration='software' announce='off' announce-rounds='0'", ("software", "off", 0)),
+    ],
+)
+def test_how_a_guest_is_to_migrate(said: str, read: tuple[str, str, int]) -> None:
     xml = edited(DEMO, METADATA, METADATA.replace("/>", f" {said}/>"))
     spec, problems = check_domain(xml.encode(), RUN)
+    assert problems == []
     assert spec is not None
-    assert [str(problem) for problem in problems] == [
-        f"interface {MAC}: metadata attribute {attribute}: has no effect before live migration is supported"
-        for attribute in said.split()
-    ]
-    assert {(problem.line, problem.fatal) for problem in problems} == {(line_with(xml, said), False)}
-    for value in ("migration='auto'", "announce='auto'"):
-        xml = edited(DEMO, METADATA, METADATA.replace("/>", f" {value}/>"))
-        assert check_domain(xml.encode(), RUN)[1] == []
+    (port,) = spec.ports
+    assert (port.migration, port.announce, port.announce_rounds) == read
+
+
+def test_what_the_guest_uses_comes_with_the_domain() -> None:
+    state = InterfaceState(MAC, 0x30, 0x20, 1, 256)
+    xml = edited(DEMO, "</metadata>", f"{render_state([state])}</metadata>")
+    assert parse_domain(xml.encode(), RUN).states == {MAC: state}
+    assert parse_domain(DEMO.encode(), RUN).states == {}
+
+
+class TestLocalPaths:
+    """A domain that comes from a host with another run folder."""
+
+    OTHER = Path("/srv/vdpa")
+
+    def localized(self, xml: str, run: Path = RUN) -> str | None:
+        text = with_local_paths(xml.encode(), run)
+        return None if text is None else text.decode()
+
+    @pytest.mark.parametrize("xml", [DEMO, KVM, SERVER])
+    def test_what_is_at_home_is_left(self, xml: str) -> None:
+        assert self.localized(xml) is None
+
+    @pytest.mark.parametrize("xml", [DEMO, KVM, SERVER])
+    def test_paths_change_and_nothing_else(self, xml: str) -> None:
+        """But quotes; the examples hold comments, namespaces and, here, what else XML has."""
+        xml = xml[xml.index("<domain") :]
+        xml = edited(xml, "</metadata>", "<a:b xmlns:a='urn:a'>&lt;<![CDATA[<&]]>é<?p i?></a:b></metadata>")
+        changed = self.localized(xml, self.OTHER)
+        assert changed is not None
+        expected = xml.replace(str(RUN), str(self.OTHER))
+        # Within tags only: an apostrophe in a comment is none that quotes.
+        plain = re.sub(r"<[^!>]*>", lambda tag: tag[0].replace('"', "'"), changed)
+        assert plain.strip() == expected.strip()
+        assert check_domain(changed.encode(), self.OTHER)[1] == []
+        assert self.localized(changed, self.OTHER) is None
+
+    @pytest.mark.parametrize(
+        "path", [f"{UUID}/{MAC}.sock", f"/x/{UUID}/net0.sock", f"/x/{MAC}.sock", "", f"/{UUID}/x/{MAC}.sock"]
+    )
+    def test_what_is_wrong_everywhere_is_left_to_be_refused(self, path: str) -> None:
+        xml = edited(DEMO, f"path='{RUN}/{UUID}/{MAC}.sock'", f"path='{path}'")
+        assert self.localized(xml) is None
+        assert "the path must be" in fatal(xml)[0]
+
+    @pytest.mark.parametrize("xml", ["", "<domain", "<domain/>"])
+    def test_what_is_no_domain_of_ours_is_left(self, xml: str) -> None:
+        assert self.localized(xml) is None
 
 
 def test_an_interface_without_metadata_in_our_folder_is_pointed_out() -> None:
