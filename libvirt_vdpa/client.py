@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 
 # A peer that is not there yet, or goes away, is told to our caller; qemu.qmp logs it as an error besides.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -113,6 +113,11 @@ class ControlClient:
         if not isinstance(answer, dict):
             raise ControlError(f"{self.path}: the answer to {command} is not an object")
         return answer
+
+    async def closed(self) -> None:
+        """Wait until the connection has ended, by whoever."""
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
 
     async def close(self) -> None:
         """Disconnect. Idempotent, raises nothing."""

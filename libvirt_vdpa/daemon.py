@@ -16,16 +16,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from datapath.control import Arguments, CommandError
+from libvirt_vdpa.announce import Announcer
 from libvirt_vdpa.api import ApiServer, Command
 from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.config import CONFIG_FILE, Config, ConfigError, read_config
 from libvirt_vdpa.emulated import EmulatedNic, end_strays
 from libvirt_vdpa.events import DomainWatcher
 from libvirt_vdpa.host_pools import HostPools
+from libvirt_vdpa.hypervisor import Hypervisor
 from libvirt_vdpa.inventory import Holder, Inventory, InventoryError, Vf
 from libvirt_vdpa.kernel import Kernel
 from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError, holder_of
+from libvirt_vdpa.migration import Migrations
+from libvirt_vdpa.monitor import GuestMonitors
 from libvirt_vdpa.ports import Record
+from libvirt_vdpa.state_keeper import StateKeeper
 from libvirt_vdpa.supervisor import Port, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -54,6 +59,16 @@ class Daemon:
             self._port_forgotten,
             start_limit=config.hook_time_limit * START_SHARE,
         )
+        self._hypervisor = Hypervisor()
+        self._monitors = GuestMonitors(self._hypervisor, self._monitor_event)
+        self._migrations = Migrations(
+            self._supervisor,
+            self._hypervisor,
+            self._monitors,
+            Announcer(self._monitors.execute),
+            lambda description: self._api.event("MIGRATION", description),
+        )
+        self._states = StateKeeper(self._supervisor, self._hypervisor, self._migrations.migrating)
         self._lifecycle = Lifecycle(config, self._inventory, self._supervisor, self._refresh_devices)
         self._nics = [
             EmulatedNic(pool, config.run_folder, config.log_folder, self._inventory)
@@ -79,12 +94,16 @@ class Daemon:
             raise DaemonError(
                 f"control socket {self._config.socket_path}: {error.strerror or error}"
             ) from None
+        self._states.start()
         watcher = self._watch_domains(loop)
         logger.info("ready on %s", self._config.socket_path)
         await self._end.wait()
         logger.info("ends; ports and emulated NICs go on")
         if watcher is not None:
             watcher.stop()
+        self._migrations.stop()
+        self._states.stop()
+        self._monitors.stop()
         await self._api.stop()
         await self._host_pools.stop()
         for nic in self._nics:
@@ -105,7 +124,9 @@ class Daemon:
     def _watch_domains(self, loop: asyncio.AbstractEventLoop) -> DomainWatcher | None:
         if not self._config.libvirt_uri:
             return None
-        watcher = DomainWatcher(self._config.libvirt_uri, self._lifecycle, loop)
+        watcher = DomainWatcher(
+            self._config.libvirt_uri, self._lifecycle, loop, self._hypervisor, self._migrations
+        )
         watcher.start()
         return watcher
 
@@ -113,7 +134,16 @@ class Daemon:
         await self._host_pools.refresh(self._inventory)
 
     def _port_changed(self, port: Port) -> None:
-        self._api.event("PORT_STATE_CHANGE", describe(port))
+        self._migrations.port_changed(port)
+        self._states.port_changed(port)
+        self._api.event("PORT_STATE_CHANGE", self._describe(port))
+
+    def _monitor_event(self, uuid: str, name: str, data: Mapping[str, object]) -> None:
+        self._migrations.monitor_event(uuid, name, data)
+
+    def _describe(self, port: Port) -> dict[str, object]:
+        """A port with what its domain's migration means for it."""
+        return {**describe(port), "migration": self._migrations.describe(port.record.uuid, port.record.mac)}
 
     def _port_forgotten(self, record: Record) -> None:
         self._inventory.give_back(record.device, holder_of(record))
@@ -124,6 +154,7 @@ class Daemon:
         return {
             "hook": self._hook,
             "query-devices": self._query_devices,
+            "query-migrations": self._query_migrations,
             "query-ports": self._query_ports,
             "query-status": self._query_status,
             "quit": self._quit,
@@ -175,7 +206,10 @@ class Daemon:
         for result in results:
             if result is not None and not isinstance(result, ControlError | TimeoutError):
                 raise result
-        return {"ports": [describe(port) for port in ports]}
+        return {"ports": [self._describe(port) for port in ports]}
+
+    async def _query_migrations(self, _arguments: Arguments) -> object:
+        return {"migrations": self._migrations.describe_all()}
 
     async def _query_devices(self, _arguments: Arguments) -> object:
         await self._refresh_devices()
@@ -222,6 +256,10 @@ def describe(port: Port) -> dict[str, object]:
         "features": status.get("feature_names", []),
         "queue_pairs": status.get("queue_pairs"),
         "rings": status.get("rings", []),
+        "log": status.get("log"),
+        "announce": status.get("announce"),
+        "timing": status.get("timing"),
+        "pauses": status.get("pauses"),
     }
 
 

@@ -34,6 +34,11 @@ SIDES = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "source",
     libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: "destination",
 }
+#: State and reason of a domain that a migration brings to this host (virDomainGetState).
+INCOMING_STATES = (
+    (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION),
+    (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP),
+)
 
 
 class HypervisorError(Exception):
@@ -64,12 +69,12 @@ class Hypervisor:
         """
         await self._call(uuid, "abortJob", lambda domain: domain.abortJob(), CHANGE_LIMIT)
 
-    async def destroy(self, uuid: str) -> None:
-        """End a domain's QEMU at once.
+    async def destroy_incoming(self, uuid: str) -> None:
+        """End the QEMU of a domain that is being migrated to this host, and has not run here yet.
 
-        :raise HypervisorError: when that fails.
+        :raise HypervisorError: when that fails, or the domain is anything but that.
         """
-        await self._call(uuid, "destroy", lambda domain: domain.destroy(), CHANGE_LIMIT)
+        await self._call(uuid, "destroy", destroy_incoming, CHANGE_LIMIT)
 
     async def set_metadata(self, uuid: str, namespace: str, element: str) -> None:
         """Put an element into the live domain's metadata, instead of the one of that namespace.
@@ -132,6 +137,18 @@ class Hypervisor:
             raise HypervisorError(f"libvirt has not answered {name} within {limit:g} s") from None
         except libvirt.libvirtError as error:
             raise HypervisorError(f"libvirt: {name}: {' '.join(str(error).split())}") from None
+
+
+def destroy_incoming(domain: libvirt.virDomain) -> None:
+    """Destroy a domain whose guest still runs elsewhere: this must never hit one that runs here.
+
+    :raise HypervisorError: when it is not such a domain.
+    """
+    # The binding says that it gives strings.
+    state: Any = domain.state()
+    if tuple(state) not in INCOMING_STATES:
+        raise HypervisorError("the domain does not wait for a migration to this host")
+    domain.destroy()
 
 
 def job_of(domain: libvirt.virDomain) -> dict[str, object]:

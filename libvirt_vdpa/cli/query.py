@@ -1,4 +1,4 @@
-"""virt-vdpa status, ports: what the daemon knows, as a table or as JSON."""
+"""virt-vdpa status, ports, migrations: what the daemon knows, as a table or as JSON."""
 
 import argparse
 import asyncio
@@ -37,13 +37,14 @@ def status_text(answer: dict[str, Any]) -> str:
 
 def ports_text(answer: dict[str, Any]) -> str:
     """One line a port."""
-    headings = ("DOMAIN", "MAC", "STATE", "GUEST", "DEVICE", "PID", "RESTARTS", "PROBLEM")
+    headings = ("DOMAIN", "MAC", "STATE", "GUEST", "MIGRATION", "DEVICE", "PID", "RESTARTS", "PROBLEM")
     rows = [
         (
             port["domain"],
             port["mac"],
             port["state"],
             port["session"],
+            migration_text(port["migration"]),
             port["device"],
             port["pid"],
             port["restarts"],
@@ -52,6 +53,42 @@ def ports_text(answer: dict[str, Any]) -> str:
         for port in answer["ports"]
     ]
     return table(headings, rows)
+
+
+def migration_text(migration: dict[str, Any] | None) -> str:
+    """How a port's domain migrates: phase, how much is left, and how the port marks what it writes."""
+    if migration is None or migration["ended"] is not None:
+        return ""
+    words = [migration["status"]]
+    progress, port = migration["progress"], migration["port"] or {}
+    if migration["side"] == "source":
+        if progress.get("total"):
+            words.append(f"{100 - 100 * progress.get('remaining', 0) // progress['total']} %")
+        words.append(f"{port.get('mode') or 'no'} log")
+    return ", ".join(words)
+
+
+def migrations_text(answer: dict[str, Any]) -> str:
+    """One line a migration, the latest last."""
+    headings = ("DOMAIN", "SIDE", "STATUS", "TIME", "DOWNTIME", "PAGES MARKED", "REASON")
+    rows = [
+        (
+            migration["domain"],
+            migration["side"],
+            migration["status"],
+            milliseconds(migration["progress"].get("elapsed_ms")),
+            milliseconds(migration["progress"].get("downtime_ms")),
+            sum(port.get("pages", 0) for port in migration["ports"]),
+            migration["reason"],
+        )
+        for migration in answer["migrations"]
+    ]
+    return table(headings, rows)
+
+
+def milliseconds(number: int | None) -> str:
+    """A time with its unit, empty when it is not known."""
+    return "" if number is None else f"{number} ms"
 
 
 def show(command: str, text: Callable[[dict[str, Any]], str]) -> Callable[[argparse.Namespace], int]:
@@ -73,4 +110,5 @@ def show(command: str, text: Callable[[dict[str, Any]], str]) -> Callable[[argpa
 COMMANDS = {
     "status": (show("query-status", status_text), "show the daemon and its pools"),
     "ports": (show("query-ports", ports_text), "show the ports: which guest has which VF"),
+    "migrations": (show("query-migrations", migrations_text), "show migrations: how they go or went"),
 }

@@ -1,0 +1,540 @@
+"""What happens to the ports of a domain while it migrates, on either side.
+
+QEMU makes the ports log, libvirt moves the guest; this sees to it that neither ends in a guest that has lost
+writes or its network. At the source: every port that runs must mark what it writes, or the migration is
+cancelled. At the destination: a port that cannot be brought back ends the migration, since QEMU would wait
+for it for ever, or go on without it. migration_life.py is the table of what follows from what; here is
+where its happenings come from (libvirt, QEMU, ports, hooks) and how its actions are carried out.
+
+Nothing here waits for libvirt where a hook waits for us.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+import libvirt
+
+from libvirt_vdpa.announce import Announcer
+from libvirt_vdpa.client import ControlError
+from libvirt_vdpa.hypervisor import Hypervisor, HypervisorError
+from libvirt_vdpa.migration_figures import PortFigures, connected, from_libvirt, from_qemu, logs, part, runs
+from libvirt_vdpa.migration_life import ENDS, Action, Happening, MigrationLife, Phase
+from libvirt_vdpa.monitor import GuestMonitors
+from libvirt_vdpa.supervisor import Port, Supervisor
+
+logger = logging.getLogger(__name__)
+
+#: Ended migrations that query-migrations still tells of.
+REMEMBERED = 32
+#: Seconds between looks at ports that are about to run.
+LOOK_INTERVAL = 0.01
+#: `status` of QEMU's MIGRATION event (qapi/migration.json, MigrationStatus) -> what it means.
+STATUSES = {
+    "active": Happening.ACTIVE,
+    "pre-switchover": Happening.SWITCH,
+    "device": Happening.SWITCH,
+    "completed": Happening.SENT,
+    "failed": Happening.STOPPED,
+    "cancelled": Happening.STOPPED,
+}
+#: Phases in which a port that runs must log.
+LOGGED = (Phase.STARTING, Phase.COPYING)
+#: Phases in which libvirt knows of a job.
+ACTIVE = (*LOGGED, Phase.SWITCHING, Phase.ENDING)
+#: How the problem of a port begins that has ended a migration.
+ENDED = "migration ended: "
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Times in seconds."""
+
+    #: Between two looks at a migration.
+    poll: float = 0.5
+    #: For a port to answer in one look.
+    answer: float = 1.0
+    #: For a port that runs to log, from when the migration is active or the port is back.
+    log: float = 2.0
+    #: For ports to stop logging when the guest stays.
+    quiet: float = 3.0
+    #: For a port at the destination to be brought back.
+    lost: float = 10.0
+    #: Between two tries to end a migration.
+    again: float = 2.0
+    #: For libvirt to tell what a hook or the ports have told already, and its figures.
+    grace: float = 2.0
+
+
+class Migration:
+    """One migration of one domain, as this host sees it."""
+
+    def __init__(self, uuid: str, side: str, ports: list[Port]) -> None:
+        """It begins.
+
+        :param side: "source" or "destination".
+        """
+        self.uuid = uuid
+        self.domain = ports[0].record.domain if ports else ""
+        self.side = side
+        self.life = MigrationLife(Phase.SETUP if side == "source" else Phase.INCOMING)
+        #: Why it has failed, or is being ended.
+        self.reason = ""
+        self.begun = time.time()
+        self.ended: float | None = None
+        self.progress: dict[str, int] = {}
+        self.ports = {port.record.mac: PortFigures(port) for port in ports}
+        #: libvirt has told the final figures.
+        self.counted = asyncio.Event()
+        #: MAC -> since when, by the caller's clock, the port is not what it has to be.
+        self.waiting_since: dict[str, float] = {}
+        #: MACs of ports that a QEMU had reached.
+        self.reached: set[str] = set()
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is."""
+        return self.life.phase
+
+    def describe(self) -> dict[str, object]:
+        """As events and query-migrations show it."""
+        return {
+            "domain": self.domain,
+            "uuid": self.uuid,
+            "side": self.side,
+            "status": self.phase.value,
+            "reason": self.reason or None,
+            "begun": self.begun,
+            "ended": self.ended,
+            "progress": self.progress,
+            "ports": [dict(figures.latest) for figures in self.ports.values()],
+        }
+
+
+class Migrations:
+    """All migrations of this host's domains that have ports. Used in the event loop."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        hypervisor: Hypervisor,
+        monitors: GuestMonitors,
+        announcer: Announcer,
+        tell: Callable[[dict[str, object]], None],
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """None is under way.
+
+        :param tell: called with a description whenever one has changed.
+        """
+        self._supervisor = supervisor
+        self._hypervisor = hypervisor
+        self._monitors = monitors
+        self._announcer = announcer
+        self._notify = tell
+        self._limits = limits or Limits()
+        self._clock = clock
+        #: UUID -> the migration that is under way, or was the last.
+        self._current: dict[str, Migration] = {}
+        self._past: deque[Migration] = deque(maxlen=REMEMBERED)
+        self._tasks: set[asyncio.Task[None]] = set()
+        #: (UUID, MAC) of ports that were not there when their guest arrived.
+        self._late: set[tuple[str, str]] = set()
+
+    def stop(self) -> None:
+        """Let whatever is under way go on without us."""
+        for task in self._tasks:
+            task.cancel()
+        self._announcer.stop()
+
+    def migrating(self, uuid: str) -> bool:
+        """Whether a migration of the domain is under way here."""
+        return uuid in self._current and self._current[uuid].phase not in ENDS
+
+    def describe(self, uuid: str, mac: str) -> dict[str, object] | None:
+        """The domain's migration, or its last one, with what it means for one port."""
+        if (migration := self._current.get(uuid)) is None:
+            return None
+        figures = migration.ports.get(mac)
+        shown = {**migration.describe(), "port": dict(figures.latest) if figures else None}
+        del shown["ports"]
+        return shown
+
+    def describe_all(self) -> list[dict[str, object]]:
+        """All that are under way, and the last ones."""
+        ended = [migration.describe() for migration in self._past]
+        return [*ended, *(m.describe() for m in self._current.values() if m.phase not in ENDS)]
+
+    # Told by hooks
+
+    def incoming(self, uuid: str) -> None:
+        """The domain is about to be started here as the destination of a migration. Idempotent."""
+        if not self.migrating(uuid):
+            self._begin(uuid, "destination")
+
+    def ended(self, uuid: str) -> None:
+        """The domain's QEMU has left this host. Idempotent."""
+        self._monitors.leave(uuid)
+        self._late = {key for key in self._late if key[0] != uuid}
+        migration = self._current.get(uuid)
+        if migration is not None and migration.phase not in ENDS:
+            # libvirt says more precisely what has happened, but after its hooks.
+            self._start(self._feed_later(migration, Happening.GONE, "the domain has ended"))
+
+    # Told by libvirt and QEMU: events.Listener
+
+    def libvirt_found(self, jobs: Mapping[str, Mapping[str, object]]) -> None:
+        """Take up what has happened while nobody told us."""
+        for uuid, job in jobs.items():
+            if not self._supervisor.of_domain(uuid):
+                continue
+            self._monitors.follow(uuid)
+            side = job.get("side")
+            if side == "destination":
+                self._arrives(uuid)
+            elif side == "source":
+                self.monitor_event(uuid, "MIGRATION", {"status": "active"})
+            elif self.migrating(uuid):
+                self._nothing_is_done(self._current[uuid])
+        for uuid, migration in self._current.items():
+            if uuid not in jobs and migration.side == "source":
+                self._feed(migration, Happening.GONE, "the domain ended while libvirt was away")
+
+    def lifecycle_event(self, uuid: str, event: int, detail: int) -> None:
+        """A domain was started, stopped, suspended, or resumed."""
+        if not self._supervisor.of_domain(uuid) and uuid not in self._current:
+            return
+        if event == libvirt.VIR_DOMAIN_EVENT_STARTED:
+            self._monitors.follow(uuid)
+            if detail == libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED:
+                self._arrives(uuid)
+        if (migration := self._current.get(uuid)) is None:
+            return
+        if event == libvirt.VIR_DOMAIN_EVENT_RESUMED:
+            self._feed(migration, Happening.RUNS, "the destination could not go on; the guest runs here")
+        elif event == libvirt.VIR_DOMAIN_EVENT_SUSPENDED:
+            if migration.side == "source" and detail == libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED:
+                self._feed(migration, Happening.SWITCH)
+            elif migration.phase is Phase.ARRIVING:
+                self._feed(migration, Happening.RUNS)
+        elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            left = detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED
+            self._feed(migration, Happening.LEFT if left else Happening.GONE, "the domain has ended")
+
+    def iteration_event(self, uuid: str, iteration: int) -> None:
+        """Another pass over the memory: at the source."""
+        self.monitor_event(uuid, "MIGRATION", {"status": "active"})
+        if (migration := self._current.get(uuid)) is not None:
+            migration.progress["iteration"] = iteration
+
+    def job_event(self, uuid: str, figures: Mapping[str, object]) -> None:
+        """A job has ended well."""
+        if (migration := self._current.get(uuid)) is not None:
+            migration.progress.update(from_libvirt(figures))
+            migration.counted.set()
+
+    def metadata_event(self, uuid: str, namespace: str) -> None:
+        """Nothing of a migration's."""
+
+    def monitor_event(self, uuid: str, name: str, data: Mapping[str, object]) -> None:
+        """An event of a domain's QEMU, by whichever way."""
+        status = data.get("status")
+        if name != "MIGRATION" or not isinstance(status, str):
+            return
+        # Only a beginning begins one: what comes later than its end belongs to the one that has ended.
+        if status in ("setup", "active") and not self.migrating(uuid) and self._supervisor.of_domain(uuid):
+            self._begin(uuid, "source")
+        if (migration := self._current.get(uuid)) is not None and status in STATUSES:
+            self._feed(migration, STATUSES[status], f"QEMU says: migration {status}")
+
+    def _arrives(self, uuid: str) -> None:
+        """libvirt says that the domain migrates to this host; a hook that we missed would have said so."""
+        if self.migrating(uuid) and self._current[uuid].side == "source":
+            del self._current[uuid]
+        self.incoming(uuid)
+
+    # Told by the supervisor
+
+    def port_changed(self, port: Port) -> None:
+        """Whatever happened to a port."""
+        uuid, mac = port.record.key
+        if (uuid, mac) in self._late and runs(port):
+            self._late.discard((uuid, mac))
+            self._announcer.late(uuid, port)
+        if self.migrating(uuid):
+            if not self._supervisor.of_domain(uuid):
+                self.ended(uuid)
+            self._judge(self._current[uuid])
+
+    # How one goes on
+
+    def _begin(self, uuid: str, side: str) -> None:
+        ports = self._supervisor.of_domain(uuid)
+        for port in ports:
+            if port.problem.startswith(ENDED):
+                port.problem = ""
+        migration = self._current[uuid] = Migration(uuid, side, ports)
+        logger.info("domain '%s': migration: %s: begins", migration.domain, side)
+        self._tell(migration)
+        self._start(self._attend(migration))
+
+    def _feed(self, migration: Migration, happening: Happening, reason: str = "") -> None:
+        before = migration.phase
+        action = migration.life.feed(happening)
+        if migration.phase is before:
+            return
+        # Of several reasons the first is the cause.
+        if migration.phase in (Phase.ENDING, Phase.RETURNING, Phase.REFUSING, Phase.FAILED):
+            migration.reason = migration.reason or reason
+        logger.info(
+            "domain '%s': migration: %s -> %s (%s)",
+            migration.domain,
+            before.value,
+            migration.phase.value,
+            happening.value,
+        )
+        migration.waiting_since.clear()
+        ACTIONS[action](self, migration)
+        self._tell(migration)
+        if migration.phase not in ENDS:
+            self._judge(migration)
+
+    async def _feed_later(self, migration: Migration, happening: Happening, reason: str) -> None:
+        await asyncio.sleep(self._limits.grace)
+        self._feed(migration, happening, reason)
+
+    def _tell(self, migration: Migration) -> None:
+        self._notify(migration.describe())
+
+    async def _attend(self, migration: Migration) -> None:
+        """Look at a migration from time to time until it has ended."""
+        while migration.phase not in ENDS:
+            before = migration.describe()
+            await self.look(migration)
+            if migration.phase not in ENDS and migration.describe() != before:
+                self._tell(migration)
+            await asyncio.sleep(self._limits.poll)
+
+    async def look(self, migration: Migration) -> None:
+        """Ask ports, and QEMU or libvirt, how it goes."""
+        await asyncio.gather(self._ask_ports(migration), self._ask_progress(migration))
+        if migration.phase not in ENDS:
+            self._judge(migration)
+
+    async def _ask_ports(self, migration: Migration) -> None:
+        async def ask(port: Port) -> None:
+            async with asyncio.timeout(self._limits.answer):
+                await port.query_status()
+
+        ports = self._supervisor.of_domain(migration.uuid)
+        # Who does not answer is the supervisor's.
+        results = await asyncio.gather(*(ask(port) for port in ports), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, ControlError | TimeoutError):
+                raise result
+        self._take_down(migration)
+
+    def _take_down(self, migration: Migration) -> None:
+        for port in self._supervisor.of_domain(migration.uuid):
+            if (figures := migration.ports.get(port.record.mac)) is None:
+                figures = migration.ports[port.record.mac] = PortFigures(port)
+            figures.update(port)
+            migration.domain = port.record.domain
+
+    async def _ask_progress(self, migration: Migration) -> None:
+        if migration.side != "source":
+            return
+        try:
+            if self._monitors.has(migration.uuid):
+                answer = await self._monitors.execute(migration.uuid, "query-migrate")
+                if isinstance(answer, Mapping):
+                    migration.progress.update(from_qemu(answer))
+                return
+            job = await self._hypervisor.job(migration.uuid)
+        except HypervisorError as error:
+            logger.debug("domain '%s': %s", migration.domain, error)
+            return
+        migration.progress.update(from_libvirt(job))
+        if not job:
+            self._nothing_is_done(migration)
+
+    def _nothing_is_done(self, migration: Migration) -> None:
+        """libvirt does nothing with the domain: a migration that was active has failed."""
+        if migration.phase in ACTIVE:
+            self._feed(migration, Happening.STOPPED, "libvirt has ended it")
+
+    def _judge(self, migration: Migration) -> None:
+        """Draw conclusions from what the ports are doing."""
+        ports = self._supervisor.of_domain(migration.uuid)
+        if migration.side == "destination":
+            self._judge_incoming(migration, ports)
+        elif migration.phase in LOGGED or migration.phase is Phase.SWITCHING:
+            self._judge_logs(migration, ports)
+        elif migration.phase is Phase.RETURNING:
+            self._judge_quiet(migration, ports)
+
+    def _judge_logs(self, migration: Migration, ports: list[Port]) -> None:
+        for port in ports:
+            figures = migration.ports.get(port.record.mac)
+            if figures is not None and (problem := figures.log_problem(port)):
+                self._give_up(migration, port, problem)
+                return
+        if migration.phase not in LOGGED:
+            return
+        late = self._overdue(migration, [port for port in ports if not logs(port)], self._limits.log)
+        if late is not None:
+            self._give_up(migration, late, f"its writes are not marked after {self._limits.log:g} s")
+        elif not migration.waiting_since:
+            self._feed(migration, Happening.LOGGING)
+
+    def _judge_quiet(self, migration: Migration, ports: list[Port]) -> None:
+        loud = [port for port in ports if part(port, "log").get("wanted")]
+        late = self._overdue(migration, loud, self._limits.quiet)
+        if late is not None:
+            text = f"still marks its writes {self._limits.quiet:g} s after the migration has ended"
+            logger.error("%s: %s", late.record.label, text)
+            migration.reason += f"; {late.record.mac} {text}"
+        if late is not None or not loud:
+            self._take_down(migration)
+            self._feed(migration, Happening.QUIET)
+
+    def _judge_incoming(self, migration: Migration, ports: list[Port]) -> None:
+        if any(runs(port) for port in ports):
+            self._feed(migration, Happening.RUNS)
+            return
+        reached = migration.reached
+        reached.update(port.record.mac for port in ports if connected(port))
+        away = [p for p in ports if not (connected(p) if p.record.mac in reached else serves_or_starts(p))]
+        late = self._overdue(migration, away, self._limits.lost)
+        if late is not None and migration.phase is Phase.INCOMING:
+            why = late.problem or "QEMU has not come back to it (is there a <reconnect>?)"
+            self._give_up(migration, late, f"not brought back within {self._limits.lost:g} s: {why}")
+
+    def _overdue(self, migration: Migration, unready: list[Port], limit: float) -> Port | None:
+        """Note since when ports are not what they have to be; one that is not for too long."""
+        now = self._clock()
+        since = {port.record.mac: migration.waiting_since.get(port.record.mac, now) for port in unready}
+        migration.waiting_since = since
+        return next((port for port in unready if now - since[port.record.mac] >= limit), None)
+
+    def _give_up(self, migration: Migration, port: Port, problem: str) -> None:
+        reason = f"interface {port.record.mac}: {problem}"
+        logger.error("domain '%s': the migration is ended: %s", migration.domain, reason)
+        self._feed(migration, Happening.PROBLEM, reason)
+        port.problem = port.problem or f"{ENDED}{problem}"
+
+    # What the table orders
+
+    def _take_figures(self, migration: Migration) -> None:
+        self._start(self._ask_ports(migration))
+
+    def _cancel(self, migration: Migration) -> None:
+        self._start(self._repeat(migration, Phase.ENDING, self._cancel_once))
+
+    async def _cancel_once(self, uuid: str) -> None:
+        try:
+            await self._monitors.execute(uuid, "migrate_cancel")
+        except HypervisorError:
+            await self._hypervisor.abort_job(uuid)
+
+    def _refuse(self, migration: Migration) -> None:
+        self._start(self._repeat(migration, Phase.REFUSING, self._hypervisor.destroy_incoming))
+
+    async def _repeat(
+        self, migration: Migration, phase: Phase, work: Callable[[str], Awaitable[None]]
+    ) -> None:
+        """Do something again and again until it has worked: the migration has left the phase."""
+        complained = False
+        while migration.phase is phase:
+            try:
+                await work(migration.uuid)
+            except HypervisorError as error:
+                level = logging.DEBUG if complained else logging.ERROR
+                logger.log(level, "domain '%s': the migration cannot be ended: %s", migration.domain, error)
+                complained = True
+            await asyncio.sleep(self._limits.again)
+
+    def _welcome(self, migration: Migration) -> None:
+        ports = self._supervisor.of_domain(migration.uuid)
+        self._late |= {port.record.key for port in ports if not connected(port)}
+        self._announcer.arrived(migration.uuid, [port for port in ports if connected(port)])
+        self._finish(migration)
+
+    def _finish(self, migration: Migration) -> None:
+        migration.ended = time.time()
+        self._past.append(migration)
+        self._start(self._conclude(migration))
+
+    async def _conclude(self, migration: Migration) -> None:
+        """Say how it went, with libvirt's and the ports' final figures."""
+        if migration.phase is Phase.COMPLETED:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._limits.grace):
+                    await (migration.counted.wait() if migration.side == "source" else self._rings(migration))
+        await self._ask_ports(migration)
+        level = logging.INFO if migration.phase is Phase.COMPLETED else logging.WARNING
+        logger.log(level, "domain '%s': migration: %s", migration.domain, summary(migration))
+        self._tell(migration)
+
+    async def _rings(self, migration: Migration) -> None:
+        """Wait until the ports of a guest that has arrived run."""
+        while not all(runs(port) for port in self._supervisor.of_domain(migration.uuid)):
+            await asyncio.sleep(LOOK_INTERVAL)
+
+    def _start(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("following a migration failed", exc_info=error)
+
+
+ACTIONS: dict[Action, Callable[[Migrations, Migration], None]] = {
+    Action.NONE: lambda migrations, migration: None,
+    # The time runs from the first look that finds a port not ready.
+    Action.AWAIT_LOGS: lambda migrations, migration: None,
+    Action.AWAIT_QUIET: lambda migrations, migration: None,
+    Action.TAKE_FIGURES: Migrations._take_figures,
+    Action.CANCEL: Migrations._cancel,
+    Action.REFUSE: Migrations._refuse,
+    Action.WELCOME: Migrations._welcome,
+    Action.FINISH: Migrations._finish,
+}
+
+
+def serves_or_starts(port: Port) -> bool:
+    """Whether a port that no QEMU has reached yet is as it should be."""
+    return port.state.value in ("serving", "starting", "idle")
+
+
+def summary(migration: Migration) -> str:
+    """One line for the log."""
+    figures = migration.progress
+    words = [f"{migration.side}: {migration.phase.value}"]
+    if migration.reason:
+        words.append(migration.reason)
+    if migration.side == "source" and migration.phase is Phase.COMPLETED:
+        words.append(f"{figures.get('elapsed_ms', '?')} ms, downtime {figures.get('downtime_ms', '?')} ms")
+    for port in migration.ports.values():
+        latest = port.latest
+        if migration.side == "source":
+            words.append(f"{port.mac}: {latest.get('pages', '?')} pages marked ({latest.get('mode')})")
+        else:
+            words.append(f"{port.mac}: started {shown_timing(latest.get('timing'))}")
+    return "; ".join(words)
+
+
+def shown_timing(timing: object) -> str:
+    """How long a port took to start."""
+    start = timing.get("start") if isinstance(timing, Mapping) else None
+    if not isinstance(start, Mapping):
+        return "at an unknown cost"
+    return f"in {start.get('handlers_ms')} ms of its handlers, {start.get('memory_ms')} ms of them for memory"

@@ -1,0 +1,159 @@
+"""QMP to guests' own second monitors, where the domain's XML has one for us.
+
+    <qemu:arg value='-chardev'/><qemu:arg value='socket,id=X,path=PATH,server=on,wait=off'/>
+    <qemu:arg value='-mon'/><qemu:arg value='chardev=X,mode=control'/>
+
+or, in one, -qmp unix:PATH,server=on,wait=off.
+
+It tells of a migration, and ends one, even when libvirt is away or busy. A QMP chardev serves one client at
+a time and lets others wait: whatever is done here has a deadline, and who finds the monitor busy or absent
+goes to libvirt instead.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from lxml import etree
+
+from libvirt_vdpa.client import CommandRefusedError, ControlClient, ControlError
+from libvirt_vdpa.hypervisor import Hypervisor, HypervisorError
+
+logger = logging.getLogger(__name__)
+
+#: libvirt docs/drvqemu.rst, "Pass-through of arbitrary QEMU commands".
+QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+#: Seconds for connecting to a monitor and for each command, and between two tries to connect.
+MONITOR_LIMIT = 2.0
+RETRY_INTERVAL = 2.0
+#: What a socket chardev may say about being a server that waits for nobody.
+ON = ("on", "yes", "true", "")
+
+#: UUID, name and data of an event.
+Heard = Callable[[str, str, Mapping[str, object]], None]
+
+
+class GuestMonitors:
+    """Connections to the monitors of this host's guests. Used in the event loop."""
+
+    def __init__(self, hypervisor: Hypervisor, heard: Heard) -> None:
+        """Nothing is followed yet.
+
+        :param heard: called for each event of a guest's QEMU.
+        """
+        self._hypervisor = hypervisor
+        self._heard = heard
+        self._followers: dict[str, asyncio.Task[None]] = {}
+        self._clients: dict[str, ControlClient] = {}
+
+    def follow(self, uuid: str) -> None:
+        """A domain with ports runs: find its monitor and stay with it."""
+        if uuid not in self._followers:
+            task = asyncio.create_task(self._follow(uuid), name=f"monitor {uuid}")
+            self._followers[uuid] = task
+
+    def leave(self, uuid: str) -> None:
+        """The domain has ended. Idempotent."""
+        if (task := self._followers.pop(uuid, None)) is not None:
+            task.cancel()
+
+    def stop(self) -> None:
+        """Leave all."""
+        for uuid in list(self._followers):
+            self.leave(uuid)
+
+    def has(self, uuid: str) -> bool:
+        """Whether we are connected to a domain's own monitor."""
+        return uuid in self._clients
+
+    async def execute(
+        self, uuid: str, command: str, arguments: Mapping[str, object] | None = None, may_taint: bool = False
+    ) -> object:
+        """Have a domain's QEMU execute a command.
+
+        :param may_taint: through libvirt if need be, which taints the domain.
+        :raise HypervisorError: when QEMU refuses, cannot be reached, or only with a taint.
+        """
+        if (client := self._clients.get(uuid)) is not None:
+            try:
+                return await client.execute(command, arguments)
+            except CommandRefusedError as error:
+                raise HypervisorError(f"QEMU refuses {command}: {error}") from None
+            except ControlError as error:
+                logger.warning("%s; libvirt is tried", error)
+        if not may_taint:
+            raise HypervisorError(f"{command}: the domain has no monitor for us, or it is busy")
+        return await self._hypervisor.monitor_command(uuid, command, arguments or {})
+
+    async def _follow(self, uuid: str) -> None:
+        path = await self._find(uuid)
+        complained = False
+        while path:
+            client = ControlClient(path, MONITOR_LIMIT)
+            try:
+                await client.connect()
+                client.listen(lambda name, data: self._heard(uuid, name, data))
+                self._clients[uuid] = client
+                logger.info("domain %s: its QEMU is followed on %s", uuid, path)
+                complained = False
+                await client.closed()
+            except ControlError as error:
+                if not complained:
+                    logger.info("domain %s: its own monitor: %s; by libvirt meanwhile", uuid, error)
+                complained = True
+            finally:
+                if self._clients.get(uuid) is client:
+                    del self._clients[uuid]
+                await client.close()
+            await asyncio.sleep(RETRY_INTERVAL)
+
+    async def _find(self, uuid: str) -> str | None:
+        """Where a domain's monitor for us is; None when it has none."""
+        while True:
+            try:
+                return find_monitor(await self._hypervisor.domain_xml(uuid))
+            except HypervisorError as error:
+                logger.debug("domain %s: %s", uuid, error)
+            await asyncio.sleep(RETRY_INTERVAL)
+
+
+def find_monitor(xml: str) -> str | None:
+    """Path of the first second monitor that a domain's XML gives QEMU; None without one."""
+    parser = etree.XMLParser(resolve_entities=False, no_network=True)
+    try:
+        root = etree.fromstring(xml.encode(), parser)
+    except etree.XMLSyntaxError:
+        return None
+    arguments = [
+        str(element.get("value", ""))
+        for element in root.iterfind(f"{{{QEMU_NAMESPACE}}}commandline/{{{QEMU_NAMESPACE}}}arg")
+    ]
+    chardevs: dict[str, str] = {}
+    controlled: list[str] = []
+    for option, value in itertools.pairwise(arguments):
+        kind, _, rest = value.partition(",")
+        if option in ("-qmp", "-qmp-pretty") and kind.startswith("unix:"):
+            return kind.removeprefix("unix:") if serves(parts(rest)) else None
+        given = parts(rest)
+        if option == "-chardev" and kind == "socket" and serves(given) and {"id", "path"} <= set(given):
+            chardevs[given["id"]] = given["path"]
+        if option == "-mon":
+            monitor = parts(value)
+            name = monitor.get("chardev") or kind
+            if monitor.get("mode") == "control":
+                controlled.append(name)
+    return next((chardevs[name] for name in controlled if name in chardevs), None)
+
+
+def parts(text: str) -> dict[str, str]:
+    """QEMU's NAME=VALUE,NAME…; a doubled comma belongs to a value."""
+    found: Sequence[str] = text.replace(",,", "\0").split(",")
+    return {
+        name: value.replace("\0", ",") for name, _, value in (part.partition("=") for part in found) if name
+    }
+
+
+def serves(given: Mapping[str, str]) -> bool:
+    """Whether QEMU makes the socket of a chardev."""
+    return given.get("server") in ON
