@@ -7,38 +7,31 @@ notices nothing, and nothing is left when the host is ended:
        │                                        ▲
        └──────────────▶ QEMU ──vhost-user───────┘             (guest 10.76.0.2)     (host 10.76.0.1)
 
-On a machine with real VFs the emulated NIC is the only part that is not there.
+On a machine with real VFs the emulated NIC is the only part that is not there. What `--migrate` shows is in
+demo_migrate.py.
 """
 
 import argparse
-import json
-import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import FrameType
+from dataclasses import dataclass, field
 from typing import Any
 
-from qemu.qmp import QMPError
-
+from tests import demo_migrate
+from tests.demo_parts import Ending, Progress, carry_out, private, report_file
 from tests.harness.domain_xml import DomainXml
 from tests.harness.emulated_nic import BIN
-from tests.harness.guest import CACHE, guest_image
-from tests.harness.leftovers import Machine
-from tests.harness.processes import HarnessError, wait_for
+from tests.harness.guest import guest_image
+from tests.harness.processes import wait_for
 from tests.harness.vdpa_host import GUEST_ADDRESS, RUN_FOLDER, VdpaHost
 
 PINGS = 20
 #: Pings sent while the VF is stopped: each is waited for a second.
 PINGS_WHILE_STOPPED = 3
-#: Where the logs of a demo that failed are kept.
-LOGS = CACHE / "demo-logs"
 
 
 @dataclass
-class Report:
+class Report(Ending):
     """What `--report` writes."""
 
     #: The domain's state while it was pinged, its name, and what its NIC is.
@@ -51,27 +44,9 @@ class Report:
     ping: dict[str, int] = field(default_factory=dict)
     ping_while_vf_stopped: dict[str, int] = field(default_factory=dict)
     ping_after_vf_start: dict[str, int] = field(default_factory=dict)
-    #: Seconds: `virsh start`; from its end to the first answer to a ping; the whole demo.
+    #: Seconds: `virsh start`; from its end to the first answer to a ping.
     start_s: float = 0.0
     boot_to_ping_s: float = 0.0
-    total_s: float = 0.0
-    #: What is on the machine that was not there before; None when it was kept.
-    leftovers: list[str] | None = None
-    error: str | None = None
-
-
-class Progress:
-    """One line for each step, with the time."""
-
-    def __init__(self) -> None:
-        self._begin = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return round(time.monotonic() - self._begin, 2)
-
-    def __call__(self, text: str) -> None:
-        print(f"{self.seconds:6.1f} s  {text}", flush=True)
 
 
 def show(host: VdpaHost, report: Report, step: Progress) -> None:
@@ -177,36 +152,21 @@ End it all with:
 """
 
 
-def run(options: argparse.Namespace, report: Report) -> None:
-    """Make the host, show, clean up, and look whether that was everything.
+def run(report: Report, *, keep: bool) -> str | None:
+    """Make the host, show, clean up; what is wrong with what was seen.
 
     :raise HarnessError: when something does not work; the host is ended then as well.
     """
     step = Progress()
-    before = Machine.look()
     step("making a private host: libvirtd and virtvdpad with folders and a network of their own")
-    guest_image()
-    host = VdpaHost("demo", keep=options.keep)
-    try:
-        host.start()
+    host = VdpaHost("demo", keep=keep)
+    with private(host, report, step, keep=keep):
         show(host, report, step)
-        if options.keep:
-            report.total_s = step.seconds
-            print(look_around(host, report))
-            return
-        end_guest(host, report, step)
-    except BaseException as error:
-        # Cleaning up takes a moment, and is not to be cut short by a second Ctrl-C.
-        on_signals(signal.SIG_IGN)
-        host.save_logs(LOGS)
-        host.end()
-        if isinstance(error, HarnessError | QMPError):
-            raise HarnessError(f"{error}; the logs are in {LOGS}") from None
-        raise
-    host.end()
-    report.leftovers = before.leftovers()
-    step(f"the private host is ended; left on the machine: {', '.join(report.leftovers) or 'nothing'}")
-    report.total_s = step.seconds
+        if not keep:
+            end_guest(host, report, step)
+    if keep:
+        print(look_around(host, report))
+    return verdict(report)
 
 
 def verdict(report: Report) -> str | None:
@@ -222,52 +182,28 @@ def verdict(report: Report) -> str | None:
     return None
 
 
-def report_file(text: str) -> Path:
-    """A file that can be written, which is better known before the demo than after it."""
-    path = Path(text)
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
-    return path
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="./demo", description="Watch a libvirt guest get a vDPA NIC.")
     parser.add_argument("--report", type=report_file, metavar="FILE", help="write what was seen as JSON")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--keep", action="store_true", help="leave everything running, and say how to look at it"
     )
+    what.add_argument(
+        "--migrate", action="store_true", help="move the guest to another host and back instead"
+    )
     return parser.parse_args()
-
-
-def on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-    """Handle the signals that ask us to end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handler)
 
 
 def main() -> int:
     """Run the demo; the exit code."""
     options = parse_arguments()
-    # Whoever ends us by a signal gets the same clean-up as Ctrl-C; a shell starts background jobs with
-    # SIGINT ignored.
-    on_signals(signal.default_int_handler)
+    if options.migrate:
+        moved = demo_migrate.Report()
+        return carry_out(lambda: demo_migrate.run(moved), moved, options.report)
     report = Report()
-    try:
-        run(options, report)
-        report.error = verdict(report)
-    except (HarnessError, QMPError) as error:
-        report.error = str(error)
-    except KeyboardInterrupt:
-        report.error = "interrupted"
-    if options.report:
-        options.report.write_text(json.dumps(asdict(report), indent=2) + "\n")
-    if report.error:
-        print(f"demo: {report.error}", file=sys.stderr)
-        return 1
-    return 0
+    return carry_out(lambda: run(report, keep=options.keep), report, options.report)
 
 
 if __name__ == "__main__":

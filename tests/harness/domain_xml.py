@@ -46,6 +46,15 @@ class DomainXml:
         """The first interface of our metadata."""
         return self.element(f"metadata/{{{METADATA}}}domain/{{{METADATA}}}interface")
 
+    @property
+    def metadata(self) -> str:
+        """Our metadata as `virsh metadata` takes it: without its namespace."""
+        element = etree.fromstring(etree.tostring(self.element(f"metadata/{{{METADATA}}}domain")))
+        for one in element.iter():
+            one.tag = etree.QName(one).localname
+        etree.cleanup_namespaces(element)
+        return etree.tostring(element, encoding="unicode")
+
     def _set_text(self, parent: str, name: str, text: str) -> None:
         element = self.element(parent)
         child = element.find(name)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.harness.domain_xml import DomainXml
+from tests.harness.domain_xml import METADATA, DomainXml
 from tests.harness.guest import CACHE, CHECKOUT
 from tests.harness.processes import HarnessError, Process, run
 from tests.harness.procfs import Running, all_running
@@ -253,3 +253,8 @@ class LibvirtHost(Host):
         path = self.folder / f"{domain.name}.xml"
         path.write_text(str(domain))
         self.virsh("define", path)
+
+    def set_metadata(self, domain: DomainXml) -> None:
+        """Have a running domain's metadata be what a `DomainXml` now says."""
+        words = ["--uri", METADATA, "--key", "vdpa", "--set", domain.metadata, "--live", "--config"]
+        self.virsh("metadata", domain.name, *words)

@@ -8,11 +8,13 @@ soon as the bridges know where that is. Owns the cable and the calls of `virsh m
 """
 
 import re
+import shutil
 import signal
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from tests.harness.domain_xml import DomainXml
 from tests.harness.host import HostProcess
@@ -93,6 +95,37 @@ class Migration:
         self._process.signal(signal.SIGINT)
 
 
+@dataclass(frozen=True)
+class PortFigures:
+    """What one port at the source and the one that took over from it did. Times of day in seconds."""
+
+    mac: str
+    #: Who marked the pages: "hardware", "software" or "all".
+    mode: str
+    pages: int
+    #: Milliseconds that the port at the source took to stop its rings, and when it had.
+    stop_ms: float
+    stopped: float
+    #: The same of the other port's start, and how much of that was for mapping the guest's memory.
+    start_ms: float
+    memory_ms: float
+    started: float
+
+    @property
+    def blackout(self) -> tuple[float, float]:
+        """From the source's first message of the stop to the destination's last one of the start."""
+        return self.stopped - self.stop_ms / 1000, self.started
+
+
+@dataclass(frozen=True)
+class MigrationFigures:
+    """What is known of a migration that has ended well."""
+
+    total_ms: int
+    downtime_ms: int
+    ports: list[PortFigures]
+
+
 class TwoHosts:
     """The two hosts; as a context manager they are started and ended."""
 
@@ -120,6 +153,12 @@ class TwoHosts:
         """End both. Idempotent."""
         for host in self.both:
             host.end()
+
+    def save_logs(self, folder: Path) -> None:
+        """Copy the hosts' logs to a folder that outlives them, instead of what is there."""
+        shutil.rmtree(folder, ignore_errors=True)
+        for host in self.both:
+            host.save_logs(folder / host.name)
 
     @property
     def both(self) -> tuple[BridgedHost, BridgedHost]:
@@ -159,6 +198,28 @@ class TwoHosts:
         source = self.other(to)
         wait_for("the ports at the source to end", lambda: not source.ports_of(domain), 10)
 
+    def figures(self, domain: DomainXml, *, to: BridgedHost) -> MigrationFigures:
+        """What libvirt and both daemons know of a domain's last migration."""
+
+        before, after = self._told(domain, self.other(to), "source"), self._told(domain, to, "destination")
+        job = job_info(to, domain, completed=True)
+        return MigrationFigures(
+            total_ms=int(job["Time elapsed"].split()[0]),
+            downtime_ms=int(job["Total downtime"].split()[0]),
+            ports=[port_figures(mac, port, after[mac]) for mac, port in before.items()],
+        )
+
+    def _told(self, domain: DomainXml, host: BridgedHost, side: str) -> dict[str, Any]:
+        """What a daemon says of the ports in a domain's last migration, by MAC, once that has ended."""
+
+        def last() -> dict[str, Any] | None:
+            told = host.virt_vdpa("migrations")["migrations"]
+            of_domain = [one for one in told if (one["uuid"], one["side"]) == (domain.uuid, side)]
+            return of_domain[-1] if of_domain and of_domain[-1]["ended"] else None
+
+        migration = wait_for(f"host {host.name}'s daemon to know how the migration went", last, 10)
+        return {port["mac"]: port for port in (migration or {})["ports"]}
+
     def home(self, domain: DomainXml) -> BridgedHost:
         """The one host on which a domain runs.
 
@@ -193,6 +254,21 @@ class TwoHosts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+
+
+def port_figures(mac: str, source: dict[str, Any], destination: dict[str, Any]) -> PortFigures:
+    """What the daemons at both sides say of an interface's ports."""
+    stop, start = source["timing"]["stop"], destination["timing"]["start"]
+    return PortFigures(
+        mac=mac,
+        mode=source["mode"],
+        pages=source["pages"],
+        stop_ms=stop["handlers_ms"],
+        stopped=stop["at"],
+        start_ms=start["handlers_ms"],
+        memory_ms=start["memory_ms"],
+        started=start["at"],
+    )
 
 
 def job_info(host: VdpaHost, domain: DomainXml, *, completed: bool = False) -> dict[str, str]:
