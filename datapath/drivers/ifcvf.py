@@ -1,7 +1,8 @@
 """The vDPA driver for IFCVF: virtio-net VFs of Intel FPGA and IPU cards.
 
 An IFCVF is a modern virtio-net function (`virtio_net`) plus two things, which this module owns: the ids
-that tell it apart, and registers in BAR 4 through which its rings are stopped, read and put back.
+that tell it apart, and registers in BAR 4 by which its rings are read and put back, and by which it marks
+the pages that it writes.
 Offsets and rules are those of DPDK's drivers/vdpa/ifc/base/ifcvf.[hc]; docs/drivers/ifcvf.md lists them.
 """
 
@@ -9,6 +10,7 @@ from collections.abc import Collection
 
 from datapath.bus.function import PciFunction
 from datapath.bus.pci import PciIds
+from datapath.drivers.dirty_logging import LogRegisters
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
 from datapath.drivers.virtio_registers import wait_until
 from datapath.vdpa import DeviceError, DeviceSpec, LogMode, Ring, RingState
@@ -30,6 +32,13 @@ class LiveMigration:
     """Byte offsets in BAR 4, "LM" in DPDK's names."""
 
     BAR = Region.BAR4
+    #: Dirty log: whether to keep one, and the DMA addresses where the bitmap begins and ends, low word first.
+    LOGGING_CONTROL = 0x00
+    LOG_BASE = 0x10
+    LOG_END = 0x18
+    #: Values of LOGGING_CONTROL. (3 is for the physical function.)
+    LOGGING_OFF = 0
+    LOGGING_ON = 1
     #: Ring state of the first pair: bits 15-0 next available index, bits 31-16 next used index.
     RING_STATE = 0x20
     #: From one queue pair to the next.
@@ -44,29 +53,63 @@ class LiveMigration:
         return cls.RING_STATE + index // 2 * cls.PAIR_STRIDE + index % 2 * cls.RING_STRIDE
 
 
+class IfcvfLog(LogRegisters):
+    """The log of an IFCVF: it marks the buffers that it writes, and no used ring."""
+
+    def __init__(self, function: PciFunction) -> None:
+        self._function = function
+
+    def check(self, base: int, end: int) -> None:
+        self._set_span(base, end)
+        read = tuple(
+            self._read(at) | self._read(at + 4) << 32
+            for at in (LiveMigration.LOG_BASE, LiveMigration.LOG_END)
+        )
+        self._set_span(0, 0)
+        if read != (base, end):
+            raise DeviceError(
+                f"{self._function.name}: its log registers read {read[0]:#x} and {read[1]:#x},"
+                f" written were {base:#x} and {end:#x}"
+            )
+
+    def switch_on(self, base: int, end: int) -> None:
+        self._set_span(base, end)
+        self._write(LiveMigration.LOGGING_CONTROL, LiveMigration.LOGGING_ON)
+
+    def switch_off(self) -> None:
+        self._write(LiveMigration.LOGGING_CONTROL, LiveMigration.LOGGING_OFF)
+        self._read(LiveMigration.LOGGING_CONTROL)  # it has arrived when this has come back
+
+    def _set_span(self, base: int, end: int) -> None:
+        for at, address in ((LiveMigration.LOG_BASE, base), (LiveMigration.LOG_END, end)):
+            self._write(at, address & 0xFFFFFFFF)
+            self._write(at + 4, address >> 32)
+
+    def _read(self, at: int) -> int:
+        return self._function.read(LiveMigration.BAR, at, 4)
+
+    def _write(self, at: int, value: int) -> None:
+        self._function.write(LiveMigration.BAR, at, 4, value)
+
+
 class IfcvfDevice(VirtioNetDevice):
     """An IFCVF VF, idle or running."""
 
     HAS_RING_STATE = True
     MAX_PAIRS = 32  # IFCVF_MAX_QUEUES of DPDK
 
-    def __init__(self, name: str, function: PciFunction) -> None:
+    def __init__(self, name: str, function: PciFunction, log_mode: LogMode = LogMode.AUTO) -> None:
         """Take a function over.
 
-        :raise DeviceError: when it is no IFCVF, or lacks what the driver needs.
+        :raise DeviceError: when it is no IFCVF, or lacks what the driver or the log mode needs.
         """
         ids = PciIds.of(function.config_space())
         if ids not in IDS:
             known = "; ".join(map(str, sorted(IDS)))
             raise DeviceError(f"{name}: {ids} is not an IFCVF network function; those are {known}")
-        super().__init__(name, function)
-        try:
-            self._check_migration_bar()
-        except DeviceError:
-            self.close()
-            raise
+        super().__init__(name, function, log_mode)
 
-    def _check_migration_bar(self) -> None:
+    def _check_registers(self) -> None:
         size = self._function.region(LiveMigration.BAR).size
         needed = LiveMigration.ring_state(2 * self.queue_pairs - 1) + 4
         if size < needed:
@@ -74,6 +117,9 @@ class IfcvfDevice(VirtioNetDevice):
                 f"{self.name}: BAR 4 has {size} bytes, the ring state of {self.queue_pairs} queue pairs"
                 f" needs {needed}"
             )
+
+    def _log_registers(self) -> LogRegisters | None:
+        return IfcvfLog(self._function)
 
     def _use_rings(self, rings: Collection[int]) -> None:
         self._function.write(LiveMigration.BAR, LiveMigration.MQ, 4, max(rings) // 2 + 1)

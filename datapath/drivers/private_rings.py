@@ -8,17 +8,13 @@ mapping and the eventfds. What goes through the rings is the relay's business (n
 import contextlib
 import mmap
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from datapath.bus.function import PciFunction
+from datapath.drivers.dma_addresses import DmaAddresses, overlap, whole_pages
 from datapath.native._native import ffi
 from datapath.vdpa import DeviceError, MemoryRegion
 from datapath.virtio import ring_bytes
-
-#: DMA addresses end below this one, should the IOMMU allow more: a VF may drive fewer address lines than the
-#: IOMMU has. 46 bits are what DPDK's IFCVF driver asks of the card (IFCVF_MEDIATED_VRING, 1 << 45, upwards).
-ADDRESS_END = 1 << 46
 
 
 @dataclass(frozen=True)
@@ -38,17 +34,16 @@ class PrivateRing:
 class PrivateRings:
     """Memory for all rings of one function, each of up to `size` descriptors."""
 
-    def __init__(self, function: PciFunction, rings: int, size: int, guest: Collection[MemoryRegion]) -> None:
+    def __init__(self, function: PciFunction, addresses: DmaAddresses, rings: int, size: int) -> None:
         """Allocate it and give the function access.
 
-        :param guest: memory whose addresses are taken.
         :raise DeviceError: when the function has no room for it, or the host does not.
         """
         _, avail, used = ring_bytes(size)
-        self._used_offset = _whole_pages(avail)
-        self._stride = self._used_offset + _whole_pages(used)
+        self._used_offset = whole_pages(avail)
+        self._stride = self._used_offset + whole_pages(used)
         length = rings * self._stride
-        start = _address(function, length, guest)
+        start = addresses.place(length, "private rings")
         with contextlib.ExitStack() as undo:
             try:
                 fd = os.memfd_create("private-rings")
@@ -68,11 +63,13 @@ class PrivateRings:
             #: What the function reaches: not guest memory, but mapped like it.
             self.memory = MemoryRegion(start, length, fd, 0, int(ffi.cast("uintptr_t", pin)))
             function.dma_map(self.memory)
+            addresses.take(self.memory)
+            undo.callback(addresses.release, self.memory)
             self._resources = undo.pop_all()
 
     def overlaps(self, region: MemoryRegion) -> bool:
         """Whether guest memory wants addresses that are taken here."""
-        return _overlaps(region, self.memory.guest_address, self.memory.size)
+        return overlap(region, self.memory)
 
     def interrupt(self, index: int) -> int:
         """The eventfd for a ring's interrupts."""
@@ -97,28 +94,3 @@ class PrivateRings:
     def close(self) -> None:
         """Release memory and eventfds, which the function must not reach any more."""
         self._resources.close()
-
-
-def _whole_pages(size: int) -> int:
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _overlaps(region: MemoryRegion, start: int, length: int) -> bool:
-    return region.guest_address < start + length and start < region.guest_address + region.size
-
-
-def _address(function: PciFunction, length: int, guest: Collection[MemoryRegion]) -> int:
-    """The highest DMA addresses for `length` bytes: guest memory grows from the lowest upwards."""
-    for first, last in reversed(function.iova_ranges()):
-        start = (min(last + 1, ADDRESS_END) - length) // mmap.PAGESIZE * mmap.PAGESIZE
-        # From the highest region down, so that each step below one leaves those above it clear.
-        for region in sorted(guest, key=lambda region: region.guest_address, reverse=True):
-            if _overlaps(region, start, length):
-                start = (region.guest_address - length) // mmap.PAGESIZE * mmap.PAGESIZE
-        if start >= first:
-            return start
-    ranges = ", ".join(f"{first:#x}-{last:#x}" for first, last in function.iova_ranges())
-    raise DeviceError(
-        f"{function.name}: no DMA addresses for {length} bytes of private rings beside the guest's memory"
-        f" in {ranges}"
-    )

@@ -5,13 +5,15 @@
     shadow: the VF works on private rings that begin at index 0; the relay copies heads and used entries
             between them and the guest's, and marks in a dirty bitmap what was written
 
-All rings of a device travel the same way, which can change only while none runs. Owns the relay, and the
-private rings once there are any.
+All rings of a device travel the same way, which can change only while none runs. Owns the relay and the
+private rings, which are there from the beginning: should there be no room for them, that had better be known
+before a migration begins.
 """
 
 import dataclasses
 
 from datapath.bus.function import PciFunction
+from datapath.drivers.dma_addresses import DmaAddresses
 from datapath.drivers.private_rings import PrivateRings
 from datapath.native.relay import Doorbell, Relay, ShadowRing
 from datapath.vdpa import DeviceError, DirtyBitmap, MemoryRegion, Ring, RingState
@@ -20,21 +22,27 @@ from datapath.vdpa import DeviceError, DirtyBitmap, MemoryRegion, Ring, RingStat
 class RingPaths:
     """The paths of one function's rings."""
 
-    def __init__(self, function: PciFunction, rings: int, size: int) -> None:
+    def __init__(self, function: PciFunction, addresses: DmaAddresses, rings: int, size: int) -> None:
         """For `rings` rings of up to `size` descriptors; all direct until told otherwise.
 
         :raise OSError: when descriptors or threads have run out.
+        :raise DeviceError: when the function has no room for private rings, or the host does not.
         """
         self._function = function
+        self._addresses = addresses
         self._count = rings
         self._size = size
-        self._relay = Relay(rings)
-        self._private: PrivateRings | None = None
-        self._regions: list[MemoryRegion] = []
         self._open: set[int] = set()
         self._event_idx = False
         #: Whether the rings that run, or run next, are shadowed.
         self.shadowed = False
+        self._relay = Relay(rings)
+        self._private: PrivateRings | None = None
+        try:
+            self._private = self._make_private()
+        except BaseException:
+            self._relay.close()
+            raise
 
     @property
     def broken_fd(self) -> int:
@@ -65,25 +73,22 @@ class RingPaths:
                 f"{self._function.name}: guest memory {region.guest_address:#x}+{region.size:#x}:"
                 f" {error.strerror}"
             ) from error
-        self._regions.append(region)
+        self._addresses.take(region)
 
     def unmap(self, region: MemoryRegion) -> None:
         """Undo `map`; no ring may lie there any more."""
         self._relay.unmap(region.guest_address, region.size)
-        self._regions.remove(region)
+        self._addresses.release(region)
 
     # Rings
 
     def prepare(self, shadowed: bool, event_idx: bool) -> None:
         """Say how rings travel from now on. None may run.
 
-        The private rings are made even when they are not needed yet: should there be no room for them, that
-        had better be known now than when a migration begins.
-
-        :raise DeviceError: when there is none.
+        :raise DeviceError: when the private rings had to make room for guest memory, and there is no other.
         """
         if self._private is None:
-            self._private = PrivateRings(self._function, self._count, self._size, self._regions)
+            self._private = self._make_private()
         self.shadowed = shadowed
         self._event_idx = event_idx
 
@@ -154,6 +159,9 @@ class RingPaths:
             self._private = None
 
     # Inside
+
+    def _make_private(self) -> PrivateRings:
+        return PrivateRings(self._function, self._addresses, self._count, self._size)
 
     @property
     def _rings(self) -> PrivateRings:

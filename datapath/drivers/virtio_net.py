@@ -9,8 +9,9 @@ What virtio does not define, namely to stop a ring and to tell and set where it 
            relay, one notification a ring: running
     suspend: no more kicks, rings stopped and read, MSI-X off, virtio reset: idle
 
-Rings are shadowed while writes are logged, and when one is to begin where the function cannot. Going over
-from one way to the other is a suspend and a start, between which the guest's kicks wait in their eventfds.
+Rings are shadowed while the relay logs writes, and when one is to begin where the function cannot. Going over
+from one way to the other, rings stop and start, between which the guest's kicks wait in their eventfds. A
+function that has ring state is not reset for it, so that it keeps what arrives meanwhile.
 
 Vector 0 is for configuration changes, vector q + 1 for queue q.
 """
@@ -20,12 +21,14 @@ import contextlib
 import dataclasses
 import os
 import select
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import ClassVar, TypeVar
 
 from datapath.bus.function import PciFunction
 from datapath.bus.registry import open_function
 from datapath.descriptors import signal_eventfd
+from datapath.drivers.dirty_logging import DirtyLogging, LogRegisters
+from datapath.drivers.dma_addresses import DmaAddresses
 from datapath.drivers.guest_regions import GuestRegions
 from datapath.drivers.ring_paths import RingPaths
 from datapath.drivers.virtio_registers import VirtioRegisters
@@ -112,9 +115,7 @@ def take_hold(kind: type[Device], spec: DeviceSpec, log_mode: LogMode) -> Device
     """
     function = open_function(spec)
     try:
-        if log_mode is LogMode.HARDWARE:
-            raise DeviceError(f"{spec}: has no dirty log of its own; use log mode 'software' or 'auto'")
-        return kind(str(spec), function)
+        return kind(str(spec), function, log_mode)
     except BaseException:
         function.close()
         raise
@@ -128,9 +129,10 @@ class VirtioNetDevice(VdpaDevice):
     #: Most queue pairs that the driver runs.
     MAX_PAIRS: ClassVar[int]
 
-    def __init__(self, name: str, function: PciFunction) -> None:
+    def __init__(self, name: str, function: PciFunction, log_mode: LogMode = LogMode.AUTO) -> None:
         """Reset the function and learn what it offers; `close` closes it.
 
+        :param log_mode: who is to mark what the function writes, whenever that is asked for.
         :raise DeviceError: when it is not what it should be; `function` is then the caller's to close.
         """
         self.name = name
@@ -139,7 +141,6 @@ class VirtioNetDevice(VdpaDevice):
         self._lost = False
         self._features = 0
         self._rings: dict[int, Ring] = {}
-        self._bitmap: DirtyBitmap | None = None
         self._guest = GuestRegions()
         function.reset()
         function.enable()
@@ -155,9 +156,13 @@ class VirtioNetDevice(VdpaDevice):
         )
         has_mtu = self._device_features & bit(Feature.NET_F_MTU)
         self.max_mtu = self._registers.mtu() if has_mtu else None
+        self._check_registers()
+        addresses = DmaAddresses(function)
         with contextlib.ExitStack() as undo:
-            self._paths = RingPaths(function, 2 * self.queue_pairs, self.max_queue_size)
+            self._paths = RingPaths(function, addresses, 2 * self.queue_pairs, self.max_queue_size)
             undo.callback(self._paths.end)
+            self._log = DirtyLogging(function, addresses, self._paths, self._log_registers(), log_mode)
+            self.log_modes = self._log.modes
             self._config_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, self._config_fd)
             self._events = undo.enter_context(select.epoll())
@@ -166,6 +171,17 @@ class VirtioNetDevice(VdpaDevice):
             self._resources = undo.pop_all()
 
     # What virtio does not define
+
+    @abc.abstractmethod
+    def _check_registers(self) -> None:
+        """See that the function has what the driver needs besides virtio.
+
+        :raise DeviceError: when it has not.
+        """
+
+    @abc.abstractmethod
+    def _log_registers(self) -> LogRegisters | None:
+        """The registers of the function's own dirty log; None when it has none."""
 
     @abc.abstractmethod
     def _use_rings(self, rings: Collection[int]) -> None:
@@ -189,6 +205,7 @@ class VirtioNetDevice(VdpaDevice):
         self._check_present()
         self._paths.map(region)
         try:
+            self._log.make_way(region, self._running)
             self._function.dma_map(region)
         except BaseException:
             self._paths.unmap(region)
@@ -268,6 +285,7 @@ class VirtioNetDevice(VdpaDevice):
         self._check_present()
         try:
             states = self._stop(self._rings)
+            self._log.function_stops()
             self._function.disable_irqs(Irq.MSIX)
             self._registers.reset()
         except BaseException:
@@ -281,23 +299,27 @@ class VirtioNetDevice(VdpaDevice):
 
     def start_logging(self, bitmap: DirtyBitmap) -> None:
         self._check_present()
-        self._paths.log(bitmap)
-        self._bitmap = bitmap
-        if self._running and not self._paths.shadowed:
-            try:
-                self._restart()
-            except BaseException:
-                self._forget_log()
-                raise
+        if self._log.is_in(bitmap):
+            return
+        try:
+            by_function = not self.shadowed and self._log.prepare(bitmap)
+            rings_run_on = self.shadowed or (by_function and self._log.mode is None)
+            if rings_run_on or not self._running:
+                self._log.use(bitmap, self._running)
+            else:
+                self._change_path(lambda: self._log.use(bitmap, self._running))
+        except BaseException:
+            self._forget_log()
+            raise
 
     def stop_logging(self) -> None:
         self._forget_log()
-        if self._running and self._paths.shadowed and self._could_go_on_directly():
-            self._restart()
+        if self.shadowed and self._could_go_on_directly():
+            self._change_path(lambda: None)
 
     @property
     def log_mode(self) -> LogMode | None:
-        return None if self._bitmap is None else LogMode.SOFTWARE
+        return self._log.mode
 
     @property
     def shadowed(self) -> bool:
@@ -334,7 +356,10 @@ class VirtioNetDevice(VdpaDevice):
         return DeviceEvent.CONFIG_CHANGED if self._config_fd in ready else None
 
     def statistics(self) -> dict[str, int]:
-        return self._paths.statistics()
+        numbers = self._paths.statistics()
+        for name, number in self._log.statistics().items():
+            numbers[name] += number
+        return numbers
 
     def close(self) -> None:
         if not self._lost:
@@ -346,8 +371,11 @@ class VirtioNetDevice(VdpaDevice):
     # Inside: the function as a whole
 
     def _forget_log(self) -> None:
-        self._paths.log(None)
-        self._bitmap = None
+        try:
+            self._log.forget(self._running)
+        except BaseException:
+            self._halt()  # it might go on to write where the bitmap was
+            raise
 
     def _count_pairs(self) -> int:
         """Queue pairs that the function has queues and vectors for."""
@@ -363,7 +391,7 @@ class VirtioNetDevice(VdpaDevice):
 
     def _can_be_direct(self, rings: Mapping[int, Ring]) -> bool:
         """Whether the function itself can take rings up where they stand, and nobody wants a log."""
-        if self._bitmap is not None:
+        if self._log.mode is LogMode.SOFTWARE:
             return False
         return self.HAS_RING_STATE or all(ring.state == RingState(0, 0) for ring in rings.values())
 
@@ -376,10 +404,9 @@ class VirtioNetDevice(VdpaDevice):
         self._running = True
         self._rings.update(rings)
         try:
-            event_idx = bool(self._features & bit(Feature.F_EVENT_IDX))
-            self._paths.prepare(not self._can_be_direct(rings), event_idx)
-            placed = {index: self._paths.as_seen_by_device(index, ring) for index, ring in rings.items()}
+            placed = self._place(rings)
             self._initialise(placed)
+            self._log.function_starts()
             for index, ring in placed.items():
                 self._program(index, ring)
             self._registers.add_status(Status.DRIVER_OK)
@@ -389,17 +416,53 @@ class VirtioNetDevice(VdpaDevice):
             self._halt()
             raise
 
+    def _place(self, rings: Mapping[int, Ring]) -> dict[int, Ring]:
+        """Decide how rings travel, of which none runs, and see them as the function is to be given them."""
+        event_idx = bool(self._features & bit(Feature.F_EVENT_IDX))
+        self._paths.prepare(not self._can_be_direct(rings), event_idx)
+        return {index: self._paths.as_seen_by_device(index, ring) for index, ring in rings.items()}
+
+    def _change_path(self, meanwhile: Callable[[], None]) -> None:
+        """Have all rings go on where they stand, on the path that fits when `meanwhile` has been done."""
+        if self.HAS_RING_STATE:
+            self._reroute(meanwhile)
+        else:
+            self._restart(meanwhile=meanwhile)
+
+    def _reroute(self, meanwhile: Callable[[], None]) -> None:
+        """Stop all rings and start them again, the function being as it is all the while."""
+        try:
+            states = self._stop(self._rings)
+            meanwhile()
+            for index, state in states.items():
+                self._rings[index] = dataclasses.replace(self._rings[index], state=state)
+            placed = self._place(self._rings)
+            self._set_calls(placed)
+            for index, ring in placed.items():
+                self._program(index, ring)
+            for index, ring in self._rings.items():
+                self._paths.open(index, ring, self._registers.doorbell(index))
+        except BaseException:
+            self._halt()
+            raise
+        _interrupt(self._rings.values())
+
     def _restart(
-        self, without: int | None = None, more: Mapping[int, Ring] | None = None
+        self,
+        without: int | None = None,
+        more: Mapping[int, Ring] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[int, RingState]:
-        """Stop, and start again where the rings stand, on whichever path fits now.
+        """Stop, reset, and start again where the rings stand, on whichever path fits now.
 
         :param without: a ring that is to rest.
         :param more: rings that are new.
+        :param meanwhile: what is to be done while nothing runs.
         :return: where the rings stopped.
         """
         before = dict(self._rings)
         states = self.suspend()
+        meanwhile()
         rings = {
             index: dataclasses.replace(ring, state=states[index])
             for index, ring in before.items()
@@ -408,10 +471,7 @@ class VirtioNetDevice(VdpaDevice):
         rings.update(more or {})
         if rings:
             self._run(rings)
-        for ring in before.values():
-            # An interrupt that was on its way when the function stopped may have been lost.
-            if ring.call is not None:
-                signal_eventfd(ring.call)
+        _interrupt(before.values())
         return states
 
     def _initialise(self, rings: Mapping[int, Ring]) -> None:
@@ -422,11 +482,15 @@ class VirtioNetDevice(VdpaDevice):
         self._registers.add_status(Status.ACKNOWLEDGE)
         self._registers.add_status(Status.DRIVER)
         self._registers.accept_features(self._features | self._device_features & OWN)
+        self._set_calls(rings)
+        self._registers.set_config_vector(CONFIG_VECTOR)
+        self._use_rings(rings)
+
+    def _set_calls(self, rings: Mapping[int, Ring]) -> None:
+        """Connect all vectors: the whole range at once, as a bus may be unable to enlarge it."""
         given = (rings.get(index) for index in range(2 * self.queue_pairs))
         calls = (ring.call if ring else None for ring in given)
         self._function.set_eventfds(Irq.MSIX, CONFIG_VECTOR, [self._config_fd, *calls])
-        self._registers.set_config_vector(CONFIG_VECTOR)
-        self._use_rings(rings)
 
     # Inside: rings
 
@@ -444,6 +508,7 @@ class VirtioNetDevice(VdpaDevice):
         self._quiesce(rings)
         for index in rings:
             self._paths.close(index)
+        self._log.rings_stopped(self._rings[index] for index in rings)
         if (fault := self._fault(rings)) and not known:
             raise DeviceError(f"{self.name}: {fault}")
         # What was fetched but not completed is fetched again: the used index counts for both.
@@ -507,13 +572,22 @@ class VirtioNetDevice(VdpaDevice):
         self._function.close()
         self._lost = True
         self._forget_rings()
+        self._log.function_lost()
 
     def _forget_rings(self) -> None:
         for index in self._rings:
             self._paths.close(index)
+        self._log.rings_stopped(self._rings.values())
         self._rings.clear()
         self._running = False
 
     def _check_present(self) -> None:
         if self._lost:
             raise DeviceLostError(f"{self.name}: the device is gone")
+
+
+def _interrupt(rings: Iterable[Ring]) -> None:
+    """Interrupt the guest for each ring: what was on its way when the ring stopped may have been lost."""
+    for ring in rings:
+        if ring.call is not None:
+            signal_eventfd(ring.call)

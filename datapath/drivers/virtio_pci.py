@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 from datapath.bus.function import PciFunction
 from datapath.bus.pci import MODERN_NET, PciIds
+from datapath.drivers.dirty_logging import LogRegisters
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
 from datapath.drivers.virtio_registers import wait_until
 from datapath.vdpa import DeviceError, DeviceSpec, LogMode, Ring, RingState
@@ -28,10 +29,11 @@ class VirtioPciDevice(VirtioNetDevice):
     HAS_RING_STATE = False
     MAX_PAIRS = 1  # more want VIRTIO_NET_CTRL_MQ on the function's own control queue (section 5.1.6.5.5)
 
-    def __init__(self, name: str, function: PciFunction) -> None:
+    def __init__(self, name: str, function: PciFunction, log_mode: LogMode = LogMode.AUTO) -> None:
         """Take a function over.
 
-        :raise DeviceError: when it is no modern virtio-net function, or lacks what the driver needs.
+        :raise DeviceError: when it is no modern virtio-net function, lacks what the driver needs, or is to
+            log by itself.
         """
         ids = PciIds.of(function.config_space())
         if not ids.is_virtio_net:
@@ -39,7 +41,13 @@ class VirtioPciDevice(VirtioNetDevice):
                 f"{name}: {ids} is not a virtio network function; those are"
                 f" {PCI_VENDOR:04x}:{MODERN_NET:04x} and {PCI_VENDOR:04x}:{PCI_TRANSITIONAL_NET:04x}"
             )
-        super().__init__(name, function)
+        super().__init__(name, function, log_mode)
+
+    def _check_registers(self) -> None:
+        pass  # virtio's own are enough
+
+    def _log_registers(self) -> LogRegisters | None:
+        return None
 
     def _use_rings(self, rings: Collection[int]) -> None:
         pass  # there is but one pair

@@ -56,6 +56,9 @@ class VirtioRegisters:
         #: The last reset was not finished in time; another one had better not be waited for.
         self.stuck = False
         self._device = found[PciCapability.DEVICE]
+        #: What queue_select holds, None if unknown: it saves messages where registers are in another process.
+        self._selected: int | None = None
+        self._doorbells: dict[int, Doorbell] = {}
 
     # Device status and features (sections 4.1.4.3, 2.1, 2.2)
 
@@ -77,6 +80,7 @@ class VirtioRegisters:
         :raise DeviceError: when it does not.
         """
         self._write(Common.DEVICE_STATUS, 1, 0)
+        self._selected = None
         self.stuck = True
         wait_until(lambda: self.status == 0, RESET_DEADLINE, lambda: f"{self._function.name}: is not reset")
         self.stuck = False
@@ -145,6 +149,11 @@ class VirtioRegisters:
 
         :raise DeviceError: when its register is outside the notify structure, or no doorbell reaches it.
         """
+        if queue not in self._doorbells:
+            self._doorbells[queue] = self._find_doorbell(queue)
+        return self._doorbells[queue]
+
+    def _find_doorbell(self, queue: int) -> Doorbell:
         self._select(queue)
         at = self._read(Common.QUEUE_NOTIFY_OFF, 2) * self._notify.notify_multiplier
         if at + 2 > self._notify.length:
@@ -178,7 +187,10 @@ class VirtioRegisters:
         self._write(field + 4, 4, address >> 32)
 
     def _select(self, queue: int) -> None:
-        self._write(Common.QUEUE_SELECT, 2, queue)
+        if self._selected != queue:
+            self._selected = None  # should the write fail
+            self._write(Common.QUEUE_SELECT, 2, queue)
+            self._selected = queue
 
     def _check_vector(self, field: int, vector: int, what: str) -> None:
         if vector != NO_VECTOR and self._read(field, 2) != vector:

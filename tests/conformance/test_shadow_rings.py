@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datapath.vdpa import DeviceSpec, RingState, open_device
+from datapath.vdpa import DeviceSpec, LogMode, RingState, open_device
 from datapath.virtio import Feature, bit
 from tests.harness.dirty_log import PAGE, DirtyLog
 from tests.harness.driven_vf import BASE, BUFFERS, FEATURES, MEMORY_SIZE, RX, TX, DrivenVf
@@ -28,8 +28,8 @@ DRIVERS = ("ifcvf", "virtio")
 
 @pytest.fixture(scope="module", params=["eventfd", "mapped"])
 def nic(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
-    # A VF that is re-routed receives nothing for some milliseconds: with --keep it loses nothing either, so
-    # that whatever is missing was lost by us.
+    # A VF that is reset receives nothing for some milliseconds: with --keep it loses nothing either, so that
+    # whatever is missing was lost by us.
     options = [f"--doorbell={request.param}", "--prefetch=3", "--keep"]
     with (
         NetworkNamespace() as namespace,
@@ -67,12 +67,12 @@ MakeVf = Callable[..., DrivenVf]
 
 @pytest.fixture
 def make_vf(nic: EmulatedNic, log: DirtyLog, another_log: DirtyLog) -> Iterator[MakeVf]:
-    """Opens the VF with a driver and rings of a size and start; it is closed before the logs go."""
+    """Opens the VF with a driver, for the relay to log, and rings of a size and start."""
     made: list[DrivenVf] = []
 
     def make(driver: str, size: int = 256, start: int = 0) -> DrivenVf:
         device = nic.device(0).replace("ifcvf", driver, 1)
-        made.append(DrivenVf(open_device(DeviceSpec.parse(device)), size, start))
+        made.append(DrivenVf(open_device(DeviceSpec.parse(device), LogMode.SOFTWARE), size, start))
         return made[-1]
 
     yield make

@@ -226,6 +226,7 @@ class FakeFunction(PciFunction):
 
     def _reset_registers(self) -> None:
         self.registers = {"status": 0, "config_vector": NO_VECTOR, "queue_select": 0}
+        self.migration.clear()
         self.queues = [{"queue_size": 256, "queue_vector": NO_VECTOR} for _ in range(2 * self.pairs + 1)]
 
     @staticmethod

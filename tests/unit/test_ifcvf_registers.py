@@ -271,6 +271,8 @@ def test_start_refused_leaves_the_function_idle(
 def test_start_failing_at_any_access_leaves_the_function_idle(
     device: IfcvfDevice, function: FakeFunction, rings: dict[int, Ring]
 ) -> None:
+    device.start(FEATURES, pair(rings))
+    device.suspend()
     start = function.accesses
     device.start(FEATURES, pair(rings))
     needed = function.accesses - start

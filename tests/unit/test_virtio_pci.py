@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from datapath.drivers.private_rings import ADDRESS_END, PrivateRings
+from datapath.drivers.dma_addresses import ADDRESS_END, DmaAddresses
+from datapath.drivers.private_rings import PrivateRings
 from datapath.drivers.virtio_pci import VirtioPciDevice
 from datapath.native._native import ffi
 from datapath.vdpa import DeviceError, DeviceEvent, DeviceLostError, MemoryRegion, Ring, RingState
@@ -268,20 +269,25 @@ def test_where_private_rings_are(
 ) -> None:
     function = FakeFunction()
     monkeypatch.setattr(FakeFunction, "iova_ranges", lambda _: ranges)
-    guest = [MemoryRegion(start, 0x1000, -1, 0, 0) for start in guest_at]
-    private = PrivateRings(function, 2, 256, guest)
+    addresses = DmaAddresses(function)
+    for start in guest_at:
+        addresses.take(MemoryRegion(start, 0x1000, -1, 0, 0))
+    private = PrivateRings(function, addresses, 2, 256)
     assert private.memory.guest_address == wanted
+    assert addresses.place(2 * SIZE, "others") <= wanted - 2 * SIZE
     private.close()
+    assert addresses.place(2 * SIZE, "others") == wanted
     function.close()
 
 
 def test_no_room_for_private_rings_is_an_error_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    function = FakeFunction()
+    """It is known when the device is opened."""
+    function = FakeFunction(pairs=1, config=config_space(PLAIN))
     monkeypatch.setattr(FakeFunction, "iova_ranges", lambda _: ((0, 0xFFF),))
     with pytest.raises(
         DeviceError, match=f"no DMA addresses for {2 * SIZE} bytes of private rings.*0x0-0xfff"
     ):
-        PrivateRings(function, 2, 256, [])
+        VirtioPciDevice("virtio,fake", function)
     function.close()
 
 
