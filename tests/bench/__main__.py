@@ -6,11 +6,15 @@ Owns the command line; each subject is a module with `measure(runs)` that prints
 import argparse
 import sys
 
-from tests.bench import hooks, relay
+from tests.bench import dirty_logging, hooks, relay
 from tests.harness.processes import HarnessError
 
 SUBJECTS = {
     "hooks": (hooks.measure, "what the hook costs, and what hook and port add to virsh start"),
+    "logging": (
+        dirty_logging.measure,
+        "packets per second while dirty pages are logged, and where the time goes",
+    ),
     "relay": (relay.measure, "what the relay of a ring takes per used entry, beside DPDK's"),
 }
 

@@ -49,12 +49,21 @@ def wire(nic: EmulatedNic) -> Iterator[Wire]:
         yield made
 
 
-@pytest.fixture(params=[("ifcvf", "software"), ("virtio", "software")], ids="-".join)
-def proxy(nic: EmulatedNic, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[VhostUserProxy]:
-    driver, _mode = request.param
-    device = nic.device(0).replace("ifcvf", driver, 1)
+@pytest.fixture(params=["software", "hardware"])
+def log_mode(request: pytest.FixtureRequest) -> str:
+    mode: str = request.param
+    return mode
+
+
+@pytest.fixture(params=["ifcvf", "virtio"])
+def proxy(
+    nic: EmulatedNic, tmp_path: Path, log_mode: str, request: pytest.FixtureRequest
+) -> Iterator[VhostUserProxy]:
+    if (request.param, log_mode) == ("virtio", "hardware"):
+        pytest.skip("a virtio function has no log of its own")
+    device = nic.device(0).replace("ifcvf", request.param, 1)
     with (
-        PortProcess(tmp_path, device) as port,
+        PortProcess(tmp_path, device, f"--log-mode={log_mode}") as port,
         VhostUserProxy(tmp_path / "proxy.sock", port.socket) as made,
     ):
         yield made
@@ -116,7 +125,7 @@ LAST: dict[str, Callable[[SocketFrontEnd, Wire], None]] = {
 
 @pytest.mark.parametrize("last", LAST)
 def test_the_last_thing_written_is_in_the_log(
-    guest: SocketFrontEnd, proxy: VhostUserProxy, wire: Wire, last: str
+    guest: SocketFrontEnd, proxy: VhostUserProxy, wire: Wire, log_mode: str, last: str
 ) -> None:
     with closing(GuestPages(proxy)) as pages:
         offer_buffers(guest, 24)
@@ -126,10 +135,12 @@ def test_the_last_thing_written_is_in_the_log(
         pages.copy_all()
         both_ways(guest, wire, 100)
         own = written_by_guest(guest)
+        # What a VF does not log itself, used rings, is marked when they stop.
+        later = pages.used_ring_pages() if log_mode == "hardware" else set()
 
         def all_is_there() -> bool:
             pages.take()
-            return not pages.unlike() - own
+            return not pages.unlike() - own - later
 
         wait_for("the log to tell of all that was written", all_is_there, 10)
         LAST[last](guest, wire)

@@ -12,8 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 from tests.harness.compiled import compiled
 from tests.harness.processes import wait_for
@@ -81,13 +80,10 @@ class Traffic:
         wait_for("frames to be sent", lambda: self.next >= end or not self._thread.is_alive(), 30)
         assert not self._error, os.strerror(self._error)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """No frames meanwhile."""
-        self._state.idle = 1
-        wait_for("the frames to stop", lambda: self._state.resting, 10)
-        yield
-        self._state.idle = 0
+    def rest(self, on: bool = True) -> None:
+        """Send no frames for now, or go on."""
+        self._state.idle = on
+        wait_for("the frames to stop or go on", lambda: self._state.resting == on, 10)
 
     def close(self) -> None:
         """Stop sending."""
@@ -133,10 +129,15 @@ class GuestPages:
 
     # The log
 
-    def take(self) -> int:
-        """Take the bits that are set, as QEMU does, and copy their pages to the destination; how many."""
+    def take_bits(self) -> int:
+        """Take the bits that are set, as QEMU does; how many."""
         words = ctypes.c_size_t(self.log_size // 8)
         count: int = _library().log_take(self._words, words, self._taken, self.marked)
+        return count
+
+    def take(self) -> int:
+        """Take the bits that are set, and copy their pages to the destination; how many."""
+        count = self.take_bits()
         first = ctypes.c_uint64(self.base // PAGE)
         size = ctypes.c_size_t(self.size)
         _library().pages_copy(self._taken, first, size, self._memory, self.copy)

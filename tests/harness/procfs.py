@@ -1,5 +1,6 @@
 """What runs on this machine, read from /proc: for looking, not for bookkeeping."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,3 +54,12 @@ def all_running() -> Iterator[Running]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (found := running(int(entry.name))) is not None:
             yield found
+
+
+def thread_times(pid: int) -> dict[int, float]:
+    """Seconds of CPU time that each thread of a process has used, by thread id."""
+    times = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        times[int(task.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return times

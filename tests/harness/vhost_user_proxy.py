@@ -1,11 +1,12 @@
 """A vhost-user proxy between a front-end that knows no dirty logging and our port.
 
-DPDK's virtio-user never migrates. Here everything it says passes through, descriptors too, and in between the
-proxy says to the back-end what QEMU says when a migration begins, is given up, or comes to its end; those
-replies the front-end never sees. Kicks, interrupts and packets do not come this way.
+DPDK's virtio-user never migrates. Here everything it says passes through, descriptors too, and in between
+the proxy says to the back-end what QEMU says when a migration begins, is given up, or comes to its end, and
+when a back-end has died and another one is there; those replies the front-end never sees. Kicks, interrupts
+and packets do not come this way.
 
-Owns the listening socket, both connections, the thread that forwards, and copies of the descriptors of guest
-memory, so that a test sees the memory that the front-end shares.
+Owns the listening socket, both connections, the thread that forwards, and copies of the descriptors that the
+front-end has sent: so a test sees the memory that is shared, and all can be said again.
 """
 
 import array
@@ -36,6 +37,7 @@ from datapath.vhost_user.messages import (
     Region,
     Request,
     VringAddress,
+    VringFd,
     VringState,
     decode_reply,
     encode_request,
@@ -45,8 +47,23 @@ from tests.harness.processes import HarnessError, wait_for
 
 #: Flag of SET_VRING_ADDR: writes to the used ring are to be logged (QEMU docs/interop/vhost-user.rst).
 VRING_F_LOG = 1
-#: Seconds that a back-end may take for an answer.
-PATIENCE = 10.0
+#: Seconds that a back-end may take for an answer, and after which the proxy looks for another back-end.
+PATIENCE, LOOK = 10.0, 0.02
+#: What is said to a back-end that takes a session over, in the order of QEMU's vhost_dev_start(); what names
+#: a ring is said of each.
+SAID_AGAIN = (
+    Request.SET_PROTOCOL_FEATURES,
+    Request.SET_OWNER,
+    Request.SET_VRING_ENABLE,
+    Request.SET_FEATURES,
+    Request.SET_MEM_TABLE,
+    Request.SET_VRING_NUM,
+    Request.SET_VRING_BASE,
+    Request.SET_VRING_ADDR,
+    Request.SET_VRING_KICK,
+    Request.SET_VRING_CALL,
+    Request.SET_STATUS,
+)
 
 Replies = queue.SimpleQueue[bytes]
 
@@ -72,7 +89,10 @@ class VhostUserProxy:
         self._back_end_path = back_end
         self._features: int | None = None
         self._reply_ack = False
-        self._logging = False
+        #: The log, its size and offset, while logging is on.
+        self._log: tuple[int, LogArea] | None = None
+        #: The last of each kind of message, for each ring.
+        self._said: dict[tuple[int, int | None], Message] = {}
         self._lock = threading.Lock()
         #: Who waits for the replies to come, in their order: the front-end (None), or a caller of `ask`.
         self._waiting: deque[Replies | None] = deque()
@@ -110,15 +130,15 @@ class VhostUserProxy:
     def start_logging(self, log: int, size: int, offset: int = 0) -> None:
         """What QEMU sends when a migration begins; on return the log is complete."""
         assert self._features is not None
-        self._logging = True
-        self.ask(Request.SET_LOG_BASE, LogArea(size, offset), log)
-        self._switch(self._features | F_LOG_ALL, VRING_F_LOG)
+        self._log = log, LogArea(size, offset)
+        self._name_log()
+        self._switch(self._features | F_LOG_ALL, logged=True)
 
     def stop_logging(self) -> None:
         """What QEMU sends when a migration is given up."""
         assert self._features is not None
-        self._logging = False
-        self._switch(self._features, 0)
+        self._log = None
+        self._switch(self._features, logged=False)
 
     def stop_rings(self) -> dict[int, int]:
         """Stop all rings as at the end of a migration; their bases. The front-end is not told."""
@@ -126,6 +146,48 @@ class VhostUserProxy:
             index: self.ask(Request.GET_VRING_BASE, VringState(index, 0)).num
             for index in sorted(self.started)
         }
+
+    def reconnect(self) -> None:
+        """The back-end has died, and another serves its path: begin the session anew as QEMU does, rings at
+        their used index; while logging, the log comes last.
+
+        :raise OSError: when nobody serves the path.
+        """
+        wait_for("the proxy to see the end of the back-end", lambda: self._back is None, PATIENCE)
+        back = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        back.connect(str(self._back_end_path))
+        with self._lock:
+            self._waiting.clear()
+            self._back = back
+        for request in SAID_AGAIN:
+            for _, message in sorted(self._said.items(), key=lambda item: item[0][1] or 0):
+                if message.request == request:
+                    self.ask(request, self._said_again(message), *message.fds)
+        if self._log is not None:
+            self._name_log()
+        self.ask(Request.GET_FEATURES)
+
+    def _said_again(self, message: Message) -> Any:
+        payload = message.payload
+        match message.request:
+            case Request.SET_PROTOCOL_FEATURES:
+                return payload | bit(ProtocolFeature.LOG_SHMFD)
+            case Request.SET_FEATURES:
+                return payload | (F_LOG_ALL if self._log else 0)
+            case Request.SET_VRING_BASE:
+                return VringState(payload.index, self.used_index(payload.index))
+            case Request.SET_VRING_ADDR if self._log is not None:
+                return self._logged(payload)
+        return payload
+
+    def used_index(self, ring: int) -> int:
+        """The used index of a ring as the guest sees it."""
+        at = self.addresses[ring].used + 2
+        for shared in self.memory:
+            offset = at - shared.region.user_address
+            if 0 <= offset < shared.region.size:
+                return int.from_bytes(shared.view[offset : offset + 2], "little")
+        raise HarnessError(f"{at:#x} is not in the front-end's memory")
 
     def wait_until_running(self, rings: int = 2) -> None:
         """Wait until the front-end has started its rings."""
@@ -139,46 +201,74 @@ class VhostUserProxy:
                 return shared.region.guest_address + offset
         raise HarnessError(f"{user:#x} is not in the front-end's memory")
 
-    def _switch(self, features: int, flags: int) -> None:
+    def _switch(self, features: int, *, logged: bool) -> None:
         self.ask(Request.SET_FEATURES, features)
         for address in self.addresses.values():
-            log = self.guest_address(address.used)
-            self.ask(Request.SET_VRING_ADDR, dataclasses.replace(address, flags=flags, log=log))
+            self.ask(Request.SET_VRING_ADDR, self._logged(address) if logged else address)
         self.ask(Request.GET_FEATURES)
+
+    def _name_log(self) -> None:
+        assert self._log is not None
+        fd, area = self._log
+        self.ask(Request.SET_LOG_BASE, area, fd)
+
+    def _logged(self, address: VringAddress) -> VringAddress:
+        """A ring's addresses with the wish to have its used ring logged."""
+        return dataclasses.replace(address, flags=VRING_F_LOG, log=self.guest_address(address.used))
 
     # What passes through
 
     def _serve(self) -> None:
         """Front-end after front-end, until `close`."""
         try:
-            while self._readable(self._listener):
+            while self._wait([self._listener]):
                 front, _ = self._listener.accept()
-                with front, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as back:
-                    back.connect(str(self._back_end_path))
-                    self._back = back
-                    with contextlib.suppress(ConnectionError):
-                        self._forward(front, back)
-                    self._forget()
+                back = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                back.connect(str(self._back_end_path))
+                self._back = back
+                with front, contextlib.suppress(ConnectionError):
+                    self._forward(front)
+                self._forget()
         except BaseException as error:
             self._error = error
             raise
 
-    def _readable(self, *sockets: socket.socket) -> list[socket.socket]:
-        """Wait for one of them; none: it is time to end."""
-        ready, _, _ = select.select([self._stop_reader, *(sock.fileno() for sock in sockets)], [], [])
-        return [] if self._stop_reader in ready else [sock for sock in sockets if sock.fileno() in ready]
+    def _wait(
+        self, sockets: Sequence[socket.socket], seconds: float | None = None
+    ) -> list[socket.socket] | None:
+        """Those that can be read, after `seconds` maybe none; None: it is time to end."""
+        descriptors = [self._stop_reader, *(sock.fileno() for sock in sockets)]
+        ready, _, _ = select.select(descriptors, [], [], seconds)
+        return None if self._stop_reader in ready else [sock for sock in sockets if sock.fileno() in ready]
 
-    def _forward(self, front: socket.socket, back: socket.socket) -> None:
+    def _forward(self, front: socket.socket) -> None:
+        """Until the front-end leaves; a back-end that leaves may come again (`reconnect`).
+
+        :raise ConnectionError: when the front-end has left.
+        """
         decoder = Decoder()
-        while ready := self._readable(front, back):
-            if back in ready:
-                self._answer(front, _receive_reply(back))
+        while True:
+            back = self._back
+            ready = self._wait([front] if back is None else [front, back], LOOK)
+            if ready is None:
+                return
+            if back is not None and back in ready:
+                try:
+                    self._answer(front, _receive_reply(back))
+                except ConnectionError:
+                    self._lose(back)
             if front in ready:
                 data, fds = _receive(front, decoder.wanted)
                 message = decoder.feed(data, fds)
                 if message is not None:
                     with contextlib.closing(message):
-                        self._pass_on(back, message)
+                        self._pass_on(message)
+
+    def _lose(self, back: socket.socket) -> None:
+        with self._lock:
+            if self._back is back:
+                self._back = None
+                back.close()
 
     def _answer(self, front: socket.socket, reply: bytes) -> None:
         with self._lock:
@@ -188,25 +278,28 @@ class VhostUserProxy:
         else:
             waiting.put(reply)
 
-    def _pass_on(self, back: socket.socket, message: Message) -> None:
+    def _pass_on(self, message: Message) -> None:
         self._learn(message)
         layout = LAYOUTS.get(message.request)
         due = layout is not None and layout.reply is not None
         with self._lock:
-            _send(back, encode_request(message), message.fds)
+            if self._back is None:
+                raise ConnectionError("there is no back-end")
+            _send(self._back, encode_request(message), message.fds)
             if due or (message.need_reply and self._reply_ack):
                 self._waiting.append(None)
 
     def _learn(self, message: Message) -> None:
         """Remember what the front-end has said, and add what it would say if it logged."""
         payload = message.payload
+        self._remember(message)
         match message.request:
             case Request.SET_PROTOCOL_FEATURES:
                 message.payload = payload | bit(ProtocolFeature.LOG_SHMFD)
                 self._reply_ack = bool(payload & bit(ProtocolFeature.REPLY_ACK))
             case Request.SET_FEATURES:
                 self._features = payload
-                message.payload = payload | (F_LOG_ALL if self._logging else 0)
+                message.payload = payload | (F_LOG_ALL if self._log else 0)
             case Request.SET_MEM_TABLE:
                 self._forget_memory()
                 self.memory = [_shared(region, fd) for region, fd in zip(payload, message.fds, strict=True)]
@@ -219,12 +312,26 @@ class VhostUserProxy:
             case Request.GET_VRING_BASE:
                 self.started.discard(payload.index)
 
+    def _remember(self, message: Message) -> None:
+        if message.request in SAID_AGAIN:
+            of_ring = isinstance(message.payload, VringState | VringAddress | VringFd)
+            key = message.request, message.payload.index if of_ring else None
+            if key in self._said:
+                self._said[key].close()
+            fds = [os.dup(fd) for fd in message.fds]
+            self._said[key] = Message(message.request, message.payload, fds=fds)
+
     def _forget(self) -> None:
         """The front-end has left. Its memory stays to be looked at until the next one's comes."""
         with self._lock:
+            if self._back is not None:
+                self._back.close()
             self._back = None
             self._waiting.clear()
-        self._logging = False
+        for message in self._said.values():
+            message.close()
+        self._said.clear()
+        self._log = None
         self.started.clear()
         self.addresses.clear()
 

@@ -10,7 +10,13 @@ import pytest
 
 from datapath.native._native import ffi
 from tests.harness.shadow_link import BASE, BUFFERS, MEMORY, PAGE, Link, MakeLink
-from tests.harness.virtqueue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Buffer
+from tests.harness.virtqueue import (
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    USED_F_NO_NOTIFY,
+    Buffer,
+)
 
 WHOLE = (BASE + MEMORY) // PAGE // 8
 TABLE = BASE + (1 << 20)
@@ -165,6 +171,22 @@ def test_what_the_relay_writes_itself_is_marked(
     link.settled()
     entries = {used + 4 + 8 * ((start + n) % size) for n in range(20)}
     assert log.take() >= pages((used, 4), *((entry, 8) for entry in entries))
+
+
+def test_a_ring_that_breaks_has_marked_what_it_last_wrote(make_link: MakeLink, log: Log) -> None:
+    """More heads than one turn gives, then a bad one: the wish for no notifications is not taken back."""
+    link = make_link(128)
+    link.relay.log(log.area)
+    link.add()
+    link.settled()
+    log.take()
+    for _ in range(100):
+        link.guest.add(Buffer(BUFFERS, 1))
+    link.guest.publish(128)
+    link.guest.kick()
+    assert "beyond the descriptor table" in link.broken()
+    assert link.guest_flags & USED_F_NO_NOTIFY
+    assert log.take() == pages((link.guest.used, 2))
 
 
 def test_a_used_ring_that_is_not_at_the_beginning_of_a_page(make_link: MakeLink, log: Log) -> None:
