@@ -9,18 +9,21 @@ It imports no asyncio, lxml, qemu.qmp or libvirt: there is one process for every
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import selectors
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from datapath import virtio
-from datapath.control import Arguments, ControlServer
+from datapath.announce import Announcer, parse_mac
+from datapath.control import Arguments, CommandError, ControlServer
 from datapath.endpoint import Connector, Endpoint, EndpointError, Listener, NoMoreFrontEndsError, from_fd
 from datapath.loop import dispatch, ended_by_signals
 from datapath.port_options import PROGRAM, parse_arguments
+from datapath.uplink import Uplink, UplinkError, open_uplink
 from datapath.vdpa import (
     DeviceError,
     DeviceEvent,
@@ -30,9 +33,11 @@ from datapath.vdpa import (
     VdpaDevice,
     open_device,
 )
-from datapath.vhost_user.backend import F_LOG_ALL, Backend
+from datapath.vhost_user.backend import Backend
 from datapath.vhost_user.connection import Connection, DisconnectedError
+from datapath.vhost_user.marking import LogStatus
 from datapath.vhost_user.messages import ProtocolError
+from datapath.vhost_user.timing import Timing
 
 #: What `--print-capabilities` prints (QEMU docs/interop/vhost-user.json, VHostUserBackendCapabilities).
 CAPABILITIES = {"type": "net"}
@@ -46,7 +51,9 @@ class Port:
         device: VdpaDevice,
         options: argparse.Namespace,
         selector: selectors.BaseSelector,
+        uplink: Uplink | None = None,
     ) -> None:
+        """Serve a device; it and the uplink are the caller's to close."""
         self._device = device
         self._endpoint: Endpoint | None = None
         self._options = options
@@ -58,11 +65,16 @@ class Port:
         self._connections = 0
         self._quit = False
         self._failure: str | None = None
+        self._uplink = uplink
+        self._announcer = Announcer(uplink, self._announced)
+        self._timing = Timing()
+        self._log_status = LogStatus()
         selector.register(device.event_fd, selectors.EVENT_READ, self._device_event)
         if options.control is not None:
             commands = {
                 "query-status": self._query_status,
                 "query-stats": self._query_stats,
+                "announce": self._announce,
                 "quit": self.quit,
             }
             self._control = ControlServer(selector, options.control, commands)
@@ -75,12 +87,28 @@ class Port:
         if (listener := endpoint.fileno()) is not None:
             self._selector.register(listener, selectors.EVENT_READ, self._poll_endpoint)
         while not self._quit and self._failure is None:
-            deadline = endpoint.deadline(self._connection is not None)
-            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            dispatch(self._selector, timeout)
-            if deadline is not None:
+            polled = endpoint.deadline(self._connection is not None)
+            dispatch(self._selector, self._time_left(polled))
+            if polled is not None:
                 self._poll_endpoint(0)
+            if self._uplink is not None:
+                self._uplink.poll()
+            if self._connection is not None and self._connection.backend.exchange.deadline is not None:
+                self._attempt(self._connection.backend.exchange.check)
         return 0 if self._failure is None else 1
+
+    def _time_left(self, polled: float | None) -> float | None:
+        """Seconds that the loop may wait; None for as long as nothing happens.
+
+        :param polled: when the endpoint wants its turn.
+        """
+        times = [polled]
+        if self._connection is not None:
+            times.append(self._connection.backend.exchange.deadline)
+        if self._uplink is not None:
+            times.append(self._uplink.deadline())
+        deadlines = [deadline for deadline in times if deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def quit(self, _arguments: Arguments | None = None) -> dict[str, object]:
         """End the process, in good order."""
@@ -113,7 +141,14 @@ class Port:
                 sock.close()
                 return
             self._disconnect("the front-end disconnected")
-        backend = Backend(self._device, self._options.features, self._log)
+        backend = Backend(
+            self._device,
+            self._options.features,
+            self._log,
+            announce=self._announce_guest,
+            negotiated=self._options.negotiated,
+            timing=self._timing,
+        )
         self._connection = Connection(sock, backend)
         self._connections += 1
         self._selector.register(sock, selectors.EVENT_READ, self._receive)
@@ -121,17 +156,30 @@ class Port:
 
     def _receive(self, _mask: int) -> None:
         assert self._connection is not None
+        self._attempt(self._connection.receive)
+        if self._connection is not None and self._connection.backend.running:
+            self._announcer.rings_run()
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Do something for the front-end, which may end the connection."""
+        assert self._connection is not None
         try:
-            self._connection.receive()
+            action()
             self._enter("running" if self._connection.backend.running else "connected")
+            self._tell_log()
         except DisconnectedError as error:
             self._disconnect(str(error))
-        except ProtocolError as error:
-            self._reject(f"front-end broke the protocol: {error}")
-        except DeviceLostError as error:
+        except (ProtocolError, DeviceError) as error:
+            self._end_by(error)
+
+    def _end_by(self, error: ProtocolError | DeviceError) -> None:
+        """End the connection for what has failed, and the port if its device has gone."""
+        if isinstance(error, DeviceLostError):
             self._fail(str(error))
-        except DeviceError as error:
+        elif isinstance(error, DeviceError):
             self._reject(f"device failed: {error}")
+        else:
+            self._reject(f"front-end broke the protocol: {error}")
 
     def _reject(self, reason: str) -> None:
         self._last_error = reason
@@ -144,6 +192,7 @@ class Port:
         self._selector.unregister(connection.socket)
         self._log(reason)
         connection.close()
+        self._tell_log()
         self._enter("waiting", reason)
 
     # The device
@@ -151,15 +200,24 @@ class Port:
     def _device_event(self, _mask: int) -> None:
         event = self._device.take_event()
         if event is DeviceEvent.LOST:
-            self._fail(f"{self._device.name}: the device is gone")
+            self._suffer(DeviceLostError(f"{self._device.name}: the device is gone"))
         elif event is DeviceEvent.NEEDS_RESET:
             reason = self._device.fault or "it met a ring or buffer that it cannot use"
             if self._connection is not None:
                 self._connection.backend.signal_error()
-            self._reject(f"{self._device.name} needs a reset: {reason}")
+            self._suffer(DeviceError(f"{self._device.name} needs a reset: {reason}"))
         elif event is DeviceEvent.CONFIG_CHANGED:
             # QEMU's virtio-net takes no configuration changes from a back-end (it masks CONFIG).
             self._log(f"{self._device.name}: device configuration changed")
+
+    def _suffer(self, error: DeviceError) -> None:
+        """The device has failed by itself; a front-end that begins or ends to log is told afterwards."""
+        if self._connection is not None:
+            self._receive(0)  # it may just have begun
+        if self._connection is not None and self._connection.backend.exchange.defer(error):
+            self._tell_log()
+        elif self._failure is None:
+            self._end_by(error)
 
     def _fail(self, reason: str) -> None:
         self._last_error = reason
@@ -172,7 +230,37 @@ class Port:
     def _log(self, text: str) -> None:
         log(self._options.name, text)
 
+    # Announcements
+
+    def _announce_guest(self, mac: bytes) -> None:
+        self._announcer.announce(mac, self._connection is not None and self._connection.backend.running)
+
+    def _announce(self, arguments: Arguments) -> dict[str, object]:
+        try:
+            mac = parse_mac(arguments.get("mac"))
+        except ValueError as error:
+            raise CommandError(f"mac: {error}") from error
+        if self._uplink is None:
+            raise CommandError("the port has no uplink to announce a guest on")
+        self._announce_guest(mac)
+        return {}
+
+    def _announced(self, result: dict[str, object]) -> None:
+        if result["problem"] is not None:
+            self._log(f"{result['mac']} is not announced: {result['problem']}")
+        if self._control is not None:
+            self._control.event("PORT_ANNOUNCE", result)
+
     # What the control socket tells
+
+    def _tell_log(self) -> None:
+        """See how writes are logged now, and tell when that has changed."""
+        status = self._connection.backend.log_status if self._connection is not None else LogStatus()
+        if status == self._log_status:
+            return
+        self._log_status = status
+        if self._control is not None:
+            self._control.event("PORT_LOG", dataclasses.asdict(status))
 
     def _enter(self, state: str, reason: str | None = None) -> None:
         if state == self._state:
@@ -202,22 +290,22 @@ class Port:
             "rings": list(self._rings(backend)) if backend is not None else [],
             "last_error": self._last_error,
             "connections": self._connections,
-            "log": {
-                "wanted": bool(acked & F_LOG_ALL),
-                "mode": self._device.log_mode.value if self._device.log_mode is not None else None,
-                "problem": None,
-                "pages": self._device.statistics().get("logged_pages", 0),
-                "missed": self._device.statistics().get("log_missed", 0),
-            },
+            "log": self._describe_log(),
             "announce": {
                 "uplink": str(self._options.uplink) if self._options.uplink is not None else None,
-                "pending": False,
-                "sent": 0,
-                "last_sent": None,
-                "problem": None,
+                **self._announcer.describe(),
             },
-            "timing": {"start": None, "stop": None},
-            "pauses": [],
+            "timing": self._timing.describe(),
+            "pauses": self._timing.pauses(),
+        }
+
+    def _describe_log(self) -> dict[str, object]:
+        self._tell_log()  # pages may have been missed since
+        statistics = self._device.statistics()
+        return {
+            **dataclasses.asdict(self._log_status),
+            "pages": statistics.get("logged_pages", 0),
+            "missed": statistics.get("log_missed", 0),
         }
 
     def _rings(self, backend: Backend) -> Iterator[dict[str, object]]:
@@ -231,6 +319,7 @@ class Port:
                 "size": ring.size,
                 "enabled": ring.enabled,
                 "running": ring.running,
+                "logged": ring.logged,
                 "avail": avail,
                 "used": used,
             }
@@ -248,6 +337,7 @@ def serve(options: argparse.Namespace) -> int:
     """Open the VF, offer it, serve.
 
     :raise DeviceError: when the VF cannot be had.
+    :raise UplinkError: when the uplink cannot be had.
     :raise EndpointError: when the socket cannot be had.
     :raise OSError: when the control socket cannot be had.
     """
@@ -260,7 +350,11 @@ def serve(options: argparse.Namespace) -> int:
             endpoint = Connector(options.socket_path, options.connect_timeout)
         device = open_device(options.device, options.log_mode)
         stack.callback(device.close)
-        port = Port(device, options, selector)
+        uplink: Uplink | None = None
+        if options.uplink is not None:
+            uplink = open_uplink(options.uplink, selector)
+            stack.callback(uplink.close)
+        port = Port(device, options, selector, uplink)
         stack.callback(port.close)
         stack.enter_context(ended_by_signals(selector, port.quit))
         if endpoint is None:  # last: whoever finds the socket finds a port that answers
@@ -299,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             probe(options)
             return 0
         return serve(options)
-    except (DeviceError, DeviceSpecError, EndpointError) as error:
+    except (DeviceError, DeviceSpecError, EndpointError, UplinkError) as error:
         log(options.name, str(error))
     except OSError as error:
         log(options.name, f"{error.filename or 'system call'}: {error.strerror or error}")

@@ -52,6 +52,7 @@ class Nic:
                 "query-devices": self._query_devices,
                 "vf-stop": lambda arguments: self._set_link(arguments, False),
                 "vf-start": lambda arguments: self._set_link(arguments, True),
+                "vf-send": self._send,
                 "quit": self.quit,
             }
             undo.callback(ControlServer(selector, control, commands).close)
@@ -75,11 +76,25 @@ class Nic:
         return {"vfs": [{"index": index, **vf.describe()} for index, vf in enumerate(self._vfs)]}
 
     def _set_link(self, arguments: Arguments, up: bool) -> object:
+        self._named(arguments).set_link(up)
+        return {}
+
+    def _send(self, arguments: Arguments) -> object:
+        """Transmit a frame on behalf of whoever owns the VF, as a NIC's firmware could."""
+        vf, text = self._named(arguments), arguments.get("frame")
+        try:
+            vf.send(bytes.fromhex(text if isinstance(text, str) else "?"))
+        except ValueError as error:
+            raise CommandError(f"frame: {error}") from error
+        except OSError as error:
+            raise CommandError(f"frame: it cannot be sent: {error.strerror}") from error
+        return {}
+
+    def _named(self, arguments: Arguments) -> Vf:
         number = arguments.get("vf")
         if type(number) is not int or not 0 <= number < len(self._vfs):
             raise CommandError(f"vf: {number!r} is not a VF number from 0 to {len(self._vfs) - 1}")
-        self._vfs[number].set_link(up)
-        return {}
+        return self._vfs[number]
 
 
 def _mac(text: str) -> bytes:

@@ -1,6 +1,7 @@
 """One emulated VF, put together: TAP, packet engine, register model, vfio-user socket."""
 
 import contextlib
+import errno
 import os
 import selectors
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from datapath.emulation.tap import open_tap
 DRIVER = "ifcvf"
 #: Largest packet without its Ethernet header, in bytes; of the TAP as well.
 MTU = 1500
+#: Bytes of an Ethernet frame before its packet.
+ETHERNET_HEADER = 14
 
 Log = Callable[[str], None]
 
@@ -48,9 +51,9 @@ class Vf:
         self._spec = spec
         self._log = log
         with contextlib.ExitStack() as undo:
-            tap_fd = open_tap(spec.tap, MTU, spec.bridge)
-            undo.callback(os.close, tap_fd)
-            self._engine = Engine(tap_fd, spec.prefetch, spec.keep)
+            self._tap_fd = open_tap(spec.tap, MTU, spec.bridge)
+            undo.callback(os.close, self._tap_fd)
+            self._engine = Engine(self._tap_fd, spec.prefetch, spec.keep)
             undo.callback(self._engine.close)
             self._device = Ifcvf(self._engine, spec.mac, MTU)
             selector.register(self._engine.fault_fd, selectors.EVENT_READ, self._fault)
@@ -71,6 +74,18 @@ class Vf:
     def set_link(self, up: bool) -> None:
         """Plug the cable in or out."""
         self._device.net.set_link(up)
+
+    def send(self, frame: bytes) -> None:
+        """Transmit a frame that comes from no ring.
+
+        :raise ValueError: when it is no Ethernet frame that the wire takes.
+        :raise OSError: when the cable is out, or the TAP takes no more.
+        """
+        if not ETHERNET_HEADER <= len(frame) <= ETHERNET_HEADER + MTU:
+            raise ValueError(f"{len(frame)} bytes are no frame for an MTU of {MTU}")
+        if not self._device.net.link_up:
+            raise OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
+        os.write(self._tap_fd, frame)
 
     def describe(self) -> dict[str, object]:
         """What query-devices tells about it."""

@@ -7,6 +7,8 @@ nowhere else:
     a ring runs  <=>  it is started (its kick has come, and no GET_VRING_BASE since)  and enabled
                       and features are set, and, where STATUS was negotiated, DRIVER_OK is
 
+What fails while the front-end begins or ends to log is kept until it is done with that: `log_exchange.py`.
+
 A disabled transmit ring is not drained: the VF cannot consume what it does not run, so the guest's packets
 wait in the ring until it is enabled. (The specification has network back-ends drop them.)
 
@@ -14,6 +16,8 @@ Source: QEMU docs/interop/vhost-user.rst. Owns one connection's negotiated state
 device outlives it. Sockets are `port.py`'s.
 """
 
+import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +28,8 @@ from datapath.descriptors import close_all
 from datapath.vdpa import DeviceError, DeviceLostError, RingState, VdpaDevice
 from datapath.vhost_user import memory as guest_memory
 from datapath.vhost_user.log import DirtyLog
+from datapath.vhost_user.log_exchange import LogExchange
+from datapath.vhost_user.marking import LogStatus, Marking
 from datapath.vhost_user.memory import GuestMemory
 from datapath.vhost_user.messages import (
     EXPECT_REPLY,
@@ -36,7 +42,8 @@ from datapath.vhost_user.messages import (
     encode_reply,
     request_name,
 )
-from datapath.vhost_user.vring import Vring
+from datapath.vhost_user.timing import Timing
+from datapath.vhost_user.vring import VRING_F_LOG, Vring
 
 #: Never 14 (INBAND_NOTIFICATIONS) or 17 (XEN_MMAP): QEMU accepts and does not implement them.
 PROTOCOL_FEATURES = sum(
@@ -44,6 +51,7 @@ PROTOCOL_FEATURES = sum(
     for feature in (
         ProtocolFeature.MQ,
         ProtocolFeature.LOG_SHMFD,
+        ProtocolFeature.RARP,
         ProtocolFeature.REPLY_ACK,
         ProtocolFeature.NET_MTU,
         ProtocolFeature.BACKEND_REQ,
@@ -52,6 +60,7 @@ PROTOCOL_FEATURES = sum(
     )
 )
 F_PROTOCOL_FEATURES = virtio.bit(virtio.Feature.VHOST_USER_F_PROTOCOL_FEATURES)
+F_VERSION_1 = virtio.bit(virtio.Feature.F_VERSION_1)
 F_LOG_ALL = virtio.bit(virtio.Feature.VHOST_F_LOG_ALL)
 #: Bits of the feature word that are vhost's and no virtio device's.
 VHOST_FEATURES = F_PROTOCOL_FEATURES | F_LOG_ALL
@@ -66,11 +75,23 @@ class Backend:
     device could not do; after either only `close` is of use.
     """
 
-    def __init__(self, device: VdpaDevice, offer: int = (1 << 64) - 1, report: Callable[[str], None] = print):
+    def __init__(
+        self,
+        device: VdpaDevice,
+        offer: int = (1 << 64) - 1,
+        report: Callable[[str], None] = print,
+        *,
+        announce: Callable[[bytes], None] = lambda mac: None,
+        negotiated: int | None = None,
+        timing: Timing | None = None,
+    ) -> None:
         """Begin with nothing negotiated.
 
         :param offer: mask of the virtio features to offer, of those that the device has.
         :param report: told, in a line, what an operator should know.
+        :param announce: told the address of a guest that has moved here, before or after its rings run.
+        :param negotiated: what a guest that moves here has accepted, for a front-end that has forgotten it.
+        :param timing: where what is done is timed.
         """
         self.device = device
         self.offered = device.features & offer | F_PROTOCOL_FEATURES
@@ -79,12 +100,21 @@ class Backend:
         self.status = 0
         self.memory = GuestMemory()
         self.rings = [Vring(index) for index in range(2 * device.queue_pairs)]
+        self.exchange = LogExchange()
         self._report = report
-        self._log: DirtyLog | None = None
-        #: The log that the device was last told of, and whether it marks its writes in it.
-        self._settled_log: DirtyLog | None = None
-        self._device_marks = False
+        self._announce = announce
+        self._negotiated = negotiated
+        self._timing = timing or Timing()
+        self._marking = Marking(device, self.memory, self._timing, report)
         self._back_channel: int | None = None
+
+    @property
+    def log_status(self) -> LogStatus:
+        """How the device's writes are logged now; what has failed in the log exchange is told at once."""
+        status = self._marking.describe(self.running)
+        if self.exchange.failure is not None:
+            status = dataclasses.replace(status, problem=str(self.exchange.failure))
+        return status
 
     @property
     def running(self) -> bool:
@@ -104,17 +134,44 @@ class Backend:
         :raise DeviceError: when the device failed.
         """
         try:
-            rule = RULES.get(message.request)
-            if rule is None or not (rule.needs is None or self.negotiated(rule.needs)):
-                return self._refuse(message)
-            answer = rule.handler(self, message)
-            self._settle_log()
-            self._settle()
+            with self._timing.message(message.request):
+                self.exchange.message(message.request, self._begins_log_exchange(message))
+                rule = RULES.get(message.request)
+                if rule is None or not (rule.needs is None or self.negotiated(rule.needs)):
+                    return self._refuse(message)
+                answer = self._carry_out(rule, message)
             if LAYOUTS[message.request].reply is None or answer is None:
                 return self._acknowledge(message, answer or 0)
             return encode_reply(message.request, answer)
         finally:
             message.close()
+
+    def _carry_out(self, rule: "Rule", message: Message) -> Any:
+        """The handler's answer, or that all is well: what fails in the log exchange is kept for its end."""
+        answer = 0 if message.request == Request.SET_LOG_BASE else None
+        try:
+            answer = rule.handler(self, message)
+            if self.exchange.failure is None:
+                self._settle_log()
+                self._settle()
+        except (ProtocolError, DeviceError) as error:
+            if not self.exchange.defer(error):
+                raise
+            self._report(f"{request_name(message.request)} is answered all the same: {error}")
+        return answer
+
+    def _begins_log_exchange(self, message: Message) -> bool:
+        """Whether a message switches logging: gives a log, or changes a flag of what has been started."""
+        if message.request in (Request.SET_LOG_BASE, Request.SET_LOG_FD):
+            return True
+        if message.request == Request.SET_FEATURES:
+            switched = (message.payload ^ (self.acked or 0)) & F_LOG_ALL
+            return bool(switched) and any(ring.started for ring in self.rings)
+        if message.request == Request.SET_VRING_ADDR and message.payload.index < len(self.rings):
+            ring: Vring = self.rings[message.payload.index]
+            changed: bool = ring.logged != bool(message.payload.flags & VRING_F_LOG)
+            return ring.started and changed
+        return False
 
     def _refuse(self, message: Message) -> bytes | None:
         """A message that is not served: said where it can be, else ignored, as the specification wants."""
@@ -136,7 +193,7 @@ class Backend:
 
     def close(self) -> None:
         """Stop the rings, take guest memory from the device and release whatever the front-end gave."""
-        steps: list[Callable[[], None]] = [self._suspend, self._end_log]
+        steps: list[Callable[[], None]] = [self._suspend, self._marking.end]
         steps += [partial(self.device.unmap_memory, mapping.memory) for mapping in self.memory]
         for step in steps:
             try:
@@ -148,9 +205,7 @@ class Backend:
         self.memory.close()
         for ring in self.rings:
             ring.close()
-        self._replace_log(None)
-        if self._settled_log is not None:  # the device is lost, and marks nothing any more
-            self._settled_log.close()
+        self._marking.close()
         self._replace_back_channel(None)
 
     # When rings run
@@ -167,10 +222,11 @@ class Backend:
             for ring in running:
                 if ring not in wanted:
                     self._stopped(ring, self.device.stop_ring(ring.index))
-                    self._log_writes()
+                    self._marking.rings_stopped()
             for ring in wanted:
                 if not ring.running:
                     placed = ring.translate(self.memory)
+                    self._marking.rings_begin({ring.index: placed})
                     self.device.start_ring(ring.index, placed)
                     ring.begin(placed)
 
@@ -182,7 +238,9 @@ class Backend:
     def _start(self, rings: Sequence[Vring]) -> None:
         assert self.acked is not None
         placed = {ring.index: ring.translate(self.memory) for ring in rings}
-        self.device.start(self.acked & ~VHOST_FEATURES, placed)
+        self._marking.rings_begin(placed)
+        with self._timing.starting_rings():
+            self.device.start(self.acked & ~VHOST_FEATURES, placed)
         for ring in rings:
             ring.begin(placed[ring.index])
 
@@ -194,11 +252,12 @@ class Backend:
         for ring in running:  # on failure too: the device runs them no more
             ring.placed = None
         try:
-            states = self.device.suspend()
+            with self._timing.stopping_rings():
+                states = self.device.suspend()
         except DeviceError:
-            self._log_writes(failed=True)
+            self._marking.rings_stopped(failed=True)
             raise
-        self._log_writes()
+        self._marking.rings_stopped()
         for ring in running:
             if ring.index in states:  # it has not failed, and stopped, before
                 self._stopped(ring, states[ring.index])
@@ -208,24 +267,41 @@ class Backend:
         ring.placed = None
         ring.base = state.avail
 
+    def _settle_log(self) -> None:
+        if not self._marking.settle():
+            for ring in self.rings:  # the device has stopped them; they may have to start anew
+                ring.placed = None
+            self._timing.stopped()
+
     # Features
 
     def _get_features(self, _message: Message) -> int:
         return self.offered
 
     def _set_features(self, message: Message) -> None:
-        features: int = message.payload
+        features = self._remembered(message.payload)
         if unknown := features & ~self.offered:
             names = ", ".join(virtio.feature_names(unknown))
             raise ProtocolError(f"features {names} were not offered")
         if self.running and self.acked is not None and (features ^ self.acked) & ~VHOST_FEATURES:
             raise ProtocolError("features changed while rings run")
+        started = any(ring.started for ring in self.rings)
+        self._marking.want(bool(features & F_LOG_ALL), first=self.acked is None, started=started)
         self.acked = features
-        if not features & F_LOG_ALL:
-            self._replace_log(None)  # there is no other message that ends logging
         if not features & F_PROTOCOL_FEATURES:
             for ring in self.rings:
                 ring.enabled = True
+
+    def _remembered(self, features: int) -> int:
+        """What the guest accepted, where its front-end has lost that: QEMU does (7.2, at least) when the
+        back-end was away while the guest's state arrived, and sends hardly any feature from then on."""
+        if self._negotiated is None or features & F_VERSION_1 or not self._negotiated & F_VERSION_1:
+            return features
+        if self.acked is None:
+            self._report(
+                "the front-end has forgotten what the guest accepted; it is taken from its former host"
+            )
+        return self._negotiated & ~VHOST_FEATURES | features & VHOST_FEATURES
 
     def _get_protocol_features(self, _message: Message) -> int:
         return PROTOCOL_FEATURES
@@ -287,13 +363,15 @@ class Backend:
     def _learn(self, region: Region, fd: int) -> None:
         mapping = self.memory.add(region, fd)
         try:
-            self.device.map_memory(mapping.memory)
+            with self._timing.memory():
+                self.device.map_memory(mapping.memory)
         except DeviceError:
             self.memory.remove(mapping)
             raise
 
     def _forget(self, mapping: guest_memory.Mapping) -> None:
-        self.device.unmap_memory(mapping.memory)
+        with self._timing.memory():
+            self.device.unmap_memory(mapping.memory)
         self.memory.remove(mapping)
 
     # Rings
@@ -365,70 +443,14 @@ class Backend:
     # The rest
 
     def _set_log_base(self, message: Message) -> int | None:
-        """Accept whatever comes: see `DirtyLog`. Without LOG_SHMFD there is neither log nor reply."""
+        """Accept whatever comes: see `LogExchange`. Without LOG_SHMFD there is neither log nor reply."""
         if not self.negotiated(ProtocolFeature.LOG_SHMFD):
             return None
-        self._replace_log(DirtyLog(message.take_fd(), message.payload) if message.fds else None)
+        self._marking.give(DirtyLog(message.take_fd(), message.payload) if message.fds else None)
         return 0
 
-    def _replace_log(self, log: DirtyLog | None) -> None:
-        """Have another log, or none. One that the device may still use is `_settle_log`'s to close."""
-        if self._log is not None and self._log is not self._settled_log:
-            self._log.close()
-        self._log = log
-
-    def _end_log(self) -> None:
-        self._replace_log(None)
-        self._settle_log()
-
-    def _settle_log(self) -> None:
-        """Make the device mark its writes in the log that is valid now, if there is one.
-
-        A log that cannot be used is reported and no error, because no log message may be answered with one;
-        every page counts as written then, when rings stop.
-        """
-        log = self._log if (self.acked or 0) & F_LOG_ALL else None
-        if log is self._settled_log:
-            return
-        before, self._settled_log = self._settled_log, log
-        marked = self._device_marks
-        try:
-            self._device_marks = log is not None and self._mark(log)
-            if marked and not self._device_marks:
-                self.device.stop_logging()
-        finally:
-            if before is not None:
-                before.close()
-
-    def _mark(self, log: DirtyLog) -> bool:
-        """Have the device mark its writes; whether it does. If it cannot, rings may have to start anew."""
-        try:
-            self.device.start_logging(log.bitmap)
-        except DeviceLostError:
-            raise
-        except DeviceError as error:
-            for ring in self.rings:
-                ring.placed = None
-            self._report(f"{self.device.name} marks no writes: {error}")
-        except OSError as error:
-            self._report(f"{self.device.name} marks no writes: the log cannot be mapped: {error}")
-        else:
-            return True
-        return False
-
-    def _log_writes(self, *, failed: bool = False) -> None:
-        """Rings have stopped: if there is a log in which the device marks nothing, all is marked now.
-
-        :param failed: the device marks its writes, but who knows whether to the end.
-        """
-        if self._log is None or not (self.acked or 0) & F_LOG_ALL:
-            return
-        if self._device_marks and not failed:
-            return
-        try:
-            self._log.mark_all()
-        except OSError as error:
-            self._report(f"what {self.device.name} wrote is not logged: {error}")
+    def _send_rarp(self, message: Message) -> None:
+        self._announce(message.payload.to_bytes(8, sys.byteorder)[:6])
 
     def _set_backend_req_fd(self, message: Message) -> None:
         self._replace_back_channel(message.take_fd())
@@ -478,5 +500,6 @@ RULES: Mapping[int, Rule] = {
     Request.SET_VRING_ENABLE: Rule(Backend._set_vring_enable),
     Request.SET_LOG_BASE: Rule(Backend._set_log_base),
     Request.SET_LOG_FD: Rule(Backend._accept),
+    Request.SEND_RARP: Rule(Backend._send_rarp, needs=ProtocolFeature.RARP),
     Request.SET_BACKEND_REQ_FD: Rule(Backend._set_backend_req_fd, needs=ProtocolFeature.BACKEND_REQ),
 }

@@ -1,12 +1,7 @@
 """The dirty log: the bitmap in which a front-end that saves or moves a guest learns what was written.
 
 Bit n says that page n of guest memory (4 KiB) was written (QEMU docs/interop/vhost-user.rst, "Migration").
-The device marks its writes in the mapped bitmap while rings run. Where it cannot, every page counts as
-written when rings stop, which is before the front-end reads the log for the last time: a guest that is
-saved while it runs is then saved whole, only not as quickly.
-
-Owns the log's descriptor and mapping. A log that cannot be used is not the protocol's affair: QEMU before
-10.1 aborts, and takes the guest with it, when a log message is refused.
+Owns the log's descriptor and mapping, and marks what no device marks. Who marks what is `marking.py`'s.
 """
 
 import contextlib
@@ -14,10 +9,12 @@ import mmap
 import os
 
 from datapath.descriptors import close_all
-from datapath.native._native import ffi
+from datapath.native._native import ffi, lib
 from datapath.vdpa import DirtyBitmap
 from datapath.vhost_user.messages import LogArea
 
+#: Bytes of guest memory for each bit.
+PAGE = 4096
 _CHUNK = 1 << 20
 
 
@@ -30,6 +27,32 @@ class DirtyLog:
         self._area = area
         self._mapping = contextlib.ExitStack()
         self._bitmap: DirtyBitmap | None = None
+
+    @property
+    def size(self) -> int:
+        """Length of the bitmap in bytes, as the front-end said."""
+        return self._area.size
+
+    def same_as(self, other: "DirtyLog") -> bool:
+        """Whether two are the same bytes of one file."""
+        if self._area != other._area:
+            return False
+        try:
+            return os.path.sameopenfile(self._fd, other._fd)
+        except OSError:
+            return False
+
+    def mark(self, address: int, length: int) -> None:
+        """Mark a range of guest memory; what lies beyond the log is left out.
+
+        :raise OSError: when the log cannot be mapped, or has shrunk away.
+        """
+        bitmap = self.bitmap
+        length = min(length, 8 * PAGE * bitmap.size - address)
+        if length <= 0:
+            return
+        if lib.device_log_mark(ffi.cast("void *", bitmap.address), bitmap.size, address, length) < 0:
+            raise OSError("the dirty log has shrunk away")
 
     @property
     def bitmap(self) -> DirtyBitmap:

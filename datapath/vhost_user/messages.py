@@ -275,6 +275,8 @@ LAYOUTS: Mapping[int, Layout] = {
     Request.SET_PROTOCOL_FEATURES: Layout(U64),
     Request.GET_QUEUE_NUM: Layout(EMPTY, reply=U64),
     Request.SET_VRING_ENABLE: Layout(STATE),
+    # The address is the first six bytes of the number, as it lies in memory.
+    Request.SEND_RARP: Layout(U64),
     Request.NET_SET_MTU: Layout(U64),
     Request.SET_BACKEND_REQ_FD: Layout(EMPTY, fds=_one),
     Request.GET_MAX_MEM_SLOTS: Layout(EMPTY, reply=U64),

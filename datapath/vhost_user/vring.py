@@ -14,6 +14,8 @@ from datapath.vhost_user.messages import ProtocolError, VringAddress
 
 #: Alignment in bytes of a split ring's parts (virtio 1.3 section 2.7).
 ALIGNMENT = {"descriptor table": 16, "available ring": 2, "used ring": 4}
+#: Flag of SET_VRING_ADDR: writes to the used ring are to be logged. (A device logs all or nothing.)
+VRING_F_LOG = 1
 
 
 @dataclass
@@ -44,6 +46,11 @@ class Vring:
     def running(self) -> bool:
         """Whether the VF runs it."""
         return self.placed is not None
+
+    @property
+    def logged(self) -> bool:
+        """Whether the front-end wants writes to the used ring logged."""
+        return self.address is not None and bool(self.address.flags & VRING_F_LOG)
 
     def resize(self, size: int, largest: int) -> None:
         """Set the number of descriptors.

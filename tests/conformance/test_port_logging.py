@@ -38,7 +38,9 @@ def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
 
 @pytest.fixture(params=["ifcvf", "virtio"])
 def port(nic: EmulatedNic, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[PortProcess]:
-    with PortProcess(tmp_path, nic.device(0).replace("ifcvf", request.param, 1)) as running:
+    """A port whose relay marks what its VF writes."""
+    device = nic.device(0).replace("ifcvf", request.param, 1)
+    with PortProcess(tmp_path, device, "--log-mode=software") as running:
         yield running
 
 

@@ -417,7 +417,7 @@ def test_without_reply_ack_no_acknowledgement_is_sent() -> None:
     peer.close()
 
 
-@pytest.mark.parametrize("request_id", [Request.SEND_RARP, Request.SET_VRING_ENDIAN, Request.RESET_DEVICE])
+@pytest.mark.parametrize("request_id", [Request.SET_VRING_ENDIAN, Request.RESET_DEVICE])
 def test_requests_not_served_are_refused_or_ignored(front_end: DirectFrontEnd, request_id: Request) -> None:
     front_end.need_reply = False
     assert front_end.backend.handle(Message(request_id, bytes(8))) is None

@@ -49,12 +49,15 @@ PAYLOADS: dict[int, st.SearchStrategy[Any]] = {
     Request.SET_MEM_TABLE: st.lists(region, max_size=3).map(tuple),
     Request.ADD_MEM_REG: region,
     Request.REM_MEM_REG: region,
-    Request.SET_LOG_BASE: st.builds(LogArea, st.just(4096), st.just(0)),
+    Request.SET_LOG_BASE: st.builds(
+        LogArea, st.sampled_from([4096, 1, 0, 7, 2**40]), st.sampled_from([0, 0, 5, 2**63, 2**64 - 1])
+    ),
     Request.SET_VRING_ADDR: st.builds(VringAddress, index, st.integers(0, 1), places, places, places, places),
     Request.SET_VRING_KICK: ring_fd,
     Request.SET_VRING_CALL: ring_fd,
     Request.SET_VRING_ERR: ring_fd,
     Request.SET_STATUS: st.sampled_from([0, 8, DRIVER_OK, 0x100]),
+    Request.SEND_RARP: st.integers(0, 2**64 - 1),
     Request.NET_SET_MTU: st.sampled_from([0, 1500, 65535]),
 }
 numbers = st.builds(VringState, index, st.sampled_from([0, 1, 16, 100, 1 << 20]))

@@ -53,6 +53,7 @@ PAYLOADS: dict[Request, st.SearchStrategy[Any]] = {
     Request.SET_PROTOCOL_FEATURES: u64,
     Request.GET_QUEUE_NUM: EMPTY,
     Request.SET_VRING_ENABLE: states,
+    Request.SEND_RARP: u64,
     Request.NET_SET_MTU: u64,
     Request.GET_MAX_MEM_SLOTS: EMPTY,
     Request.REM_MEM_REG: regions,
