@@ -180,9 +180,11 @@ def test_a_ring_that_breaks_has_marked_what_it_last_wrote(make_link: MakeLink, l
     link.add()
     link.settled()
     log.take()
-    for _ in range(100):
-        link.guest.add(Buffer(BUFFERS, 1))
-    link.guest.publish(128)
+    for head in range(100):
+        link.guest.describe(head, Buffer(BUFFERS, 1))
+    # All at once, so that the bad one is met in a later turn than the first.
+    link.memory.write(link.guest.avail + 4, struct.pack("<101H", *range(100), 128))
+    link.guest.set_avail_index(101)
     link.guest.kick()
     assert "beyond the descriptor table" in link.broken()
     assert link.guest_flags & USED_F_NO_NOTIFY
