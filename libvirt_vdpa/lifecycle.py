@@ -2,8 +2,8 @@
 
 OPERATIONS is the table. libvirt calls (docs/hooks.rst): prepare, start, started at a start; stopped,
 release at an end, also after a start that failed; reconnect for each running domain after its own
-restart; restore before the prepare of a saved domain; migrate before the prepare at a destination, where
-nothing may be allocated because no release follows a refusal.
+restart; restore before the prepare of a saved domain; migrate before the prepare at a destination. Nothing
+is allocated in these two, because no release follows a refusal: arrival.py promises.
 
 Nothing here calls libvirt: it waits for us.
 """
@@ -13,20 +13,37 @@ import itertools
 import logging
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import Protocol
 
+from libvirt_vdpa.arrival import Arrivals, Expected, UnfitError
 from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.config import Config
-from libvirt_vdpa.domain import DomainError, DomainSpec, PortSpec, domain_identity, is_ours, parse_domain
-from libvirt_vdpa.inventory import Holder, Inventory, InventoryError, too_many_queues
+from libvirt_vdpa.domain import (
+    DomainError,
+    DomainSpec,
+    PortSpec,
+    domain_identity,
+    is_ours,
+    parse_domain,
+    with_local_paths,
+)
+from libvirt_vdpa.inventory import Holder, Inventory, InventoryError, Vf, too_many_queues
 from libvirt_vdpa.ports import Record, State, control_path
-from libvirt_vdpa.supervisor import Port, PortError, Supervisor
+from libvirt_vdpa.state import InterfaceState
+from libvirt_vdpa.supervisor import SILENT, Port, PortError, Supervisor
 
 logger = logging.getLogger(__name__)
 
 #: Share of a hook's time limit in which we answer, so that our reason comes before its own.
 ANSWER_SHARE = 0.8
+#: Share of it in which VFs are asked what they can do, after the pools have been looked through.
+PROBE_SHARE = 0.5
 #: Bytes of a domain's name that go into the name of a log: with the MAC it must fit into 255 (NAME_MAX).
 LOG_NAME_BYTES = 200
+#: What is logged of a VF.
+WITHOUT_UPLINK = (
+    "VF '%s' has no uplink: its guest must announce itself after a migration; set uplink of its pool"
+)
 #: Seconds that a port has to reach a QEMU that already runs, and between looks whether it has.
 CONNECTED_LIMIT = 5.0
 CONNECTED_INTERVAL = 0.02
@@ -34,6 +51,16 @@ CONNECTED_INTERVAL = 0.02
 
 class LifecycleError(Exception):
     """An operation that is refused; the text is one line for libvirt's user."""
+
+
+class Migrations(Protocol):
+    """Who follows migrations, and is told here of those that only hooks tell of. Neither call waits."""
+
+    def incoming(self, uuid: str) -> None:
+        """A domain's ports are made, and its guest is to come to them from another host."""
+
+    def ended(self, uuid: str) -> None:
+        """QEMU is gone, or the ports are: whatever was going on with the domain here is over."""
 
 
 class Lifecycle:
@@ -45,15 +72,24 @@ class Lifecycle:
         inventory: Inventory,
         supervisor: Supervisor,
         refresh: Callable[[], Awaitable[None]],
+        arrivals: Arrivals | None = None,
     ) -> None:
         """Nothing is under way.
 
         :param refresh: has the inventory know which VFs there are now; awaited before one is lent.
+        :param arrivals: who looks after guests that are expected; made here unless given.
         """
         self._config = config
         self._inventory = inventory
         self._supervisor = supervisor
         self._refresh = refresh
+        self._arrivals = arrivals or Arrivals(inventory)
+        #: Whom to tell of migrations; set by whoever has both.
+        self.migrations: Migrations | None = None
+        #: UUIDs of domains that are being migrated to this host: from `prepare` to `arrived`, or the end.
+        self.incoming: set[str] = set()
+        #: Device strings of VFs of which it has been told that their guests cannot be announced.
+        self._without_uplink: set[str] = set()
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         #: UUID of a domain that has ports, or an operation under way -> number of the last operation on
         #: it, to see whether anything happened since.
@@ -86,6 +122,10 @@ class Lifecycle:
             raise LifecycleError(str(error)) from None
         finally:
             self._forget(uuid, number)
+
+    def arrived(self, uuid: str) -> None:
+        """A domain that was migrated to this host runs here now."""
+        self.incoming.discard(uuid)
 
     def snapshot(self) -> Mapping[str, int]:
         """Domains that have ports, and where each stands: for a later `reconcile`."""
@@ -125,7 +165,15 @@ class Lifecycle:
             else:
                 logger.info("%s: the domain does not run; the port is released", port.record.label)
                 await self._supervisor.release(port)
+        if done:
+            self._ended(uuid)
         return done
+
+    def _ended(self, uuid: str) -> None:
+        """Whatever was going on with a domain is over."""
+        self.incoming.discard(uuid)
+        if self.migrations is not None:
+            self.migrations.ended(uuid)
 
     def _exclusive(self, uuid: str) -> asyncio.Lock:
         """The lock of a domain; it exists as long as somebody uses it."""
@@ -135,21 +183,33 @@ class Lifecycle:
 
     async def _prepare(self, name: str, xml: bytes) -> None:
         spec = parse_domain(xml, self._config.run_folder)
+        expected = self._arrivals.take(spec.uuid)
         await self._end_leftovers(spec)
         await self._refresh()
         made: list[Port] = []
         try:
             for wanted in spec.ports:
-                made.append(self._make_port(spec, wanted))
+                state = expected.states.get(wanted.mac) if expected is not None else None
+                negotiated = state.negotiated if state is not None else None
+                made.append(self._make_port(spec, wanted, state, negotiated))
             await all_of(
                 self._start_port(spec, wanted, port)
                 for wanted, port in zip(spec.ports, made, strict=True)
                 if wanted.role == "listen"
             )
         except BaseException:
+            self._inventory.retract(spec.uuid)
             # For a cancellation as well: a failed prepare leaves nothing behind.
             await asyncio.shield(all_of(self._supervisor.release(port) for port in made))
             raise
+        self._expect_arrival(spec, expected)
+
+    def _expect_arrival(self, spec: DomainSpec, expected: Expected | None) -> None:
+        """Have it known, where this start is that of a QEMU to which a guest will migrate."""
+        if expected is not None and expected.migrating and spec.ports:
+            self.incoming.add(spec.uuid)
+            if self.migrations is not None:
+                self.migrations.incoming(spec.uuid)
 
     async def _start(self, name: str, xml: bytes) -> None:
         """QEMU will make the sockets of server mode next, and wait on them until we connect."""
@@ -177,30 +237,48 @@ class Lifecycle:
             raise refusal(spec, wanted.mac, text) from None
 
     async def _stopped(self, name: str, xml: bytes) -> None:
-        for port in self._supervisor.of_domain(domain_identity(xml)[1]):
+        uuid = domain_identity(xml)[1]
+        for port in self._supervisor.of_domain(uuid):
             self._supervisor.guest_left(port)
+        self._ended(uuid)
 
     async def _release(self, name: str, xml: bytes) -> None:
-        await all_of(
-            self._supervisor.release(port) for port in self._supervisor.of_domain(domain_identity(xml)[1])
-        )
+        uuid = domain_identity(xml)[1]
+        try:
+            await all_of(self._supervisor.release(port) for port in self._supervisor.of_domain(uuid))
+        finally:
+            self._ended(uuid)
 
-    async def _restore(self, name: str, xml: bytes) -> None:
-        """Only look: `prepare` follows."""
-        parse_domain(xml, self._config.run_folder)
+    async def _restore(self, name: str, xml: bytes) -> str | None:
+        """A guest that was saved is to run on. Only promise: `prepare` follows, or nothing."""
+        return await self._expect(xml, migrating=False)
 
     async def _reconnect(self, name: str, xml: bytes) -> None:
-        """The domain runs: whatever port it lacks is made, with any VF of the pool."""
+        """The domain runs, and may be migrating: nothing that is there is touched. Whatever port it lacks is
+        made, with any VF of the pool, and offers no more than the guest knows."""
         spec = parse_domain(xml, self._config.run_folder)
         await self._refresh()
         for wanted in spec.ports:
-            port = self._supervisor.ports.get((spec.uuid, wanted.mac)) or self._make_port(spec, wanted)
+            port = self._supervisor.ports.get((spec.uuid, wanted.mac)) or self._make_port(
+                spec, wanted, spec.states.get(wanted.mac)
+            )
             if port.state is State.IDLE:
                 await self._start_port(spec, wanted, port)
 
-    async def _migrate(self, name: str, xml: bytes) -> None:
-        """Only look: `prepare` follows, unless somebody else refuses."""
-        parse_domain(xml, self._config.run_folder)
+    async def _migrate(self, name: str, xml: bytes) -> str | None:
+        """A guest is to come from another host. Only promise: `prepare` follows, unless somebody refuses."""
+        return await self._expect(xml, migrating=True)
+
+    async def _expect(self, xml: bytes, migrating: bool) -> str | None:
+        """Refuse a guest that no VF of this host fits; the domain's XML where it must be another here."""
+        local = with_local_paths(xml, self._config.run_folder)
+        spec = parse_domain(xml if local is None else local, self._config.run_folder)
+        await self._refresh()
+        try:
+            await self._arrivals.expect(spec, migrating, self._config.hook_time_limit * PROBE_SHARE)
+        except UnfitError as error:
+            raise refusal(spec, error.mac, str(error)) from None
+        return None if local is None else local.decode()
 
     # What they are made of
 
@@ -213,8 +291,18 @@ class Lifecycle:
             logger.warning("%s: left over from an earlier start; released", port.record.label)
             await self._supervisor.release(port)
 
-    def _make_port(self, spec: DomainSpec, wanted: PortSpec) -> Port:
-        """Lend a VF and make the port that holds it, without a process."""
+    def _make_port(
+        self,
+        spec: DomainSpec,
+        wanted: PortSpec,
+        state: InterfaceState | None,
+        negotiated: int | None = None,
+    ) -> Port:
+        """Lend a VF and make the port that holds it, without a process.
+
+        :param state: what the guest that is to use it, and runs already, knows of its VF.
+        :param negotiated: the features of a guest that comes from elsewhere.
+        """
         holder = Holder(spec.name, spec.uuid, wanted.mac)
         try:
             vf = self._inventory.lend(wanted.driver, wanted.pool, wanted.device, wanted.queue_pairs, holder)
@@ -230,12 +318,26 @@ class Lifecycle:
             socket=str(wanted.socket_path),
             control=str(control_path(self._config.run_folder, spec.uuid, wanted.mac)),
             log=str(self._config.log_folder / log_name(spec.name, wanted.mac)),
+            features=state.offered | (state.negotiated or 0) if state is not None else None,
+            negotiated=negotiated,
+            log_mode=wanted.migration,
+            announce=wanted.announce,
+            announce_rounds=wanted.announce_rounds,
+            uplink=self._uplink(vf, wanted),
         )
         try:
             return self._supervisor.add(record)
         except PortError as error:
             self._inventory.give_back(vf.device, holder)
             raise refusal(spec, wanted.mac, str(error)) from None
+
+    def _uplink(self, vf: Vf, wanted: PortSpec) -> str | None:
+        """A VF's uplink; told once where there is none and its guest may need one."""
+        needed = wanted.announce not in SILENT
+        if vf.uplink is None and needed and vf.device not in self._without_uplink:
+            self._without_uplink.add(vf.device)
+            logger.warning(WITHOUT_UPLINK, vf.device)
+        return vf.uplink
 
     async def _start_port(self, spec: DomainSpec, wanted: PortSpec, port: Port) -> None:
         try:

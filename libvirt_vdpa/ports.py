@@ -213,6 +213,8 @@ class Record:
     #: Virtio features that the first process offered, here or where the guest came from: a guest must not
     #: find others later.
     features: int | None = None
+    #: Virtio features that the guest had negotiated when it came here; None when it was started here.
+    negotiated: int | None = None
     #: Who marks the pages that the VF writes while the guest migrates: a LogMode's value.
     log_mode: str = "auto"
     #: Who tells the network where the guest is after a migration, as its metadata says, and further rounds.

@@ -346,7 +346,9 @@ class Port:
         self.problem = ""
         self._served_since = asyncio.get_running_loop().time()
         offered = self.status.get("features_offered")
-        if self.record.features is None and isinstance(offered, int):
+        # A guest that comes from elsewhere may have been offered more there, and not have taken it.
+        first = self.record.features is None or self.state is State.STARTING
+        if first and isinstance(offered, int):
             self.record = replace(self.record, features=offered)
         elif offered != self.record.features:
             logger.error(
@@ -376,6 +378,8 @@ def port_arguments(record: Record) -> list[str]:
     ]
     if record.role == "connect":
         arguments.append("--connect")
+    if record.negotiated is not None:
+        arguments.append(f"--negotiated={record.negotiated:#x}")
     if record.log_mode != LogMode.AUTO.value:
         arguments.append(f"--log-mode={record.log_mode}")
     if record.features is not None:

@@ -1,113 +1,21 @@
 """Hook operations on stand-ins for ports: what is lent, started, ended and undone, and in which words."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import cast
 
 import pytest
 
-from libvirt_vdpa.client import ControlError
-from libvirt_vdpa.config import Config, PoolConfig
-from libvirt_vdpa.inventory import Holder, Inventory
-from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError, log_name
-from libvirt_vdpa.metadata import xml_folder
-from libvirt_vdpa.ports import Record, State
-from libvirt_vdpa.supervisor import PortError, Supervisor
-
-DEMO = (xml_folder() / "vdpa-demo.xml").read_bytes()
-SERVER = (xml_folder() / "vdpa-server.xml").read_bytes()
-TWO_NICS = (xml_folder() / "vdpa-kvm.xml").read_bytes()
-DEMO_UUID = "7664d0a0-0001-4000-8000-000000000001"
-
-
-class StandInPort:
-    """A port without a process."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-        self.state = State.IDLE
-        self.status: dict[str, object] = {"queue_pairs": 1, "front_end": False}
-        self.answers = True
-
-    async def query_status(self) -> dict[str, object]:
-        if not self.answers:
-            raise ControlError("no answer")
-        return self.status
-
-
-class StandInSupervisor:
-    """Keeps ports in memory. `on_start` decides what a start does."""
-
-    def __init__(self, inventory: Inventory) -> None:
-        self.ports: dict[tuple[str, str], StandInPort] = {}
-        self.released: list[str] = []
-        self.on_start: Callable[[StandInPort], Awaitable[None]] | None = None
-        self._inventory = inventory
-
-    def of_domain(self, uuid: str) -> list[StandInPort]:
-        return [port for port in self.ports.values() if port.record.uuid == uuid]
-
-    def add(self, record: Record) -> StandInPort:
-        self.ports[record.key] = StandInPort(record)
-        return self.ports[record.key]
-
-    async def start(self, port: StandInPort) -> None:
-        port.state = State.STARTING
-        if self.on_start is not None:
-            await self.on_start(port)
-        port.state = State.SERVING
-
-    def guest_left(self, port: StandInPort) -> None:
-        port.state = State.LINGERING
-
-    async def release(self, port: StandInPort) -> None:
-        await asyncio.sleep(0)
-        record = port.record
-        self.released.append(record.mac)
-        self.ports.pop(record.key, None)
-        self._inventory.give_back(record.device, Holder(record.domain, record.uuid, record.mac))
-
-
-class Bench:
-    """A lifecycle with two VFs."""
-
-    def __init__(self) -> None:
-        self.inventory = Inventory([PoolConfig("default", "ifcvf", 2)])
-        self.inventory.set_pool("default", [(f"ifcvf,vfio-user=/vf{n}.sock", 1) for n in range(2)])
-        self.supervisor = StandInSupervisor(self.inventory)
-        config = Config(run_folder=Path("/run/libvirt-vdpa"), hook_time_limit=1.0)
-        self.refreshed = 0
-        self.lifecycle = Lifecycle(
-            config, self.inventory, cast(Supervisor, self.supervisor), self._count_refresh
-        )
-
-    async def _count_refresh(self) -> None:
-        self.refreshed += 1
-
-    def hook(self, *operations: str, xml: bytes = DEMO) -> None:
-        async def run() -> None:
-            for operation in operations:
-                await self.lifecycle.hook(operation, "a-domain", xml)
-
-        asyncio.run(run())
-
-    def refused(self, operation: str, xml: bytes = DEMO) -> str:
-        with pytest.raises(LifecycleError) as refused:
-            self.hook(operation, xml=xml)
-        return str(refused.value)
-
-    @property
-    def states(self) -> list[State]:
-        return [port.state for port in self.supervisor.ports.values()]
-
-    @property
-    def lent(self) -> int:
-        return sum(vf.holder is not None for vf in self.inventory)
-
-    @property
-    def clean(self) -> bool:
-        return not self.supervisor.ports and not self.lent
+from libvirt_vdpa.inventory import Holder
+from libvirt_vdpa.lifecycle import log_name
+from libvirt_vdpa.ports import State
+from libvirt_vdpa.supervisor import PortError
+from tests.harness.lifecycle_bench import (
+    DEMO,
+    DEMO_UUID,
+    SERVER,
+    TWO_NICS,
+    Bench,
+    StandInPort,
+)
 
 
 @pytest.fixture
@@ -241,17 +149,6 @@ def test_ports_left_over_are_replaced_unless_a_qemu_uses_them(bench: Bench) -> N
 
 def test_start_without_prepare_is_refused(bench: Bench) -> None:
     assert "interface 52:54:00:76:64:01: it was not prepared" in bench.refused("start")
-
-
-def test_migrate_allocates_nothing(bench: Bench) -> None:
-    bench.hook("migrate")
-    assert bench.clean
-
-
-def test_restore_only_looks(bench: Bench) -> None:
-    bench.hook("restore")
-    assert bench.clean
-    assert "not shared" in bench.refused("restore", DEMO.replace(b"'shared'", b"'private'"))
 
 
 def test_reconnect_keeps_what_is_there_and_makes_what_is_missing(bench: Bench) -> None:
