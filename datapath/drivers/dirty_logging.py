@@ -33,7 +33,10 @@ class LogRegisters(abc.ABC):
 
     @abc.abstractmethod
     def switch_on(self, base: int, end: int) -> None:
-        """Log in the bitmap at these DMA addresses; `end` is the first that is not its."""
+        """Log in the bitmap at these DMA addresses, `end` being the first that is not its.
+
+        On return the function has heard of it.
+        """
 
     @abc.abstractmethod
     def switch_off(self) -> None:

@@ -74,10 +74,13 @@ class IfcvfLog(LogRegisters):
 
     def switch_on(self, base: int, end: int) -> None:
         self._set_span(base, end)
-        self._write(LiveMigration.LOGGING_CONTROL, LiveMigration.LOGGING_ON)
+        self._set_control(LiveMigration.LOGGING_ON)
 
     def switch_off(self) -> None:
-        self._write(LiveMigration.LOGGING_CONTROL, LiveMigration.LOGGING_OFF)
+        self._set_control(LiveMigration.LOGGING_OFF)
+
+    def _set_control(self, value: int) -> None:
+        self._write(LiveMigration.LOGGING_CONTROL, value)
         self._read(LiveMigration.LOGGING_CONTROL)  # it has arrived when this has come back
 
     def _set_span(self, base: int, end: int) -> None:

@@ -251,6 +251,7 @@ class VirtioNetDevice(VdpaDevice):
             self._function.set_eventfds(Irq.MSIX, queue_vector(index), [placed.call])
             self._use_rings(self._rings)
             self._program(index, placed)
+            self._registers.flush()
             self._paths.open(index, ring, self._registers.doorbell(index))
         except BaseException:
             self._halt()
@@ -410,6 +411,7 @@ class VirtioNetDevice(VdpaDevice):
             for index, ring in placed.items():
                 self._program(index, ring)
             self._registers.add_status(Status.DRIVER_OK)
+            self._registers.flush()
             for index, ring in rings.items():
                 self._paths.open(index, ring, self._registers.doorbell(index))
         except BaseException:
@@ -440,6 +442,7 @@ class VirtioNetDevice(VdpaDevice):
             self._set_calls(placed)
             for index, ring in placed.items():
                 self._program(index, ring)
+            self._registers.flush()
             for index, ring in self._rings.items():
                 self._paths.open(index, ring, self._registers.doorbell(index))
         except BaseException:

@@ -74,6 +74,10 @@ class VirtioRegisters:
         """Set status bits; none is ever cleared but by `reset`."""
         self._write(Common.DEVICE_STATUS, 1, self.status | bits)
 
+    def flush(self) -> None:
+        """Wait until all that was written has arrived: doorbells are rung on another way."""
+        self.status  # noqa: B018
+
     def reset(self) -> None:
         """Reset the virtio device and wait until it says that it is done (section 4.1.4.3.2).
 

@@ -431,7 +431,7 @@ def test_a_stopped_nic_is_given_up_after_its_deadline(own_nic: Callable[..., Emu
         vf.start()
         nic.signal(signal.SIGSTOP)
         begin = time.monotonic()
-        with pytest.raises(DeviceError, match=r"vf0.sock: no answer to REGION_WRITE within 0.3 s"):
+        with pytest.raises(DeviceError, match=r"vf0.sock: no answer to REGION_READ within 0.3 s"):
             vf.suspend()
         assert time.monotonic() - begin < 2
         assert vf.wait_event() is DeviceEvent.LOST

@@ -6,6 +6,7 @@ import select
 import struct
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def test_registers_are_read_and_written_in_one_access(
     assert function.read(Region.BAR0, 0x10, 2) == 0x1110
     assert function.read(Region.BAR0, 0x10, 4) == 0x13121110
     function.write(Region.BAR0, 0x16, 2, 0xABCD)
+    function.read(Region.BAR0, 0x16, 2)
     (written,) = device.commands(Command.REGION_WRITE)
     assert RegionAccess.unpack(written.payload) == RegionAccess(0x16, Region.BAR0, 2, b"\xcd\xab")
 
@@ -100,6 +102,7 @@ def test_config_space_and_enable(device: ScriptedDevice, function: VfioUserFunct
     assert function.config_space() == bytes(range(256))
     assert len(device.commands(Command.REGION_READ)) == 1
     function.enable()
+    function.reset()  # it waits for what was written before
     (written,) = device.commands(Command.REGION_WRITE)
     assert RegionAccess.unpack(written.payload) == RegionAccess(4, Region.CONFIG, 2, b"\x06\x05")
 
@@ -193,6 +196,49 @@ def test_a_refusal_names_device_command_and_reason(
         function.dma_map(memory)
     device.answers.pop(Command.DMA_MAP)
     function.dma_map(memory)
+
+
+# Posted writes
+
+
+def test_writes_are_not_waited_for_one_by_one(device: ScriptedDevice, function: VfioUserFunction) -> None:
+    held: list[Message] = []
+
+    def hold(message: Message) -> bytes | None:
+        """Answer 32 at a time."""
+        held.append(message)
+        if len(held) % 32:
+            return None
+        return b"".join(one.reply(one.payload[:16]).pack() for one in held[-32:])
+
+    device.answers[Command.REGION_WRITE] = hold
+    for value in range(640):
+        function.write(Region.BAR0, 0, 4, value)
+    assert function.read(Region.BAR0, 0, 1) == 0
+    assert [RegionAccess.unpack(one.payload).data[0] for one in held] == [n & 0xFF for n in range(640)]
+
+
+@pytest.mark.parametrize("then", ["read", "reset"])
+def test_a_refused_write_is_told_at_the_next_access(
+    device: ScriptedDevice, function: VfioUserFunction, then: str
+) -> None:
+    device.refuse(Command.REGION_WRITE, errno.EIO)
+    for _ in range(3):
+        function.write(Region.BAR0, 0, 4, 1)
+    access = function.reset if then == "reset" else partial(function.read, Region.BAR0, 0, 1)
+    with pytest.raises(DeviceError, match="REGION_WRITE refused: Input/output error"):
+        access()
+    assert not device.commands(Command.DEVICE_RESET), "what changes more than registers waits"
+    access()
+
+
+def test_a_write_that_is_not_answered_is_waited_for_within_the_deadline(
+    device: ScriptedDevice, function: VfioUserFunction
+) -> None:
+    device.answers[Command.REGION_WRITE] = lambda _: None
+    function.write(Region.BAR0, 0, 4, 1)
+    with pytest.raises(DeviceError, match="no answer to REGION_WRITE within"):
+        function.reset()
 
 
 # Doorbells
