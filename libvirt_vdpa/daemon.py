@@ -67,9 +67,11 @@ class Daemon:
             self._monitors,
             Announcer(self._monitors.execute),
             lambda description: self._api.event("MIGRATION", description),
+            lambda uuid: self._lifecycle.arrived(uuid),
         )
         self._states = StateKeeper(self._supervisor, self._hypervisor, self._migrations.migrating)
         self._lifecycle = Lifecycle(config, self._inventory, self._supervisor, self._refresh_devices)
+        self._lifecycle.migrations = self._migrations
         self._lifecycle.migrations = self._migrations
         self._nics = [
             EmulatedNic(pool, config.run_folder, config.log_folder, self._inventory)

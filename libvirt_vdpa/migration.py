@@ -125,18 +125,21 @@ class Migrations:
         monitors: GuestMonitors,
         announcer: Announcer,
         tell: Callable[[dict[str, object]], None],
+        arrived: Callable[[str], None],
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """None is under way.
 
         :param tell: called with a description whenever one has changed.
+        :param arrived: called with a domain's UUID when it has come here.
         """
         self._supervisor = supervisor
         self._hypervisor = hypervisor
         self._monitors = monitors
         self._announcer = announcer
         self._notify = tell
+        self._arrived = arrived
         self._limits = limits or Limits()
         self._clock = clock
         #: UUID -> the migration that is under way, or was the last.
@@ -462,6 +465,7 @@ class Migrations:
     def _welcome(self, migration: Migration) -> None:
         ports = self._supervisor.of_domain(migration.uuid)
         self._late |= {port.record.key for port in ports if not connected(port)}
+        self._arrived(migration.uuid)
         self._announcer.arrived(migration.uuid, [port for port in ports if connected(port)])
         self._finish(migration)
 

@@ -114,6 +114,7 @@ class World:
             cast(Any, self.monitors),
             cast(Any, announcer),
             self.told.append,
+            lambda uuid: self.announced.append(("is here", uuid)),
             LIMITS,
             lambda: self.now,
         )
@@ -390,12 +391,12 @@ class TestDestination:
             world.qemu("setup", "active", "completed")
             assert (world.last["side"], world.last["status"]) == ("destination", "arriving")
             world.libvirt(RESUMED)
-            assert world.announced == [("arrived", [MAC])]
+            assert world.announced == [("is here", UUID), ("arrived", [MAC])]
             world.port.status["state"] = "running"
             world.changed()
             await world.phase(Phase.COMPLETED)
             # Rings and libvirt's word for it are one arrival.
-            assert len(world.announced) == 1
+            assert len(world.announced) == 2
 
         run(test)
 
@@ -480,14 +481,14 @@ class TestDestination:
             world.port.state = State.RESTARTING
             world.qemu("completed")
             world.libvirt(RESUMED)
-            assert world.announced == [("arrived", [])]
+            assert world.announced == [("is here", UUID), ("arrived", [])]
             world.port.state = State.SERVING
             world.changed()
-            assert len(world.announced) == 1
+            assert len(world.announced) == 2
             world.port.status["state"] = "running"
             world.changed()
             world.changed()
-            assert world.announced[1:] == [("late", MAC)]
+            assert world.announced[2:] == [("late", MAC)]
 
         run(test)
 
