@@ -29,7 +29,6 @@ from datapath.vdpa import (
     DeviceEvent,
     DeviceLostError,
     DeviceSpecError,
-    LogMode,
     VdpaDevice,
     open_device,
 )
@@ -370,13 +369,12 @@ def probe(options: argparse.Namespace) -> None:
     :raise DeviceError: when the VF cannot be had.
     """
     with contextlib.closing(open_device(options.device, options.log_mode)) as device:
-        modes = getattr(device, "log_modes", (LogMode.SOFTWARE,))
         able = {
             "features": device.features & options.features,
             "queue_pairs": device.queue_pairs,
             "max_queue_size": device.max_queue_size,
             "max_mtu": device.max_mtu,
-            "log_modes": sorted(mode.value for mode in modes),
+            "log_modes": sorted(mode.value for mode in device.log_modes),
         }
     print(json.dumps(able))
 

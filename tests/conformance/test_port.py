@@ -317,7 +317,7 @@ def test_wrong_command_lines(tmp_path: Path, case: str) -> None:
 
 
 def test_a_device_can_be_probed(nic: EmulatedNic) -> None:
-    command = [BIN / "virt-vdpa-port", "--probe", f"--device={nic.device(1)}"]
+    command = [str(BIN / "virt-vdpa-port"), "--probe", f"--device={nic.device(1)}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     found = json.loads(done.stdout)
     assert done.returncode == 0

@@ -49,6 +49,7 @@ class RecordingDevice(VdpaDevice):
     failures: dict[str, DeviceError] = field(default_factory=dict)
     bitmap: DirtyBitmap | None = None
     events: list[DeviceEvent] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -121,7 +122,7 @@ class RecordingDevice(VdpaDevice):
         return self.events.pop(0) if self.events else None
 
     def statistics(self) -> dict[str, int]:
-        return {}
+        return self.counters
 
     def close(self) -> None:
         self.closed = True

@@ -10,7 +10,7 @@ import pytest
 
 from datapath.native._native import ffi
 from datapath.vdpa import DeviceError, RingState
-from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES, PROTOCOL_FEATURES, Backend
+from datapath.vhost_user.backend import F_PROTOCOL_FEATURES, PROTOCOL_FEATURES, Backend
 from datapath.vhost_user.messages import (
     LogArea,
     Message,
@@ -24,33 +24,11 @@ from datapath.vhost_user.messages import (
     decode_reply,
 )
 from datapath.virtio import Feature, bit
-from tests.harness.front_end import MEMORY_SIZE, USER, VIRTIO, FrontEnd, duplicates
+from tests.harness.direct_front_end import DirectFrontEnd
+from tests.harness.front_end import MEMORY_SIZE, USER, VIRTIO
 from tests.harness.recording_device import RecordingDevice, names
 
 END = USER + MEMORY_SIZE
-
-
-class DirectFrontEnd(FrontEnd):
-    """A front-end whose messages go straight into a back-end."""
-
-    def __init__(self, protocol: int = PROTOCOL_FEATURES) -> None:
-        super().__init__(protocol)
-        self.device = RecordingDevice()
-        self.reports: list[str] = []
-        self.backend = Backend(self.device, report=self.reports.append)
-
-    def tell(self, request: int, payload: Any = None, *fds: int) -> Any:
-        reply = self.backend.handle(Message(request, payload, self.need_reply, duplicates(fds)))
-        return None if reply is None else decode_reply(request, reply)
-
-    def set_used_index(self, index: int, used: int) -> None:
-        """As if `used` buffers had been completed on a ring."""
-        self.memory.write(self.queues[index].used + 2, used.to_bytes(2, "little"))
-
-    def close(self) -> None:
-        self.backend.close()
-        self.device.close()
-        super().close()
 
 
 def open_descriptors() -> int:
@@ -231,13 +209,6 @@ def log() -> Iterator[int]:
     os.close(fd)
 
 
-def switch_logging(peer: DirectFrontEnd, on: bool) -> None:
-    """As QEMU does when it begins, or gives up, to save or move a running guest."""
-    peer.tell(Request.SET_FEATURES, VIRTIO | F_PROTOCOL_FEATURES | (F_LOG_ALL if on else 0))
-    for index in (0, 1):
-        peer.tell(Request.SET_VRING_ADDR, peer.address(index, flags=int(on)))
-
-
 def mark(device: RecordingDevice, at: int) -> None:
     """Do as a device that marks a page: set a byte of the bitmap that it was given."""
     assert device.bitmap is not None
@@ -248,7 +219,7 @@ def test_the_device_marks_its_writes_from_the_moment_it_is_told(qemu: DirectFron
     qemu.device.calls.clear()
     assert qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log) == 0
     assert qemu.device.calls == [], "a log without LOG_ALL is not used yet"
-    switch_logging(qemu, True)
+    qemu.switch_logging(True)
     assert qemu.device.calls == [("start_logging", 512)]
     mark(qemu.device, 3)
     qemu.stop()
@@ -257,9 +228,9 @@ def test_the_device_marks_its_writes_from_the_moment_it_is_told(qemu: DirectFron
 
 def test_logging_ends_with_the_feature(qemu: DirectFrontEnd, log: int) -> None:
     qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
-    switch_logging(qemu, True)
+    qemu.switch_logging(True)
     qemu.device.calls.clear()
-    switch_logging(qemu, False)
+    qemu.switch_logging(False)
     assert qemu.device.calls == [("stop_logging",)]
     qemu.stop()
     assert os.pread(log, 512, 4096) == bytes(512)
@@ -268,7 +239,7 @@ def test_logging_ends_with_the_feature(qemu: DirectFrontEnd, log: int) -> None:
 def test_a_log_takes_over_from_another(qemu: DirectFrontEnd, log: int) -> None:
     """As when memory is added to a guest that is on its way: the log has to be larger."""
     qemu.tell(Request.SET_LOG_BASE, LogArea(256, 4096), log)
-    switch_logging(qemu, True)
+    qemu.switch_logging(True)
     qemu.device.calls.clear()
     assert qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log) == 0
     assert qemu.device.calls == [("start_logging", 512)]
@@ -276,7 +247,7 @@ def test_a_log_takes_over_from_another(qemu: DirectFrontEnd, log: int) -> None:
 
 def test_a_front_end_that_goes_ends_its_log(qemu: DirectFrontEnd, log: int) -> None:
     qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
-    switch_logging(qemu, True)
+    qemu.switch_logging(True)
     qemu.device.calls.clear()
     qemu.backend.close()
     assert names(qemu.device)[:2] == ["suspend", "stop_logging"]
@@ -295,7 +266,7 @@ def test_without_the_device_every_page_counts_as_written_before_the_base_is_told
 ) -> None:
     unlogging.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
     unlogging.device.rings.clear()  # it failed in the middle
-    switch_logging(unlogging, True)
+    unlogging.switch_logging(True)
     assert unlogging.reports == ["recording marks no writes: cannot"]
     assert set(unlogging.device.rings) == {0, 1}, "the rings run again"
     unlogging.tell(Request.GET_VRING_BASE, VringState(0, 0))
@@ -310,8 +281,8 @@ def test_without_the_device_logging_that_was_given_up_leaves_the_log_alone(
 ) -> None:
     unlogging.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
     unlogging.device.rings.clear()
-    switch_logging(unlogging, True)
-    switch_logging(unlogging, False)
+    unlogging.switch_logging(True)
+    unlogging.switch_logging(False)
     unlogging.stop()
     assert os.pread(log, 512, 4096) == bytes(512)
 
@@ -319,7 +290,7 @@ def test_without_the_device_logging_that_was_given_up_leaves_the_log_alone(
 @pytest.mark.parametrize("area", [LogArea(2**40, 0), LogArea(512, 2**63), LogArea(2**64 - 1, 2**64 - 1)])
 def test_a_log_that_cannot_be_used_is_no_error(qemu: DirectFrontEnd, log: int, area: LogArea) -> None:
     assert qemu.tell(Request.SET_LOG_BASE, area, log) == 0
-    switch_logging(qemu, True)
+    qemu.switch_logging(True)
     qemu.stop()
     assert ["cannot be mapped" in qemu.reports[0], "is not logged" in qemu.reports[1]] == [True, True]
 
@@ -352,7 +323,7 @@ def test_a_device_that_failed_and_stopped_is_let_go_in_order(
 
 def test_what_a_device_wrote_before_it_failed_counts_as_everything(qemu: DirectFrontEnd, log: int) -> None:
     qemu.tell(Request.SET_LOG_BASE, LogArea(512, 4096), log)
-    switch_logging(qemu, True)
+    qemu.switch_logging(True)
     qemu.device.failures["suspend"] = DeviceError("it broke")
     with pytest.raises(DeviceError):
         qemu.backend._suspend()

@@ -1,0 +1,295 @@
+"""The exchange in which a front-end begins or ends to log: nothing that fails there is told there, QEMU
+before 10.1 would abort; all of it is told afterwards. And who marks what in which log."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from datapath.vdpa import DeviceError, DeviceLostError, Ring
+from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES, PROTOCOL_FEATURES
+from datapath.vhost_user.log_exchange import QUIET, LogExchange
+from datapath.vhost_user.messages import LogArea, ProtocolError, ProtocolFeature, Request, VringState
+from datapath.virtio import bit
+from tests.harness.direct_front_end import DirectFrontEnd
+from tests.harness.front_end import BUFFERS, VIRTIO
+from tests.harness.recording_device import names
+from tests.harness.virtqueue import Buffer
+
+PAGE = 4096
+SIZE, OFFSET = 512, 4096
+
+
+@pytest.fixture
+def now() -> list[float]:
+    """What the clock shows."""
+    return [100.0]
+
+
+@pytest.fixture
+def qemu(now: list[float]) -> Iterator[DirectFrontEnd]:
+    """A front-end whose rings run, and that asks for an answer to everything."""
+    peer = DirectFrontEnd()
+    peer.backend.exchange = LogExchange(lambda: now[0])
+    peer.connect()
+    peer.start()
+    peer.need_reply = True
+    peer.device.calls.clear()
+    yield peer
+    peer.device.failures.clear()
+    peer.close()
+
+
+@pytest.fixture
+def log() -> Iterator[int]:
+    fd = os.memfd_create("log")
+    os.ftruncate(fd, OFFSET + SIZE)
+    yield fd
+    os.close(fd)
+
+
+def exchange(peer: DirectFrontEnd, log: int | None, on: bool) -> list[Any]:
+    """The whole exchange as QEMU 7.2 has it, for one queue pair; the answers."""
+    answers = []
+    if log is not None:
+        answers.append(peer.tell(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET), log))
+    features = VIRTIO | F_PROTOCOL_FEATURES | (F_LOG_ALL if on else 0)
+    answers.append(peer.tell(Request.SET_FEATURES, features))
+    peer.tell(Request.GET_STATUS)
+    answers += [peer.tell(Request.SET_VRING_ADDR, peer.address(index, flags=int(on))) for index in (0, 1)]
+    return answers
+
+
+def marked(log: int) -> set[int]:
+    """The addresses of the pages that are marked."""
+    data = os.pread(log, SIZE, OFFSET)
+    return {(8 * at + n) * PAGE for at, byte in enumerate(data) for n in range(8) if byte >> n & 1}
+
+
+FAILURES: dict[str, tuple[dict[str, DeviceError], type[Exception], str]] = {
+    "lost": ({"start_logging": DeviceLostError("it is gone")}, DeviceLostError, "it is gone"),
+    "neither logs nor starts": (
+        {"start_logging": DeviceError("cannot"), "start": DeviceError("cannot start either")},
+        DeviceError,
+        "cannot start either",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_what_fails_is_told_after_the_exchange(qemu: DirectFrontEnd, log: int, case: str) -> None:
+    failures, kind, reason = FAILURES[case]
+    qemu.device.failures.update(failures)
+    if kind is DeviceError:
+        qemu.device.rings.clear()  # the device has stopped them
+    assert exchange(qemu, log, True) == [0, 0, 0, 0]
+    assert qemu.backend.log_status.problem == reason
+    with pytest.raises(kind, match=reason):
+        qemu.tell(Request.GET_VRING_BASE, VringState(0, 0))
+
+
+def test_the_end_of_logging_is_an_exchange_too(qemu: DirectFrontEnd, log: int) -> None:
+    exchange(qemu, log, True)
+    qemu.device.failures["stop_logging"] = DeviceLostError("it is gone")
+    assert exchange(qemu, None, False) == [0, 0, 0]
+    with pytest.raises(DeviceLostError):
+        qemu.tell(Request.SET_STATUS, 0)
+
+
+def test_a_second_queue_pair_belongs_to_the_same_exchange(qemu: DirectFrontEnd, log: int) -> None:
+    qemu.device.failures["start_logging"] = DeviceLostError("it is gone")
+    for _ in range(2):
+        again = os.dup(log)
+        assert exchange(qemu, again, True) == [0, 0, 0, 0]
+        os.close(again)
+    assert names(qemu.device) == ["start_logging"], "nothing is tried on a device that has failed"
+
+
+def test_an_exchange_is_over_after_a_while(qemu: DirectFrontEnd, log: int, now: list[float]) -> None:
+    qemu.device.failures["start_logging"] = DeviceLostError("it is gone")
+    exchange(qemu, log, True)
+    assert qemu.backend.exchange.deadline == now[0] + QUIET
+    now[0] += QUIET - 0.01
+    qemu.backend.exchange.check()
+    now[0] += 0.01
+    with pytest.raises(DeviceLostError, match="it is gone"):
+        qemu.backend.exchange.check()
+
+
+def test_a_device_that_vanishes_between_two_messages(
+    qemu: DirectFrontEnd, log: int, now: list[float]
+) -> None:
+    assert not qemu.backend.exchange.defer(DeviceLostError("too early"))
+    qemu.tell(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET), log)
+    assert qemu.backend.exchange.defer(DeviceLostError("it is gone"))
+    assert exchange(qemu, None, True) == [0, 0, 0]
+    assert qemu.device.calls == []
+    now[0] += QUIET
+    assert not qemu.backend.exchange.defer(DeviceLostError("too late"))
+
+
+def test_a_message_that_breaks_the_protocol_is_answered_there(qemu: DirectFrontEnd, log: int) -> None:
+    qemu.tell(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET), log)
+    assert qemu.tell(Request.SET_FEATURES, 1 << 63) == 0
+    with pytest.raises(ProtocolError, match="were not offered"):
+        qemu.tell(Request.GET_QUEUE_NUM)
+
+
+def test_what_fails_elsewhere_is_told_at_once(qemu: DirectFrontEnd) -> None:
+    qemu.device.failures["suspend"] = DeviceError("it broke")
+    qemu.device.failures["stop_ring"] = DeviceError("it broke")
+    with pytest.raises(DeviceError, match="it broke"):
+        qemu.tell(Request.GET_VRING_BASE, VringState(0, 0))
+
+
+def test_a_start_with_features_is_no_exchange(qemu: DirectFrontEnd) -> None:
+    qemu.stop()
+    with pytest.raises(ProtocolError, match="were not offered"):
+        qemu.tell(Request.SET_FEATURES, F_LOG_ALL | 1 << 63)
+
+
+def test_the_same_log_again_is_no_news_to_the_device(qemu: DirectFrontEnd, log: int) -> None:
+    for _ in range(3):
+        again = os.dup(log)
+        exchange(qemu, again, True)
+        os.close(again)
+    assert names(qemu.device) == ["start_logging"]
+    assert qemu.tell(Request.SET_LOG_FD, None, log) == 0
+    assert [ring.logged for ring in qemu.backend.rings] == [True, True]
+    exchange(qemu, None, False)
+    assert [ring.logged for ring in qemu.backend.rings] == [False, False]
+
+
+@pytest.mark.parametrize("area", [LogArea(0, 0), LogArea(7, OFFSET), LogArea(63, 1), LogArea(2**64 - 1, 3)])
+def test_a_log_that_cannot_hold_guest_memory_is_a_problem(
+    qemu: DirectFrontEnd, log: int, area: LogArea
+) -> None:
+    assert qemu.tell(Request.SET_LOG_BASE, area, log) == 0
+    assert exchange(qemu, None, True) == [0, 0, 0]
+    status = qemu.backend.log_status
+    assert (status.wanted, bool(status.problem)) == (True, True)
+    if 0 < area.size < 64:
+        what = f"the dirty log has {area.size} bytes, guest memory up to 0x200000 needs 64"
+        assert status == (type(status))(True, "software", what)
+
+
+def test_pages_beyond_the_log_are_a_problem_of_their_own_session(qemu: DirectFrontEnd, log: int) -> None:
+    qemu.device.counters["log_missed"] = 3  # of a session before
+    exchange(qemu, log, True)
+    assert qemu.backend.log_status.problem is None
+    qemu.device.counters["log_missed"] = 5
+    assert "2 written pages could not be marked" in (qemu.backend.log_status.problem or "")
+    exchange(qemu, None, False)
+    assert qemu.backend.log_status.problem is None
+
+
+def test_a_device_that_does_not_mark_lets_everything_count(qemu: DirectFrontEnd, log: int) -> None:
+    qemu.device.failures["start_logging"] = DeviceError("cannot")
+    qemu.device.rings.clear()
+    assert exchange(qemu, log, True) == [0, 0, 0, 0]
+    status = qemu.backend.log_status
+    assert (status.mode, status.problem) == ("all", "recording marks no writes: cannot")
+    assert sorted(qemu.device.rings) == [0, 1]
+
+
+# A session that finds logging begun
+
+
+@pytest.fixture
+def restarted(log: int) -> Iterator[DirectFrontEnd]:
+    """A front-end whose back-end died while it logged. Its rings have a chain of two buffers to be written,
+    one behind an indirect table, one to be read, and descriptors that lead nowhere."""
+    peer = DirectFrontEnd()
+    receive, transmit = peer.queues
+    receive.add(Buffer(BUFFERS, 10, writable=True), Buffer(BUFFERS + 0x3FFF, 2, writable=True))
+    receive.add_indirect(BUFFERS + 0x8000, [Buffer(BUFFERS + 0x9000, 2048, writable=True)])
+    transmit.add(Buffer(BUFFERS + 0x10000, 64))
+    transmit.add_indirect(2**63, [])
+    transmit.describe(9, Buffer(2**63, 2**32 - 1, writable=True))
+    transmit.describe(10, Buffer(0xFFFFF000, 2**32 - 1), flags=4)
+    peer.connect()
+    yield peer
+    peer.close()
+
+
+WRITABLE = {BUFFERS, BUFFERS + 0x3000, BUFFERS + 0x4000, BUFFERS + 0x9000}
+
+
+def start_logged(peer: DirectFrontEnd, log: int) -> None:
+    """START as QEMU sends it while it logs: the log comes after the rings, before DRIVER_OK."""
+    peer.enable()
+    peer.tell(Request.SET_FEATURES, VIRTIO | F_PROTOCOL_FEATURES | F_LOG_ALL)
+    if not len(peer.backend.memory):
+        peer.share_memory()
+    for index in (0, 1):
+        peer.set_up_ring(index)
+    peer.tell(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET), log)
+    peer.driver_ok()
+
+
+def test_what_an_earlier_session_may_have_had_written_is_marked_before_rings_run(
+    restarted: DirectFrontEnd, log: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+    start = restarted.device.start
+
+    def look_and_start(features: int, rings: Mapping[int, Ring]) -> None:
+        seen.append(marked(log))
+        start(features, rings)
+
+    monkeypatch.setattr(restarted.device, "start", look_and_start)
+    start_logged(restarted, log)
+    used = {queue.used // PAGE * PAGE for queue in restarted.queues}
+    assert seen == [WRITABLE | used]
+    assert restarted.backend.log_status.problem is None
+    assert os.pread(log, OFFSET, 0) == bytes(OFFSET)
+
+
+def test_a_session_that_begins_to_log_by_itself_marks_nothing_before(qemu: DirectFrontEnd, log: int) -> None:
+    qemu.queues[0].add(Buffer(BUFFERS, 10, writable=True))
+    exchange(qemu, log, True)
+    qemu.stop()
+    start_logged(qemu, log)
+    assert marked(log) == set()
+
+
+def test_rings_that_ran_without_the_log_count_for_everything(restarted: DirectFrontEnd, log: int) -> None:
+    restarted.protocol &= ~bit(ProtocolFeature.STATUS)
+    restarted.connect()
+    start_logged(restarted, log)  # without STATUS, rings run from their kick on
+    assert os.pread(log, SIZE, OFFSET) == b"\xff" * SIZE
+
+
+def test_too_many_descriptors_count_for_everything(restarted: DirectFrontEnd, log: int) -> None:
+    for slot in range(20):
+        restarted.queues[1].describe(slot + 20, Buffer(0, 2**32 - 1), flags=4)
+    start_logged(restarted, log)
+    assert os.pread(log, SIZE, OFFSET) == b"\xff" * SIZE
+
+
+def test_a_log_that_is_let_go_with_the_rings_is_used_no_more(qemu: DirectFrontEnd, log: int) -> None:
+    """A guest that is paused on its way: STOP, then START with a log that comes late."""
+    exchange(qemu, log, True)
+    qemu.stop()
+    qemu.device.calls.clear()
+    other = os.memfd_create("other")
+    os.ftruncate(other, OFFSET + SIZE)
+    start_logged(qemu, other)
+    os.close(other)
+    assert names(qemu.device) == ["stop_logging", "start_logging", "start"]
+
+
+# What a front-end may have forgotten
+
+
+def test_forgotten_features_are_taken_from_the_former_host() -> None:
+    peer = DirectFrontEnd(PROTOCOL_FEATURES, negotiated=VIRTIO | F_LOG_ALL)
+    peer.connect()
+    peer.start(0)
+    assert peer.backend.acked == VIRTIO | F_PROTOCOL_FEATURES
+    assert len(peer.reports) == 1
+    peer.stop()
+    peer.start(bit(32), share=False)
+    assert peer.backend.acked == bit(32) | F_PROTOCOL_FEATURES, "who remembers is believed"
+    peer.close()
