@@ -482,8 +482,7 @@ class VirtioNetDevice(VdpaDevice):
         self._registers.reset()
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._config_fd)  # what the device said of the run before
-        self._registers.add_status(Status.ACKNOWLEDGE)
-        self._registers.add_status(Status.DRIVER)
+        self._registers.acknowledge()
         self._registers.accept_features(self._features | self._device_features & OWN)
         self._set_calls(rings)
         self._registers.set_config_vector(CONFIG_VECTOR)

@@ -74,6 +74,11 @@ class VirtioRegisters:
         """Set status bits; none is ever cleared but by `reset`."""
         self._write(Common.DEVICE_STATUS, 1, self.status | bits)
 
+    def acknowledge(self) -> None:
+        """Say, after a reset, that the device was seen and has a driver: no bit is set that had to be kept."""
+        self._write(Common.DEVICE_STATUS, 1, Status.ACKNOWLEDGE)
+        self._write(Common.DEVICE_STATUS, 1, Status.ACKNOWLEDGE | Status.DRIVER)
+
     def flush(self) -> None:
         """Wait until all that was written has arrived: doorbells are rung on another way."""
         self.status  # noqa: B018
