@@ -38,6 +38,9 @@
 #define MS 1000000ull
 /* How often owed bytes and datagrams are sent. */
 #define TICK_MS 4
+/* For the guest to serve. */
+#define CONNECT_TRIES 100
+#define CONNECT_MS 100
 /* A sender that was held up makes up for this much of it. */
 #define CATCH_UP_NS (50 * MS)
 #define PROGRESS_NS (100 * MS)
@@ -453,11 +456,17 @@ static int serve(uint16_t port)
 
 static int connect_to(const struct sockaddr_in *address)
 {
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    for (unsigned tries = 0;; tries++) {
+        int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
-    if (fd < 0 || connect(fd, (const struct sockaddr *)address, sizeof *address))
-        fail("%s: %s", inet_ntoa(address->sin_addr), strerror(errno));
-    return fd;
+        if (fd >= 0 && !connect(fd, (const struct sockaddr *)address, sizeof *address))
+            return fd;
+        /* The guest answers ping before it serves. */
+        if (errno != ECONNREFUSED || tries == CONNECT_TRIES)
+            fail("%s: %s", inet_ntoa(address->sin_addr), strerror(errno));
+        close(fd);
+        usleep(CONNECT_MS * 1000);
+    }
 }
 
 static void start_session(struct session *s)
