@@ -1,121 +1,148 @@
-"""Who announces a guest that has arrived, by the operator's policy."""
+"""Announcing a guest: the frame, what is kept until rings run, and who is taken for an uplink."""
 
-import asyncio
-from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any, cast
+import contextlib
+import selectors
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from libvirt_vdpa import announce
-from libvirt_vdpa.announce import Announcer
-from libvirt_vdpa.client import ControlError
-from libvirt_vdpa.hypervisor import HypervisorError
+from datapath.announce import MAX_PENDING, Announcer, parse_mac, rarp_frame
+from datapath.uplink import NicUplink, Outcome, Uplink, UplinkError, UplinkSpec, UplinkSpecError, open_uplink
 
-UUID = "7664d0a0-0001-4000-8000-000000000001"
-MAC = "52:54:00:76:64:01"
-ROUNDS = 5
+MAC = bytes.fromhex("525400123456")
 
 
-class FakePort:
-    def __init__(self, policy: str, rounds: int = 0) -> None:
-        self.record = SimpleNamespace(mac=MAC, label=f"a/{MAC}", announce=policy, announce_rounds=rounds)
-        self.asked: list[tuple[str, dict[str, object]]] = []
-        self.error: ControlError | None = None
-
-    async def ask(self, command: str, arguments: dict[str, object]) -> None:
-        self.asked.append((command, arguments))
-        if self.error is not None:
-            raise self.error
-
-
-class Qemu:
-    """Notes rounds of announce-self, and whether the domain may be tainted for them."""
+class PaperUplink(Uplink):
+    """Notes what is sent; fails when told to."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[object, bool]] = []
-        self.error: HypervisorError | None = None
+        self.frames: list[bytes] = []
+        self.problem: str | None = None
 
-    async def execute(
-        self, uuid: str, command: str, arguments: Mapping[str, object], may_taint: bool
-    ) -> object:
-        assert (uuid, command) == (UUID, "announce-self")
-        self.asked.append((arguments["rounds"], may_taint))
-        if self.error is not None:
-            raise self.error
-        return {}
+    def send(self, frame: bytes, outcome: Outcome) -> None:
+        self.frames.append(frame)
+        outcome(self.problem)
+
+    def close(self) -> None:
+        return
 
 
-@pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(announce, "ROUNDS", (0.0, 0.001, 0.002, 0.003, 0.004))
+def test_the_frame_is_the_one_that_qemu_sends() -> None:
+    frame = rarp_frame(MAC)
+    assert len(frame) == 60
+    assert frame[:14].hex(" ") == "ff ff ff ff ff ff 52 54 00 12 34 56 80 35"
+    assert frame[14:42].hex() == "0001080006040003" + 2 * "52540012345600000000"
+    assert frame[42:] == bytes(18)
 
 
-def announced(port: FakePort, *, late: bool, qemu: Qemu) -> int:
-    """How often the port was asked to announce."""
+@pytest.mark.parametrize("text", ["52:54:00:12:34", "52-54-00-12-34-56", "", None, 5, "03:00:00:00:00:01"])
+def test_what_is_no_address_of_a_guest_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match=r"MAC address|multicast"):
+        parse_mac(text)
 
-    async def run() -> None:
-        announcer = Announcer(qemu.execute)
-        if late:
-            announcer.late(UUID, cast(Any, port))
-        else:
-            announcer.arrived(UUID, [cast(Any, port)])
-        await asyncio.gather(*announcer._tasks)
 
-    asyncio.run(run())
-    assert all(asked == ("announce", {"mac": MAC}) for asked in port.asked)
-    return len(port.asked)
+def test_what_is_asked_for_before_rings_run_is_kept() -> None:
+    told: list[dict[str, object]] = []
+    uplink = PaperUplink()
+    announcer = Announcer(uplink, told.append)
+    announcer.announce(MAC, now=False)
+    announcer.announce(MAC, now=False)
+    assert announcer.describe() == {"pending": True, "sent": 0, "last_sent": None, "problem": None}
+    announcer.rings_run()
+    announcer.rings_run()
+    assert uplink.frames == [rarp_frame(MAC)]
+    announcer.announce(MAC, now=True)
+    assert told == [{"mac": "52:54:00:12:34:56", "sent": sent, "problem": None} for sent in (1, 2)]
+    assert (announcer.describe()["pending"], announcer.describe()["sent"]) == (False, 2)
+    uplink.problem = "no wire"
+    announcer.announce(MAC, now=True)
+    assert told[-1] == {"mac": "52:54:00:12:34:56", "sent": 2, "problem": "no wire"}
+    assert announcer.describe()["problem"] == "no wire"
+
+
+def test_a_front_end_fills_no_memory() -> None:
+    announcer = Announcer(PaperUplink(), lambda told: None)
+    for number in range(100):
+        announcer.announce(number.to_bytes(6, "big"), now=False)
+    assert len(announcer._pending) == MAX_PENDING
+
+
+def test_without_an_uplink_it_is_dropped_and_told() -> None:
+    told: list[dict[str, object]] = []
+    announcer = Announcer(None, told.append)
+    announcer.announce(MAC, now=False)
+    assert announcer.describe()["pending"] is False
+    assert "no uplink" in str(announcer.describe()["problem"])
 
 
 @pytest.mark.parametrize(
-    ("policy", "rounds", "by_port", "by_qemu"),
-    [
-        ("auto", 0, 0, []),
-        ("auto", 3, 0, [(3, True)]),
-        ("guest", 0, 0, []),
-        ("guest", 3, 0, [(3, True)]),
-        ("rarp", 0, ROUNDS, []),
-        ("rarp", 2, ROUNDS, [(2, True)]),
-        ("off", 0, 0, []),
-        ("off", 3, 0, []),
-    ],
+    "text", ["", "eth0", "interface=", "nic=/x", "nic=/x,vf=-1", "vf=0", "interface=a,vf=1"]
 )
-def test_a_guest_arrives(policy: str, rounds: int, by_port: int, by_qemu: list[tuple[int, bool]]) -> None:
-    qemu = Qemu()
-    assert announced(FakePort(policy, rounds), late=False, qemu=qemu) == by_port
-    assert qemu.asked == by_qemu
+def test_what_names_no_uplink_is_refused(text: str) -> None:
+    with pytest.raises(UplinkSpecError, match="neither"):
+        UplinkSpec.parse(text)
+
+
+def test_uplinks_are_named_as_they_were_given() -> None:
+    for text in ("interface=eth0", "nic=/run/nic/control,vf=3"):
+        assert str(UplinkSpec.parse(text)) == text
+
+
+def test_an_interface_that_is_not_there_is_named() -> None:
+    with selectors.DefaultSelector() as selector, pytest.raises(UplinkError, match="uplink nosuch0: "):
+        open_uplink(UplinkSpec(interface="nosuch0"), selector)
+
+
+@pytest.fixture
+def selector() -> Iterator[selectors.BaseSelector]:
+    with selectors.DefaultSelector() as made:
+        yield made
+        assert not made.get_map()
+
+
+def test_a_nic_that_is_not_there_is_named(tmp_path: Path, selector: selectors.BaseSelector) -> None:
+    with pytest.raises(UplinkError, match=r"control: No such file or directory; is the NIC running\?"):
+        NicUplink(tmp_path / "control", 0, selector)
 
 
 @pytest.mark.parametrize(
-    ("policy", "rounds", "by_port", "by_qemu"),
+    ("says", "reason"),
     [
-        # Unasked, only by a monitor that taints nothing.
-        ("auto", 0, ROUNDS, [(announce.LATE_ROUNDS, False)]),
-        ("auto", 3, ROUNDS, [(3, True)]),
-        ("guest", 0, 0, [(announce.LATE_ROUNDS, False)]),
-        ("rarp", 0, ROUNDS, [(announce.LATE_ROUNDS, False)]),
-        ("off", 3, 0, []),
+        (b"", r"no answer in 0\.05 s"),
+        (b"SSH-2.0", "a command must be a JSON object"),
+        (
+            b'{"return": {}} {"error": {"class": "CommandNotFound", "desc": "no"}}',
+            "not the control socket of",
+        ),
+        (b'{"return": {}} {"return": {"vfs": [{}]}}', "no VF 3; the NIC has 1"),
     ],
 )
-def test_a_port_comes_back_after_its_guest_has_arrived(
-    policy: str, rounds: int, by_port: int, by_qemu: list[tuple[int, bool]]
+def test_somebody_else_is_not_taken_for_a_nic(
+    tmp_path: Path,
+    selector: selectors.BaseSelector,
+    monkeypatch: pytest.MonkeyPatch,
+    says: bytes,
+    reason: str,
 ) -> None:
-    qemu = Qemu()
-    assert announced(FakePort(policy, rounds), late=True, qemu=qemu) == by_port
-    assert qemu.asked == by_qemu
+    if not says:
+        monkeypatch.setattr("datapath.uplink.ANSWER_TIME", 0.05)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control"))
+        listener.listen()
 
+        def answer() -> None:
+            with listener.accept()[0] as peer, contextlib.suppress(OSError):
+                peer.send(says)
+                peer.recv(1)
+                ended.wait(10)
 
-def test_a_port_that_is_away_is_not_asked_again(caplog: pytest.LogCaptureFixture) -> None:
-    port = FakePort("rarp")
-    port.error = ControlError("not connected")
-    assert announced(port, late=False, qemu=Qemu()) == 1
-    assert f"a/{MAC}: cannot announce: not connected" in caplog.text
-
-
-def test_only_what_was_asked_for_is_missed(caplog: pytest.LogCaptureFixture) -> None:
-    qemu = Qemu()
-    qemu.error = HypervisorError("no monitor")
-    announced(FakePort("auto"), late=True, qemu=qemu)
-    assert "no monitor" not in caplog.text
-    announced(FakePort("auto", 2), late=False, qemu=qemu)
-    assert "announce-self: no monitor" in caplog.text
+        ended = threading.Event()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(UplinkError, match=reason):
+            NicUplink(tmp_path / "control", 3, selector)
+        ended.set()
+        thread.join()

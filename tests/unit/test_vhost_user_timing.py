@@ -1,7 +1,5 @@
 """What a start, a stop and a pause cost, as the back-end's timing sees them; by clocks of the test's own."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from datapath.vhost_user.messages import Request
@@ -32,7 +30,7 @@ class Clock:
 
 
 @pytest.fixture
-def clock() -> Iterator[Clock]:
+def clock() -> Clock:
     return Clock()
 
 
