@@ -128,11 +128,11 @@ class Load:
 
         wait_for("frames through the VF", done, 60)
 
-    def replace_port(self) -> None:
+    def replace_port(self, *, log_first: bool) -> None:
         """Let the port die as it does when it crashes, and another one take its session over."""
         self.port.kill()
         self.port = self._close.enter_context(self._start_port())
-        self.proxy.reconnect()
+        self.proxy.reconnect(log_first=log_first)
 
     def rest(self) -> None:
         """Send no more, and wait until all frames have arrived."""
@@ -224,11 +224,14 @@ def test_logging_is_switched_off_and_on_under_load(load: Load, case: Case, log_m
 
 
 @pytest.mark.parametrize("case", ["small ring", "ring of several pages, both ways"], indirect=True)
-def test_a_port_that_dies_while_it_logs_leaves_nothing_out(load: Load, case: Case, log_mode: str) -> None:
+@pytest.mark.parametrize("log_first", [False, True], ids=["log last", "log first"])
+def test_a_port_that_dies_while_it_logs_leaves_nothing_out(
+    load: Load, case: Case, log_mode: str, log_first: bool
+) -> None:
     """What its device wrote and nobody marked, the next port marks."""
     log_under_load(load, log_mode)
     for _ in range(3):
-        load.replace_port()
+        load.replace_port(log_first=log_first)
         load.work()
         load.pages.take()
     end(load, case, log_mode)

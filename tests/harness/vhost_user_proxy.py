@@ -147,10 +147,11 @@ class VhostUserProxy:
             for index in sorted(self.started)
         }
 
-    def reconnect(self) -> None:
+    def reconnect(self, *, log_first: bool = False) -> None:
         """The back-end has died, and another serves its path: begin the session anew as QEMU does, rings at
-        their used index; while logging, the log comes last.
+        their used index. While logging, the log comes last.
 
+        :param log_first: or it comes before the rings.
         :raise OSError: when nobody serves the path.
         """
         wait_for("the proxy to see the end of the back-end", lambda: self._back is None, PATIENCE)
@@ -163,7 +164,9 @@ class VhostUserProxy:
             for _, message in sorted(self._said.items(), key=lambda item: item[0][1] or 0):
                 if message.request == request:
                     self.ask(request, self._said_again(message), *message.fds)
-        if self._log is not None:
+            if request == Request.SET_MEM_TABLE and self._log is not None and log_first:
+                self._name_log()
+        if self._log is not None and not log_first:
             self._name_log()
         self.ask(Request.GET_FEATURES)
 
