@@ -136,11 +136,6 @@ class TestVeto:
         assert "no-such-bridge" in said
         assert idle.is_clean()
 
-    def test_migration(self, host: DaemonHost) -> None:
-        assert host.veto(host.domain(), "migrate") == (
-            "domain 'domain-1': live migration of vDPA interfaces is not supported yet"
-        )
-
     def test_without_a_daemon(self, idle: DaemonHost) -> None:
         domain = idle.domain("vdpa-server.xml")
         message = f"of domain 'domain-1': virtvdpad is not running ({idle.socket}: No such file or directory)"

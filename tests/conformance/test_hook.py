@@ -131,6 +131,50 @@ def test_what_nobody_has_thought_of_is_one_line(operation: str, code: int) -> No
     assert done.stderr.decode() == f"libvirt-vdpa: {said}\n"
 
 
+REPLACEMENT = "<domain>é</domain>"
+
+
+def with_replacement(xml: str) -> Peer:
+    """A daemon that wants the domain's XML replaced."""
+    answer = {"return": {"xml": json.loads(xml)}}
+    return Peer(GREETING + YES + YES + json.dumps(answer).encode() + b"\n")
+
+
+@pytest.mark.parametrize(
+    ("operation", "printed"),
+    [("migrate", REPLACEMENT), ("restore", REPLACEMENT), ("prepare", ""), ("reconnect", "")],
+)
+def test_xml_is_printed_where_libvirt_takes_it(operation: str, printed: str) -> None:
+    peer = with_replacement(json.dumps(REPLACEMENT))
+    try:
+        done = call(operation, peer.path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, printed.encode(), b"")
+    finally:
+        peer.close()
+
+
+@pytest.mark.parametrize("stdout", [">&-", ">/dev/full"])
+def test_xml_that_cannot_be_handed_over_is_a_refusal(stdout: str) -> None:
+    peer = with_replacement(json.dumps(REPLACEMENT))
+    try:
+        done = call("migrate", peer.path, f'exec "$@" {stdout}')
+        assert done.returncode == 1
+        assert b"migrate of domain 'a': the XML for this host cannot be handed over" in done.stderr
+    finally:
+        peer.close()
+
+
+@pytest.mark.parametrize("xml", ["17", "null", "[]"])
+def test_xml_that_is_no_text_is_not_printed(xml: str) -> None:
+    peer = with_replacement(xml)
+    try:
+        done = call("migrate", peer.path)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert b"does not speak QMP as virtvdpad does" in done.stderr
+    finally:
+        peer.close()
+
+
 def test_a_domain_of_others_costs_no_imports() -> None:
     command = ["/usr/bin/python3", "-IS", "-X", "importtime", str(HOOK), "a", "prepare", "begin", "-"]
     plain = ["/usr/bin/python3", "-IS", "-X", "importtime", "-c", ""]
