@@ -223,6 +223,17 @@ def test_logging_is_switched_off_and_on_under_load(load: Load, case: Case, log_m
     prove(load, case, log_mode)
 
 
+@pytest.mark.parametrize("case", ["ring of several pages, both ways"], indirect=True)
+def test_another_log_takes_over_under_load(load: Load, case: Case, log_mode: str) -> None:
+    since = log_under_load(load, log_mode)
+    for _ in range(ROUNDS):
+        load.pages.replace_log()
+        load.work()
+    end(load, case, log_mode)
+    assert not load.pages.written_since(since) - load.pages.marked_pages()
+    assert load.pages.differences(headers=case.headers) == []
+
+
 @pytest.mark.parametrize("case", ["small ring", "ring of several pages, both ways"], indirect=True)
 @pytest.mark.parametrize("log_first", [False, True], ids=["log last", "log first"])
 def test_a_port_that_dies_while_it_logs_leaves_nothing_out(

@@ -106,18 +106,18 @@ class GuestPages:
         self._close = ExitStack()
         self._memory = (ctypes.c_uint8 * self.size).from_buffer(shared.view)
         self.log_size = -(-(self.base + self.size) // (64 * PAGE)) * 8
-        self.log = os.memfd_create("dirty log", os.MFD_CLOEXEC)
-        self._close.callback(os.close, self.log)
-        os.ftruncate(self.log, self.log_size)
-        self._words = self._map_log()
+        self._open_log()
         self._taken = self._new_set()
         self.marked = self._new_set()
         self.copy = (ctypes.c_uint8 * self.size)()
         self.rings = {index: self._used_ring(index) for index in proxy.addresses}
 
-    def _map_log(self) -> "ctypes.Array[ctypes.c_uint64]":
+    def _open_log(self) -> None:
+        self.log = os.memfd_create("dirty log", os.MFD_CLOEXEC)
+        self._close.callback(os.close, self.log)
+        os.ftruncate(self.log, self.log_size)
         view = mmap.mmap(self.log, self.log_size)
-        return (ctypes.c_uint64 * (self.log_size // 8)).from_buffer(view)
+        self._words = (ctypes.c_uint64 * (self.log_size // 8)).from_buffer(view)
 
     def _new_set(self) -> "ctypes.Array[ctypes.c_uint8]":
         return (ctypes.c_uint8 * self.log_size)()
@@ -142,6 +142,15 @@ class GuestPages:
         size = ctypes.c_size_t(self.size)
         _library().pages_copy(self._taken, first, size, self._memory, self.copy)
         return count
+
+    def replace_log(self) -> None:
+        """Have another log kept from now on, as QEMU does when memory grows, and take what the first has."""
+        before = self._words
+        self._open_log()
+        self.proxy.start_logging(self.log, self.log_size)
+        now, self._words = self._words, before
+        self.take()
+        self._words = now
 
     def copy_all(self) -> None:
         """The first round of a migration: everything is copied, whatever the log says."""
