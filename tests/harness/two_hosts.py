@@ -9,7 +9,6 @@ soon as the bridges know where that is. Owns the cable and the calls of `virsh m
 
 import re
 import shutil
-import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +89,9 @@ class Migration:
         assert code != 0, f"virsh migrate went well: {self.output()}"
         return self.output()
 
-    def interrupt(self) -> None:
-        """Ctrl-C: virsh aborts the job."""
-        self._process.signal(signal.SIGINT)
+    def kill(self) -> None:
+        """End virsh as a crash would."""
+        self._process.kill()
 
 
 @dataclass(frozen=True)
