@@ -6,11 +6,12 @@ logging off and on in turn, all in one run, the others' front-ends stopped meanw
 times a second: QEMU does so less often.
 
 CPU time is of threads as the kernel counts it (proc(5)), in percent of one processor: the port's relay, the
-NIC's engine, which is the VF, the front-end, and what of port and NIC is neither. The front-end polls, so it
-takes a processor whatever it does.
+NIC's engine, which is the VF, the front-end, what of port and NIC is neither, and whoever sends frames to the
+VF, which is this program. The front-end polls, so it takes a processor whatever it does.
 """
 
 import itertools
+import os
 import signal
 import statistics
 import tempfile
@@ -90,6 +91,7 @@ class Rig:
             "VF": sum(nic.values()) - nic[self._nic.pid],
             "front-end": sum(thread_times(self._peer.pid).values()),
             "control": port[self._port.pid] + nic[self._nic.pid],
+            "sender": sum(thread_times(os.getpid()).values()),
         }
 
     def measure(self, logging: bool) -> Sample:
@@ -142,9 +144,8 @@ def report(direction: str, samples: Mapping[tuple[str, bool], list[Sample]]) -> 
 def measure(runs: int) -> None:
     """Print the table."""
     print(f"packets per second, share of that without logging, CPU in percent; medians of {runs} runs")
-    print(
-        f"{'':<10}{'logging':<16}{'packets/s':>12}{'share':>10}{'relay':>11}{'VF':>11}{'front-end':>11}{'control':>11}"
-    )
+    columns = "".join(f"{name:>11}" for name in ("relay", "VF", "front-end", "control", "sender"))
+    print(f"{'':<10}{'logging':<16}{'packets/s':>12}{'share':>10}{columns}")
     for direction in DIRECTIONS:
         with tempfile.TemporaryDirectory(prefix="vdpa-bench-") as path, ExitStack() as stack:
             folder = Path(path)
