@@ -34,7 +34,15 @@ SIDES = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "source",
     libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: "destination",
 }
-#: State and reason of a domain that a migration brings to this host (virDomainGetState).
+#: `operation` -> what it is called, where QEMU "migrates" for it.
+OPERATIONS = {
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "migration",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: "save",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: "snapshot",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: "dump",
+}
+#: State and reason of a domain that a migration brings to this host (virDomainGetState); the first is also
+#: that of one which leaves, while it is stopped.
 INCOMING_STATES = (
     (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION),
     (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP),
@@ -144,22 +152,31 @@ def destroy_incoming(domain: libvirt.virDomain) -> None:
 
     :raise HypervisorError: when it is not such a domain.
     """
-    if job_of(domain).get("side") != "destination":
+    if not waits(domain) or job_of(domain).get("side") != "destination":
         raise HypervisorError("the domain does not wait for a migration to this host")
     domain.destroy()
 
 
-def job_of(domain: libvirt.virDomain) -> dict[str, object]:
-    """Job statistics of a domain, empty when nothing is being done, with `side` when it migrates.
+def waits(domain: libvirt.virDomain) -> bool:
+    """Whether a domain is paused by libvirt, for a migration."""
+    state: Any = domain.state()  # the binding declares strings
+    return tuple(state) in INCOMING_STATES
 
-    libvirt 9.0 tells of no job where a domain arrives, so that is seen by its state.
+
+def job_of(domain: libvirt.virDomain) -> dict[str, object]:
+    """Job statistics of a domain, empty when nothing is being done; `operation` by name, and its `side`.
+
+    libvirt has none for a domain that arrives ("available only on the source host").
+
+    :raise libvirt.libvirtError: when there are none for another reason.
     """
-    # The binding declares other types than it gives.
-    figures: Any = domain.jobStats()
-    state: Any = domain.state()
-    job: dict[str, object] = {}
-    if figures.get("type") != libvirt.VIR_DOMAIN_JOB_NONE:
-        job = {**figures, "side": SIDES.get(figures.get("operation", 0))}
-    if tuple(state) in INCOMING_STATES and job.get("side") is None:
-        job["side"] = "destination"
-    return job
+    try:
+        figures: Any = domain.jobStats()  # the binding declares other types than it gives
+    except libvirt.libvirtError:
+        if waits(domain):
+            return {"side": "destination"}
+        raise
+    if figures.get("type") == libvirt.VIR_DOMAIN_JOB_NONE:
+        return {}
+    number = figures.get("operation", 0)
+    return {**figures, "side": SIDES.get(number), "operation": OPERATIONS.get(number)}

@@ -82,6 +82,8 @@ class Migration:
         self.domain = ports[0].record.domain if ports else ""
         self.side = side
         self.life = MigrationLife(Phase.SETUP if side == "source" else Phase.INCOMING)
+        #: What libvirt does; at the source "save", "snapshot" and "dump" are migrations to QEMU as well.
+        self.operation: object = None
         #: Why it has failed, or is being ended.
         self.reason = ""
         self.begun = time.time()
@@ -106,6 +108,7 @@ class Migration:
             "domain": self.domain,
             "uuid": self.uuid,
             "side": self.side,
+            "operation": self.operation,
             "status": self.phase.value,
             "reason": self.reason or None,
             "begun": self.begun,
@@ -146,6 +149,8 @@ class Migrations:
         self._current: dict[str, Migration] = {}
         self._past: deque[Migration] = deque(maxlen=REMEMBERED)
         self._tasks: set[asyncio.Task[None]] = set()
+        #: UUIDs of domains that libvirt has told to be there: what migrates before that comes here.
+        self._started: set[str] = set()
         #: (UUID, MAC) of ports that were not there when their guest arrived.
         self._late: set[tuple[str, str]] = set()
 
@@ -183,6 +188,7 @@ class Migrations:
     def ended(self, uuid: str) -> None:
         """The domain's QEMU has left this host. Idempotent."""
         self._monitors.leave(uuid)
+        self._started.discard(uuid)
         self._late = {key for key in self._late if key[0] != uuid}
         migration = self._current.get(uuid)
         if migration is not None and migration.phase not in ENDS:
@@ -197,9 +203,10 @@ class Migrations:
             if not self._supervisor.of_domain(uuid):
                 continue
             self._monitors.follow(uuid)
+            self._started.add(uuid)
             side = job.get("side")
             if side == "destination":
-                self._arrives(uuid)
+                self.incoming(uuid)
             elif side == "source":
                 self.monitor_event(uuid, "MIGRATION", {"status": "active"})
             elif self.migrating(uuid):
@@ -210,15 +217,19 @@ class Migrations:
 
     def lifecycle_event(self, uuid: str, event: int, detail: int) -> None:
         """A domain was started, stopped, suspended, or resumed."""
+        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            self._started.discard(uuid)
         if not self._supervisor.of_domain(uuid) and uuid not in self._current:
             return
         if event == libvirt.VIR_DOMAIN_EVENT_STARTED:
             self._monitors.follow(uuid)
-            if detail == libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED:
-                self._arrives(uuid)
+            self._started.add(uuid)
         if (migration := self._current.get(uuid)) is None:
             return
         if event == libvirt.VIR_DOMAIN_EVENT_RESUMED:
+            if migration.phase is Phase.LEAVING and migration.operation not in (None, "migration"):
+                # It was only written to a file.
+                self._feed(migration, Happening.LEFT)
             self._feed(migration, Happening.RUNS, "the destination could not go on; the guest runs here")
         elif event == libvirt.VIR_DOMAIN_EVENT_SUSPENDED:
             if migration.side == "source" and detail == libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED:
@@ -251,15 +262,10 @@ class Migrations:
             return
         # Only a beginning begins one: what comes later than its end belongs to the one that has ended.
         if status in ("setup", "active") and not self.migrating(uuid) and self._supervisor.of_domain(uuid):
-            self._begin(uuid, "source")
+            # A restored domain arrives as well.
+            self._begin(uuid, "source" if uuid in self._started else "destination")
         if (migration := self._current.get(uuid)) is not None and status in STATUSES:
             self._feed(migration, STATUSES[status], f"QEMU says: migration {status}")
-
-    def _arrives(self, uuid: str) -> None:
-        """libvirt says that the domain migrates to this host; a hook that we missed would have said so."""
-        if self.migrating(uuid) and self._current[uuid].side == "source":
-            del self._current[uuid]
-        self.incoming(uuid)
 
     # Told by the supervisor
 
@@ -353,7 +359,7 @@ class Migrations:
         if migration.side != "source":
             return
         try:
-            if self._monitors.has(migration.uuid):
+            if self._monitors.has(migration.uuid) and migration.operation is not None:
                 answer = await self._monitors.execute(migration.uuid, "query-migrate")
                 if isinstance(answer, Mapping):
                     migration.progress.update(from_qemu(answer))
@@ -362,7 +368,8 @@ class Migrations:
         except HypervisorError as error:
             logger.debug("domain '%s': %s", migration.domain, error)
             return
-        migration.progress.update(from_libvirt(job))
+        migration.operation = job.get("operation") or migration.operation
+        migration.progress.update(from_libvirt(job, ended=False))
         if not job:
             self._nothing_is_done(migration)
 
@@ -525,6 +532,8 @@ def summary(migration: Migration) -> str:
     words = [f"{migration.side}: {migration.phase.value}"]
     if migration.reason:
         words.append(migration.reason)
+    if migration.operation not in (None, "migration"):
+        words[0] = f"{migration.operation}: {migration.phase.value}"
     if migration.side == "source" and migration.phase is Phase.COMPLETED:
         words.append(f"{figures.get('elapsed_ms', '?')} ms, downtime {figures.get('downtime_ms', '?')} ms")
     for port in migration.ports.values():

@@ -35,9 +35,13 @@ QEMU_NAMES = {
 }
 
 
-def from_libvirt(job: Mapping[str, object]) -> dict[str, int]:
-    """Figures of libvirt's job; what it does not know is left out."""
-    found = {name: job.get(theirs) for name, theirs in LIBVIRT_NAMES.items()}
+def from_libvirt(job: Mapping[str, object], *, ended: bool = True) -> dict[str, int]:
+    """Figures of libvirt's job; what it does not know is left out.
+
+    :param ended: whether the job has: before, its downtime is what QEMU may take and not what it took.
+    """
+    names = LIBVIRT_NAMES if ended else {**LIBVIRT_NAMES, "downtime_ms": ""}
+    found = {name: job.get(theirs) for name, theirs in names.items()}
     return {name: value for name, value in found.items() if isinstance(value, int)}
 
 

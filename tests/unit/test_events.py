@@ -1,13 +1,15 @@
 """Following libvirt: its test driver has one running domain, in this process and without a daemon."""
 
 import asyncio
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import libvirt
 import pytest
 
 from libvirt_vdpa.events import DomainWatcher
+from libvirt_vdpa.hypervisor import Hypervisor, HypervisorError
 
 URI = "test:///default"
 
@@ -34,6 +36,10 @@ def domain() -> Iterator[libvirt.virDomain]:
     # The test driver's state is shared in this process as long as a connection is open.
     connection = libvirt.open(URI)
     domain = connection.lookupByName("test")
+    # What an earlier test has left of it.
+    if domain.isActive():
+        domain.destroy()
+    domain.create()
     yield domain
     connection.close()
 
@@ -95,3 +101,137 @@ def test_waits_for_a_libvirt_that_is_not_there(
     asyncio.run(run())
     # Not once for each of many tries.
     assert caplog.text.count("working by hooks alone until it is back") == 1
+
+
+class Listener:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: asyncio.Queue[tuple[object, ...]] = asyncio.Queue()
+
+    def libvirt_found(self, jobs: Mapping[str, Mapping[str, object]]) -> None:
+        self.told.put_nowait(("found", dict(jobs)))
+
+    def lifecycle_event(self, uuid: str, event: int, detail: int) -> None:
+        self.told.put_nowait(("lifecycle", uuid, event, detail))
+
+    def iteration_event(self, uuid: str, iteration: int) -> None:
+        self.told.put_nowait(("iteration", uuid, iteration))
+
+    def job_event(self, uuid: str, figures: Mapping[str, object]) -> None:
+        self.told.put_nowait(("job", uuid, figures))
+
+    def metadata_event(self, uuid: str, namespace: str) -> None:
+        self.told.put_nowait(("metadata", uuid, namespace))
+
+    def monitor_event(self, uuid: str, name: str, data: Mapping[str, object]) -> None:
+        self.told.put_nowait(("monitor", uuid, name, data))
+
+
+NAMESPACE = "urn:libvirt-vdpa:state:1.0"
+
+
+def test_tells_what_happens_and_calls_libvirt(domain: libvirt.virDomain) -> None:
+    uuid = domain.UUIDString()
+
+    async def run() -> None:
+        hypervisor, listener = Hypervisor(), Listener()
+        with pytest.raises(HypervisorError, match="libvirt is not there for getXMLDesc"):
+            await hypervisor.domain_xml(uuid)
+        watcher = DomainWatcher(URI, Recorder(), asyncio.get_running_loop(), hypervisor, listener)
+        watcher.start()
+        async with asyncio.timeout(10):
+            assert await listener.told.get() == ("found", {uuid: {}})
+            assert hypervisor.writable
+            await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
+            assert await listener.told.get() == ("metadata", uuid, NAMESPACE)
+            assert f"xmlns:vdpastate='{NAMESPACE}'".replace("'", '"') in await hypervisor.domain_xml(uuid)
+            with pytest.raises(HypervisorError, match="does not wait for a migration to this host"):
+                await hypervisor.destroy_incoming(uuid)
+            domain.suspend()
+            suspended = libvirt.VIR_DOMAIN_EVENT_SUSPENDED
+            paused = libvirt.VIR_DOMAIN_EVENT_SUSPENDED_PAUSED
+            assert await listener.told.get() == ("lifecycle", uuid, suspended, paused)
+            # Paused by its user: it must not be taken for one that arrives.
+            with pytest.raises(HypervisorError, match="does not wait for a migration to this host"):
+                await hypervisor.destroy_incoming(uuid)
+            domain.destroy()
+            with pytest.raises(HypervisorError, match="libvirt: abortJob: "):
+                await hypervisor.abort_job(uuid)
+        watcher.stop()
+        async with asyncio.timeout(10):
+            while hypervisor.connected:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_a_libvirt_that_may_only_be_read(
+    domain: libvirt.virDomain, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_uri: str) -> libvirt.virConnect:
+        raise libvirt.libvirtError("not for you")
+
+    monkeypatch.setattr("libvirt_vdpa.events.libvirt.open", refuse)
+
+    async def run() -> None:
+        hypervisor, listener = Hypervisor(), Listener()
+        watcher = DomainWatcher(URI, Recorder(), asyncio.get_running_loop(), hypervisor, listener)
+        watcher.start()
+        async with asyncio.timeout(10):
+            uuid = domain.UUIDString()
+            assert await listener.told.get() == ("found", {uuid: {}})
+            assert not hypervisor.writable
+            with pytest.raises(HypervisorError, match="libvirt: setMetadata: "):
+                await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
+        watcher.stop()
+
+    asyncio.run(run())
+    (line,) = [line for line in caplog.messages if "can only be read" in line]
+    assert "not for you; not possible: ending migrations, " in line
+
+
+def test_a_call_that_hangs_keeps_nobody(domain: libvirt.virDomain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("libvirt_vdpa.hypervisor.CHANGE_LIMIT", 0.05)
+    released = threading.Event()
+
+    def hang(*_arguments: object) -> int:
+        released.wait()
+        return 0
+
+    monkeypatch.setattr(libvirt.virDomain, "setMetadata", hang)
+
+    async def run() -> None:
+        hypervisor, listener = Hypervisor(), Listener()
+        watcher = DomainWatcher(URI, Recorder(), asyncio.get_running_loop(), hypervisor, listener)
+        watcher.start()
+        async with asyncio.timeout(10):
+            await listener.told.get()
+            uuid = domain.UUIDString()
+            with pytest.raises(HypervisorError, match=r"has not answered setMetadata within 0\.05 s"):
+                await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
+            # Others are answered, and events come, while it still hangs.
+            assert uuid in await hypervisor.domain_xml(uuid)
+            domain.suspend()
+            assert (await listener.told.get())[0] == "lifecycle"
+        watcher.stop()
+        released.set()
+
+    asyncio.run(run())
+
+
+def test_qemus_events_are_taken_apart() -> None:
+    class Domain:
+        def UUIDString(self) -> str:  # noqa: N802
+            return "some-uuid"
+
+    async def run() -> None:
+        listener = Listener()
+        watcher = DomainWatcher(URI, Recorder(), asyncio.get_running_loop(), None, listener)
+        passed: Callable[..., None] = watcher._monitor_event
+        passed(None, Domain(), "MIGRATION", 1, 2, '{"status":"active"}', None)
+        passed(None, Domain(), "STOP", 1, 2, None, None)
+        assert await listener.told.get() == ("monitor", "some-uuid", "MIGRATION", {"status": "active"})
+        assert await listener.told.get() == ("monitor", "some-uuid", "STOP", {})
+
+    asyncio.run(run())

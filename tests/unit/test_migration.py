@@ -18,6 +18,7 @@ UUID = "7664d0a0-0001-4000-8000-000000000001"
 MAC = "52:54:00:76:64:01"
 #: Looks are made by the tests; what is done again is done soon.
 LIMITS = Limits(poll=0.002, again=0.002, grace=0.05, log=2.0, quiet=3.0, lost=10.0)
+STARTED = (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_BOOTED)
 RESUMED = (libvirt.VIR_DOMAIN_EVENT_RESUMED, libvirt.VIR_DOMAIN_EVENT_RESUMED_MIGRATED)
 SUSPENDED = (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED)
 LEFT = (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED)
@@ -53,7 +54,7 @@ class FakeHypervisor:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.error: HypervisorError | None = None
-        self.figures: dict[str, object] = {"data_total": 10, "side": "source"}
+        self.figures: dict[str, object] = {"data_total": 10, "side": "source", "operation": "migration"}
 
     async def _note(self, call: str) -> None:
         self.calls.append(call)
@@ -118,6 +119,7 @@ class World:
             LIMITS,
             lambda: self.now,
         )
+        self.libvirt(STARTED)
 
     @property
     def port(self) -> FakePort:
@@ -370,6 +372,19 @@ def test_the_destination_cannot_go_on() -> None:
     run(test)
 
 
+def test_a_live_snapshot() -> None:
+    # To QEMU it is a migration, after which the guest goes on here.
+    async def test(world: World) -> None:
+        world.hypervisor.figures = {"data_total": 10, "operation": "snapshot"}
+        await copying(world)
+        await world.until(lambda: world.last["operation"] == "snapshot")
+        world.qemu("pre-switchover", "completed")
+        world.libvirt(RESUMED)
+        await world.phase(Phase.COMPLETED)
+
+    run(test)
+
+
 def test_another_one_begins_while_the_last_one_is_not_quiet() -> None:
     async def test(world: World) -> None:
         await copying(world)
@@ -397,6 +412,22 @@ class TestDestination:
             await world.phase(Phase.COMPLETED)
             # Rings and libvirt's word for it are one arrival.
             assert len(world.announced) == 2
+
+        run(test)
+
+    def test_arrives_though_no_hook_has_told(self) -> None:
+        # As a restored domain does: QEMU migrates before libvirt says that it is there.
+        async def test(world: World) -> None:
+            world.libvirt(LEFT)
+            world.port.stand_still()
+            world.qemu("setup", "active")
+            world.libvirt((libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_RESTORED))
+            assert (world.last["side"], world.last["status"]) == ("destination", "incoming")
+            world.qemu("completed")
+            world.libvirt(RESUMED)
+            await world.phase(Phase.COMPLETED)
+            world.qemu("setup")
+            assert world.last["side"] == "source"
 
         run(test)
 
@@ -510,7 +541,7 @@ class TestRestartedDaemon:
     def test_at_the_source(self) -> None:
         async def test(world: World) -> None:
             world.port.log(wanted=True, mode="hardware")
-            world.migrations.libvirt_found({UUID: {"side": "source", "operation": 5}})
+            world.migrations.libvirt_found({UUID: {"side": "source", "operation": "migration"}})
             await world.phase(Phase.COPYING)
             assert world.monitors.followed == {UUID}
 
@@ -519,7 +550,6 @@ class TestRestartedDaemon:
     def test_at_the_destination(self) -> None:
         async def test(world: World) -> None:
             world.port.stand_still()
-            world.qemu("active")  # by its own monitor, before libvirt is there
             world.migrations.libvirt_found({UUID: {"side": "destination"}})
             assert (world.last["side"], world.last["status"]) == ("destination", "incoming")
 
@@ -541,7 +571,7 @@ class TestRestartedDaemon:
             world.migrations.libvirt_found({other: {"side": "source"}})
             world.migrations.monitor_event(other, "MIGRATION", {"status": "active"})
             world.migrations.lifecycle_event(other, libvirt.VIR_DOMAIN_EVENT_STARTED, 1)
-            assert (world.told, world.monitors.followed) == ([], set())
+            assert (world.told, world.monitors.followed) == ([], {UUID})
 
         run(test)
 
