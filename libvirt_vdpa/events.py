@@ -7,6 +7,7 @@ The daemon works without libvirt: the thread waits for it, and comes back after 
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import logging
@@ -267,8 +268,16 @@ class DomainWatcher:
         return self._reconciler.snapshot()
 
     def _in_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Have something done in the event loop, and wait for it."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        """Have something done in the event loop, and wait for it.
+
+        :raise RuntimeError: when the loop has ended.
+        """
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except concurrent.futures.CancelledError:
+            raise RuntimeError("the event loop ends") from None
+        finally:
+            work.close()  # without effect on one that was begun and has ended
 
 
 def keep_alive(connection: libvirt.virConnect) -> None:

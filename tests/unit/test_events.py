@@ -109,6 +109,12 @@ class Listener:
     def __init__(self) -> None:
         self.told: asyncio.Queue[tuple[object, ...]] = asyncio.Queue()
 
+    async def until(self, *expected: object) -> None:
+        """Wait until that is told; the test driver also tells what happened before the test."""
+        async with asyncio.timeout(10):
+            while await self.told.get() != expected:
+                pass
+
     def libvirt_found(self, jobs: Mapping[str, Mapping[str, object]]) -> None:
         self.told.put_nowait(("found", dict(jobs)))
 
@@ -141,17 +147,17 @@ def test_tells_what_happens_and_calls_libvirt(domain: libvirt.virDomain) -> None
         watcher = DomainWatcher(URI, Recorder(), asyncio.get_running_loop(), hypervisor, listener)
         watcher.start()
         async with asyncio.timeout(10):
-            assert await listener.told.get() == ("found", {uuid: {}})
+            await listener.until("found", {uuid: {}})
             assert hypervisor.writable
             await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
-            assert await listener.told.get() == ("metadata", uuid, NAMESPACE)
+            await listener.until("metadata", uuid, NAMESPACE)
             assert f"xmlns:vdpastate='{NAMESPACE}'".replace("'", '"') in await hypervisor.domain_xml(uuid)
             with pytest.raises(HypervisorError, match="does not wait for a migration to this host"):
                 await hypervisor.destroy_incoming(uuid)
             domain.suspend()
             suspended = libvirt.VIR_DOMAIN_EVENT_SUSPENDED
             paused = libvirt.VIR_DOMAIN_EVENT_SUSPENDED_PAUSED
-            assert await listener.told.get() == ("lifecycle", uuid, suspended, paused)
+            await listener.until("lifecycle", uuid, suspended, paused)
             # Paused by its user: it must not be taken for one that arrives.
             with pytest.raises(HypervisorError, match="does not wait for a migration to this host"):
                 await hypervisor.destroy_incoming(uuid)
@@ -180,7 +186,7 @@ def test_a_libvirt_that_may_only_be_read(
         watcher.start()
         async with asyncio.timeout(10):
             uuid = domain.UUIDString()
-            assert await listener.told.get() == ("found", {uuid: {}})
+            await listener.until("found", {uuid: {}})
             assert not hypervisor.writable
             with pytest.raises(HypervisorError, match="libvirt: setMetadata: "):
                 await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
@@ -206,14 +212,16 @@ def test_a_call_that_hangs_keeps_nobody(domain: libvirt.virDomain, monkeypatch: 
         watcher = DomainWatcher(URI, Recorder(), asyncio.get_running_loop(), hypervisor, listener)
         watcher.start()
         async with asyncio.timeout(10):
-            await listener.told.get()
             uuid = domain.UUIDString()
+            await listener.until("found", {uuid: {}})
             with pytest.raises(HypervisorError, match=r"has not answered setMetadata within 0\.05 s"):
                 await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
             # Others are answered, and events come, while it still hangs.
             assert uuid in await hypervisor.domain_xml(uuid)
             domain.suspend()
-            assert (await listener.told.get())[0] == "lifecycle"
+            suspended = libvirt.VIR_DOMAIN_EVENT_SUSPENDED
+            paused = libvirt.VIR_DOMAIN_EVENT_SUSPENDED_PAUSED
+            await listener.until("lifecycle", uuid, suspended, paused)
         watcher.stop()
         released.set()
 
