@@ -17,6 +17,7 @@ from libvirt_vdpa.domain import (
     with_local_paths,
 )
 from libvirt_vdpa.metadata import xml_folder
+from libvirt_vdpa.monitor import find_monitor
 from libvirt_vdpa.state import InterfaceState, render_state
 
 RUN = Path("/run/libvirt-vdpa")
@@ -115,9 +116,15 @@ def test_vhostuser_interface_without_metadata_is_left_alone() -> None:
     assert [port.mac for port in parse_domain(xml.encode(), RUN).ports] == [MAC]
 
 
-@pytest.mark.parametrize("name", ["vdpa-demo.xml", "vdpa-kvm.xml", "vdpa-server.xml"])
-def test_examples_have_no_problem_at_all(name: str) -> None:
-    assert check_domain((xml_folder() / name).read_bytes(), RUN)[1] == []
+@pytest.mark.parametrize("example", sorted(xml_folder().glob("*.xml")), ids=lambda path: path.name)
+def test_examples_have_no_problem_at_all(example: Path) -> None:
+    spec, problems = check_domain(example.read_bytes(), RUN)
+    assert (problems, spec is not None and bool(spec.ports)) == ([], True)
+
+
+def test_the_example_with_a_monitor_has_one() -> None:
+    path = "/var/lib/libvirt/qemu/vdpa-migrating.monitor"
+    assert find_monitor((xml_folder() / "vdpa-migrating.xml").read_text()) == path
 
 
 #: Text to replace in the demo domain, what to put there, the message.
