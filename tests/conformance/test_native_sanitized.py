@@ -24,6 +24,7 @@ TESTS = (
     "tests/unit/test_shadow_ring.py",
     "tests/unit/test_shadow_ring_broken.py",
     "tests/unit/test_shadow_log.py",
+    "tests/unit/test_hardware_log.py",
 )
 FLAGS = "-Werror -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 LIBRARIES = ("libasan.so", "libubsan.so")

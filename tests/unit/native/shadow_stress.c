@@ -3,8 +3,8 @@
  * Shadow rings under load: guests and devices that notify, and sleep, exactly as the rules of a split
  * virtqueue allow, with the relay between them or not, while rings are taken out and put back at random
  * moments, as a driver does it. Fails when a wake-up is lost, a buffer comes back twice, not at all or with
- * other contents than the device gave it, or when a page that was written is not in the dirty log. Made to
- * run under the sanitizers.
+ * other contents than the device gave it, or when a page that was written is not in the dirty log, a buffer's
+ * by the time that the guest sees it. Made to run under the sanitizers.
  *
  *     shadow_stress [SEED [ROUNDS]]
  */
@@ -369,6 +369,31 @@ static void wait_used(struct ring *ring, uint16_t seen, unsigned int *seed)
     }
 }
 
+/* The dirty log, and what the far end of a migration has by means of it. */
+
+#define LOG_BYTES ((GUEST_BASE + RINGS * RING_MEMORY) / PAGE / 8 + 1)
+
+static uint8_t bitmap[LOG_BYTES];
+static uint64_t moved[RINGS][CHAINS];
+static atomic_uint moves;       /* odd while pages are being moved */
+
+/* A buffer is marked by the time that the guest sees it, or has been moved since: the relay might die now. */
+static void check_marked(unsigned int number, unsigned int chain, const struct answer *answer)
+{
+    uint64_t page = (GUEST_BASE + number * RING_MEMORY + ANSWERS_AT) / PAGE + chain;
+    unsigned int before, after;
+
+    do {
+        before = atomic_load(&moves);
+        if ((__atomic_load_n(&bitmap[page / 8], __ATOMIC_SEQ_CST) & 1u << page % 8) ||
+            __atomic_load_n(&moved[number][chain], __ATOMIC_SEQ_CST) == answer->second) {
+            return;
+        }
+        after = atomic_load(&moves);
+    } while (before != after || before % 2 != 0);
+    require(false, "the guest sees a buffer that is not marked");
+}
+
 static void *run_guest(void *argument)
 {
     struct ring *ring = argument;
@@ -400,6 +425,9 @@ static void *run_guest(void *argument)
             require(done <= offered, "more came back than was offered");
             require(entry->id == 2 * chain && entry->length == ANSWER_BYTES, "another buffer came back");
             require(answer->first == done * 3, "a buffer came back without what was written to it");
+            if (game->only_shadow) {
+                check_marked(ring->number, chain, answer);
+            }
         }
         atomic_store(&ring->done, done);
         dawdle(&seed);
@@ -491,12 +519,8 @@ static void change(struct ring *ring, unsigned int *seed)
     ring->changes++;
 }
 
-/* The dirty log, and what the far end of a migration has by means of it. */
+/* The migration. */
 
-#define LOG_BYTES ((GUEST_BASE + RINGS * RING_MEMORY) / PAGE / 8 + 1)
-
-static uint8_t bitmap[LOG_BYTES];
-static uint64_t moved[RINGS][CHAINS];
 static struct used moved_used[RINGS];
 
 #ifdef __SANITIZE_THREAD__      /* it takes exception to a copy of what changes meanwhile */
@@ -518,14 +542,17 @@ static void move_page(uint64_t address)
     } else {
         require(offset >= ANSWERS_AT, "a page is marked that nobody wrote to");
         offset -= ANSWERS_AT;
-        moved[number][offset / PAGE] = __atomic_load_n(
-            &((struct answer *)(rings[number].memory + ANSWERS_AT + offset))->second, __ATOMIC_RELAXED);
+        __atomic_store_n(&moved[number][offset / PAGE],
+                         __atomic_load_n(&((struct answer *)(rings[number].memory + ANSWERS_AT + offset))->second,
+                                         __ATOMIC_RELAXED),
+                         __ATOMIC_SEQ_CST);
     }
 }
 
 /* Take the bits, then copy the pages. */
 static void move_pages(void)
 {
+    atomic_fetch_add(&moves, 1);
     for (uint64_t byte = 0; byte < LOG_BYTES; byte++) {
         uint8_t bits = __atomic_exchange_n(&bitmap[byte], 0, __ATOMIC_SEQ_CST);
 
@@ -535,6 +562,7 @@ static void move_pages(void)
             }
         }
     }
+    atomic_fetch_add(&moves, 1);
 }
 
 static void compare_moved(void)
