@@ -221,13 +221,15 @@ class Backend:
         else:
             for ring in running:
                 if ring not in wanted:
-                    self._stopped(ring, self.device.stop_ring(ring.index))
+                    with self._timing.device():
+                        self._stopped(ring, self.device.stop_ring(ring.index))
                     self._marking.rings_stopped()
             for ring in wanted:
                 if not ring.running:
                     placed = ring.translate(self.memory)
                     self._marking.rings_begin({ring.index: placed})
-                    self.device.start_ring(ring.index, placed)
+                    with self._timing.device():
+                        self.device.start_ring(ring.index, placed)
                     ring.begin(placed)
 
     def _may_run(self) -> bool:

@@ -128,11 +128,19 @@ class Timing:
             self._memory += self._monotonic() - begun
 
     @contextmanager
+    def device(self) -> Iterator[None]:
+        """Around whatever makes the VF start or stop rings."""
+        begun = self._monotonic()
+        try:
+            yield
+        finally:
+            self._device += self._monotonic() - begun
+
+    @contextmanager
     def starting_rings(self) -> Iterator[None]:
         """Around the start of the VF; it ends the pause that lasts."""
-        begun = self._monotonic()
-        yield
-        self._device += self._monotonic() - begun
+        with self.device():
+            yield
         now = self._wall()
         if self._pauses and self._pauses[-1].end is None:
             self._pauses[-1].end = now
@@ -144,11 +152,8 @@ class Timing:
     def stopping_rings(self) -> Iterator[None]:
         """Around the stop of all rings; it begins a pause, whatever comes of it."""
         self.stopped()
-        begun = self._monotonic()
-        try:
+        with self.device():
             yield
-        finally:
-            self._device += self._monotonic() - begun
 
     def stopped(self) -> None:
         """The VF runs no ring from now on."""
