@@ -80,6 +80,13 @@ class TestArrival:
         bench.refused("prepare", with_state(STATE))
         assert (bench.clean, bench.promised, bench.migrations.told) == (True, [], [])
 
+    def test_a_prepare_that_gets_no_vf_leaves_no_promise(self, bench: Bench) -> None:
+        bench.hook("migrate", xml=TWO_NICS)
+        assert len(bench.promised) == 2
+        bench.inventory.pools["default"].problem = "the NIC is away"
+        assert "the NIC is away" in bench.refused("prepare", TWO_NICS)
+        assert (bench.clean, bench.promised) == (True, [])
+
     def test_a_migrate_that_nobody_follows_expires(self, bench: Bench) -> None:
         bench.hook("migrate", xml=with_state(STATE))
         assert bench.promised == [MAC]
