@@ -193,6 +193,9 @@ class Port:
         connection.close()
         self._tell_log()
         self._enter("waiting", reason)
+        untold = connection.backend.exchange.failure
+        if isinstance(untold, DeviceLostError):  # it left before it was told
+            self._fail(str(untold))
 
     # The device
 

@@ -3,6 +3,7 @@ port that takes over from one that was killed while it logged."""
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -118,6 +119,16 @@ def test_the_next_message_ends_the_exchange(
     wait_end(port, front_end)
     # Whatever the device may have written counts.
     assert os.pread(log, SIZE, 0) == b"\xff" * SIZE
+
+
+def test_a_front_end_that_leaves_in_the_exchange(
+    front_end: SocketFrontEnd, port: PortProcess, nic: EmulatedNic, log: int
+) -> None:
+    front_end.tell(Request.SET_LOG_BASE, LogArea(SIZE, 0), log)
+    nic.kill()
+    assert wait_for("what was lost", lambda: lost(port), 10)
+    front_end.socket.shutdown(socket.SHUT_RDWR)
+    wait_end(port, front_end)
 
 
 def test_how_writes_are_logged_is_told(

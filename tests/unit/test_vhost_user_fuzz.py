@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datapath.vdpa import DeviceError, DirtyBitmap
 from datapath.vhost_user.backend import F_PROTOCOL_FEATURES, PROTOCOL_FEATURES, Backend
 from datapath.vhost_user.messages import (
     LAYOUTS,
@@ -21,6 +22,7 @@ from datapath.vhost_user.messages import (
     VringAddress,
     VringFd,
     VringState,
+    decode_reply,
 )
 from datapath.virtio import bit
 from tests.harness.front_end import DRIVER_OK, USER, VIRTIO
@@ -60,6 +62,8 @@ PAYLOADS: dict[int, st.SearchStrategy[Any]] = {
     Request.SEND_RARP: st.integers(0, 2**64 - 1),
     Request.NET_SET_MTU: st.sampled_from([0, 1500, 65535]),
 }
+#: Whatever they say, they are never answered with an error.
+LOG_MESSAGES = (Request.SET_LOG_BASE, Request.SET_LOG_FD)
 numbers = st.builds(VringState, index, st.sampled_from([0, 1, 16, 100, 1 << 20]))
 
 
@@ -94,11 +98,21 @@ def check(backend: Backend, device: RecordingDevice) -> None:
         )
 
 
+class UnloggingDevice(RecordingDevice):
+    """A device that cannot mark what it writes, and stops its rings to say so."""
+
+    def start_logging(self, bitmap: DirtyBitmap) -> None:
+        self.rings.clear()
+        raise DeviceError("cannot")
+
+
 @settings(max_examples=400, deadline=None)
-@given(st.booleans(), st.lists(messages(), max_size=25))
-def test_any_messages_in_any_order(started: bool, sequence: list[tuple[int, Any, bool]]) -> None:
+@given(st.sampled_from([RecordingDevice, UnloggingDevice]), st.booleans(), st.lists(messages(), max_size=25))
+def test_any_messages_in_any_order(
+    kind: type[RecordingDevice], started: bool, sequence: list[tuple[int, Any, bool]]
+) -> None:
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    device = RecordingDevice()
+    device = kind()
     backend = Backend(device, report=lambda text: None)
     memory = os.memfd_create("guest")
     os.ftruncate(memory, SIZE)
@@ -106,7 +120,9 @@ def test_any_messages_in_any_order(started: bool, sequence: list[tuple[int, Any,
         for request, payload, ack in [*(opening() if started else []), *sequence]:
             layout = LAYOUTS.get(request)
             count = max(layout.fds(payload)) if layout is not None else 0
-            backend.handle(Message(request, payload, ack, [os.dup(memory) for _ in range(count)]))
+            reply = backend.handle(Message(request, payload, ack, [os.dup(memory) for _ in range(count)]))
+            if request in LOG_MESSAGES and reply is not None:
+                assert decode_reply(request, reply) == 0
             check(backend, device)
     except ProtocolError:
         pass
