@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -186,6 +187,10 @@ class Port:
 
     def _spawn(self) -> None:
         record = self.record
+        if self.state is State.RESTARTING and not uplink_is_there(record.uplink):
+            # At a first start the process says so and ends; a guest that has run needs its NIC more.
+            logger.error("%s: no uplink %s; its guest is not announced", record.label, record.uplink)
+            record = replace(record, uplink=None)
         self._log_mark = log_size(Path(record.log))
         try:
             self._process = Process.spawn([find_program(PROGRAM), *port_arguments(record)], Path(record.log))
@@ -193,7 +198,7 @@ class Port:
             self.problem = str(error)
             self._die_soon()
             return
-        self.record = record.with_process(self._process.pid, self._process.start_time)
+        self.record = self.record.with_process(self._process.pid, self._process.start_time)
         self._process.watch(self._ended)
         self._attend()
 
@@ -387,6 +392,17 @@ def port_arguments(record: Record) -> list[str]:
     if record.uplink is not None and record.announce not in SILENT:
         arguments.append(f"--uplink={record.uplink}")
     return arguments
+
+
+def uplink_is_there(uplink: str | None) -> bool:
+    """Whether a port finds the network interface that it is to announce its guest on; True for all else."""
+    kind, _, name = (uplink or "").partition("=")
+    if kind != "interface":
+        return True
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
 
 
 def give_socket(path: Path, owner: SocketConfig) -> bool:

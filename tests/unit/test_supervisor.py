@@ -16,8 +16,8 @@ import pytest
 from datapath.control import Arguments
 from libvirt_vdpa.api import ApiServer
 from libvirt_vdpa.config import SocketConfig
-from libvirt_vdpa.ports import Record, State, control_path
-from libvirt_vdpa.supervisor import Port, PortError, Supervisor, give_socket, port_arguments
+from libvirt_vdpa.ports import Event, Record, State, control_path
+from libvirt_vdpa.supervisor import Port, PortError, Supervisor, give_socket, port_arguments, uplink_is_there
 
 UUID = "7664d0a0-0001-4000-8000-000000000001"
 MAC = "52:54:00:76:64:01"
@@ -89,6 +89,45 @@ class TestCommandLine:
     def test_an_uplink_where_the_port_may_announce(self, announce: str, told: bool) -> None:
         expected = [f"--uplink={self.UPLINK}"] if told else []
         assert self.options(announce=announce, uplink=self.UPLINK) == expected
+
+
+class TestUplinkThatHasGone:
+    """An interface may go while a guest runs; its port must come back all the same."""
+
+    @pytest.mark.parametrize(
+        ("uplink", "there"),
+        [(None, True), ("interface=lo", True), ("interface=no-such-0", False), ("nic=/no,vf=0", True)],
+    )
+    def test_interfaces_are_looked_for(self, uplink: str | None, there: bool) -> None:
+        assert uplink_is_there(uplink) == there
+
+    @pytest.mark.parametrize(("restarts", "told"), [(False, True), (True, False)])
+    def test_a_port_is_started_again_without_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: bool, told: bool
+    ) -> None:
+        """The program is one that notes its command line and ends."""
+        program = tmp_path / "port"
+        program.write_text('#!/bin/sh\necho "$@"\nexit 1\n')
+        program.chmod(0o700)
+        monkeypatch.setattr("libvirt_vdpa.supervisor.find_program", lambda _name: str(program))
+        made = dataclasses.replace(record(tmp_path), uplink="interface=no-such-0")
+
+        async def run() -> None:
+            ports = supervisor()
+            port = ports.add(made)
+            if restarts:
+                port.feed(Event.LOST)
+                await port.settled(State.RESTARTING)
+                await port.settled(State.RETRYING)
+            else:
+                with pytest.raises(PortError):
+                    await ports.start(port)
+            assert port.record.uplink == "interface=no-such-0"
+            await ports.release(port)
+
+        asyncio.run(run())
+        first = Path(made.log).read_text().splitlines()[0]
+        assert ("--uplink=interface=no-such-0" in first) == told
 
 
 class TestFolders:
