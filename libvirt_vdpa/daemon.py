@@ -72,7 +72,6 @@ class Daemon:
         self._states = StateKeeper(self._supervisor, self._hypervisor, self._migrations.migrating)
         self._lifecycle = Lifecycle(config, self._inventory, self._supervisor, self._refresh_devices)
         self._lifecycle.migrations = self._migrations
-        self._lifecycle.migrations = self._migrations
         self._nics = [
             EmulatedNic(pool, config.run_folder, config.log_folder, self._inventory)
             for pool in config.pools

@@ -28,7 +28,7 @@ def test_managed_save(host: VdpaHost, domain: DomainXml) -> None:
 
 
 def test_a_guest_saved_while_it_runs_and_receives(host: VdpaHost, domain: DomainXml, tmp_path: Path) -> None:
-    """A live snapshot of memory: QEMU asks for a log of what the VF writes meanwhile. The relay's is exact."""
+    """A live snapshot of memory: QEMU asks for a log of what the VF writes meanwhile."""
     image = tmp_path / "memory"
     domain.migrating("software")
     host.start_guest(domain)
