@@ -278,6 +278,7 @@ class Migrations:
         if self.migrating(uuid):
             if not self._supervisor.of_domain(uuid):
                 self.ended(uuid)
+            self._take_down(self._current[uuid])
             self._judge(self._current[uuid])
 
     # How one goes on
