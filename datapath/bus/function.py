@@ -60,8 +60,8 @@ class PciFunction(abc.ABC):
     def write(self, index: Region, offset: int, width: int, value: int) -> None:
         """Write a little-endian register in one access of `width` bytes (1, 2 or 4).
 
-        Posted, as on PCI: it has arrived when a read that follows has come back, or any other call here. An
-        error may be raised by these.
+        Posted, as on PCI: it has arrived when a read that follows has come back, or any other call here; that
+        the function refused it may not be heard of.
         """
 
     @abc.abstractmethod

@@ -6,8 +6,9 @@ waits for replies; `VfioUserFunction` is what a driver sees. The wire format is 
 Each command has a deadline. A device that misses it is not waited for again until the late reply has
 come, so that whoever gives such a device up is not held for a deadline per command.
 
-Register writes are posted: their replies are taken when something is waited for the next time. To start a
-device takes dozens of them, while a guest stands still.
+Register writes are posted, without a reply, as QEMU's are: to start a device takes dozens of them, while a
+guest stands still. One that the device refuses is not heard of; whether a register holds what was written is
+the driver's to read.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
@@ -38,6 +40,7 @@ from datapath.vfio_user import (
     DeviceInfo,
     DmaMap,
     DmaUnmap,
+    HeaderFlag,
     IoFd,
     IrqInfo,
     Message,
@@ -51,8 +54,6 @@ from datapath.vfio_user import (
 
 #: Seconds that a device has to answer a command.
 DEADLINE = 5.0
-#: Posted commands whose replies may be outstanding. They must fit into the sockets' buffers.
-MOST_POSTED = 64
 #: Seconds to look whether the answer to a command that missed its deadline has come by now.
 LATE_TIME = 0.001
 #: Flag of an ioeventfd that signals only when one certain value is written (linux/kvm.h).
@@ -77,9 +78,6 @@ class Channel:
         self._next_id = 0
         #: The command that missed its deadline, while its reply has not come.
         self._late: Message | None = None
-        #: Posted commands without reply so far, by id; and what went wrong with others.
-        self._posted: dict[int, Message] = {}
-        self._refused: list[RefusedError] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.settimeout(deadline)
@@ -95,31 +93,26 @@ class Channel:
     def command(self, command: Command, payload: bytes = b"", fds: tuple[int, ...] = ()) -> Message:
         """Send a command and return its reply; the reply's descriptors are the caller's.
 
-        :raise RefusedError: when the device answers with an error, or did to one that was posted: then this
-            one, unless it reads a register, has not been sent.
+        :raise RefusedError: when the device answers with an error.
         :raise DeviceError: when it misses the deadline.
         :raise DeviceLostError: when the connection is gone.
         """
         deadline = time.monotonic() + self._deadline
-        if command != Command.REGION_READ:
-            self._settle(deadline)
-        request = self._issue(command, payload, fds, deadline)
+        request = self._issue(Message(0, command, payload=payload, fds=fds), deadline)
         reply = self._await(request, deadline)
-        if self._refused or reply.is_error:
+        if reply.is_error:
             close_all(reply.fds)
-            raise self._posted_refusal() if self._refused else self._refusal(reply)
+            raise RefusedError(f"{self.name}: {command.name} refused: {os.strerror(reply.errno)}")
         return reply
 
     def post(self, command: Command, payload: bytes = b"") -> None:
-        """Send a command, and look at its reply when something is waited for.
+        """Send a command that is not answered; it is carried out before those that follow.
 
-        :raise DeviceError: as `command` does, also for one that was posted before.
+        :raise DeviceError: when one before it has missed its deadline.
+        :raise DeviceLostError: when the connection is gone, or the device takes nothing.
         """
         deadline = time.monotonic() + self._deadline
-        if len(self._posted) >= MOST_POSTED:
-            self._settle(deadline)
-        request = self._issue(command, payload, (), deadline)
-        self._posted[request.id] = request
+        self._issue(Message(0, command, HeaderFlag.NO_REPLY, payload=payload), deadline)
 
     def command_without_fds(self, command: Command, payload: bytes = b"", fds: tuple[int, ...] = ()) -> bytes:
         """Like `command`, for replies that carry no descriptors: returns the payload."""
@@ -137,42 +130,14 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
         return DeviceLostError(f"{self.name}: {reason}")
 
-    def _issue(self, command: Command, payload: bytes, fds: tuple[int, ...], deadline: float) -> Message:
+    def _issue(self, message: Message, deadline: float) -> Message:
+        """Send a message under the next id."""
         if self._late is not None:
             close_all(self._await(self._late, time.monotonic() + LATE_TIME).fds)
         self._next_id = (self._next_id + 1) & 0xFFFF
-        request = Message(self._next_id, command, payload=payload, fds=fds)
+        request = replace(message, id=self._next_id)
         self._send(request, deadline)
         return request
-
-    def _settle(self, deadline: float) -> None:
-        """Wait for the replies to all that was posted.
-
-        :raise RefusedError: for the first of them that is an error.
-        """
-        while self._posted:
-            request = next(reversed(self._posted.values()))
-            self._take(self._await(request, deadline))
-        if self._refused:
-            raise self._posted_refusal()
-
-    def _posted_refusal(self) -> RefusedError:
-        """The first error among the replies to what was posted, told once."""
-        refused, self._refused = self._refused, []
-        return refused[0]
-
-    def _take(self, message: Message) -> None:
-        """A message that nobody waits for: take note of what was posted, refuse or drop the rest."""
-        close_all(message.fds)
-        posted = message.is_reply and self._posted.pop(message.id, None) is not None
-        if posted and message.is_error:
-            self._refused.append(self._refusal(message))
-        if message.wants_reply:
-            # DMA_READ and DMA_WRITE: guest memory is given as descriptors instead.
-            self._send(message.error(errno.ENOSYS), time.monotonic() + self._deadline)
-
-    def _refusal(self, reply: Message) -> RefusedError:
-        return RefusedError(f"{self.name}: {_name(reply)} refused: {os.strerror(reply.errno)}")
 
     def _send(self, message: Message, deadline: float) -> None:
         data = message.pack()
@@ -187,16 +152,16 @@ class Channel:
             raise self.lose(f"connection lost at {_name(message)}: {error.strerror}") from error
 
     def _await(self, request: Message, deadline: float) -> Message:
-        """The reply to `request`; whatever else arrives meanwhile is taken note of, refused or dropped."""
-        reply = None
-        while reply is None:
+        """The reply to `request`; whatever else arrives meanwhile is refused or dropped."""
+        while True:
             for message in self._receive(request, deadline):
                 if message.is_reply and message.id == request.id and message.command == request.command:
-                    reply = message
-                else:
-                    self._take(message)
-        self._late = None
-        return reply
+                    self._late = None
+                    return message
+                close_all(message.fds)
+                if message.wants_reply:
+                    # DMA_READ and DMA_WRITE: guest memory is given as descriptors instead.
+                    self._send(message.error(errno.ENOSYS), time.monotonic() + self._deadline)
 
     def _receive(self, request: Message, deadline: float) -> list[Message]:
         try:

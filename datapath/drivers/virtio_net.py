@@ -156,6 +156,8 @@ class VirtioNetDevice(VdpaDevice):
         )
         has_mtu = self._device_features & bit(Feature.NET_F_MTU)
         self.max_mtu = self._registers.mtu() if has_mtu else None
+        for queue in range(2 * self.queue_pairs):
+            self._registers.doorbell(queue)  # found now, it costs no time when a guest waits
         self._check_registers()
         addresses = DmaAddresses(function)
         with contextlib.ExitStack() as undo:

@@ -75,7 +75,7 @@ class VirtioRegisters:
         self._write(Common.DEVICE_STATUS, 1, self.status | bits)
 
     def acknowledge(self) -> None:
-        """Say, after a reset, that the device was seen and has a driver: no bit is set that had to be kept."""
+        """Say, after a reset, that the device was seen and has a driver: there is no bit to be kept."""
         self._write(Common.DEVICE_STATUS, 1, Status.ACKNOWLEDGE)
         self._write(Common.DEVICE_STATUS, 1, Status.ACKNOWLEDGE | Status.DRIVER)
 
