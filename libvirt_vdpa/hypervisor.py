@@ -154,7 +154,12 @@ def destroy_incoming(domain: libvirt.virDomain) -> None:
     """
     if not waits(domain) or job_of(domain).get("side") != "destination":
         raise HypervisorError("the domain does not wait for a migration to this host")
-    domain.destroy()
+    try:
+        domain.destroy()
+    except libvirt.libvirtError as error:
+        # One that was still being started is gone by the time that libvirt looks for it again.
+        if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
 
 
 def waits(domain: libvirt.virDomain) -> bool:

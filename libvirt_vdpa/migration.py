@@ -191,9 +191,14 @@ class Migrations:
         self._started.discard(uuid)
         self._late = {key for key in self._late if key[0] != uuid}
         migration = self._current.get(uuid)
-        if migration is not None and migration.phase not in ENDS:
+        reason = "the domain has ended"
+        if migration is None or migration.phase in ENDS:
+            return
+        if migration.side == "destination":
+            self._feed(migration, Happening.GONE, reason)
+        else:
             # libvirt says more precisely what has happened, but after its hooks.
-            self._start(self._feed_later(migration, Happening.GONE, "the domain has ended"))
+            self._start(self._feed_later(migration, Happening.GONE, reason))
 
     # Told by libvirt and QEMU: events.Listener
 
