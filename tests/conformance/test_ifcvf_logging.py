@@ -4,8 +4,6 @@ marked, and that nothing is lost, doubled or delayed while logging comes and goe
 The NIC keeps no frame for a VF that is reset, so these tests also show that the VF is not.
 """
 
-import fcntl
-import mmap
 import os
 import random
 import subprocess
@@ -16,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from datapath.native._native import ffi
 from datapath.vdpa import DeviceError, DeviceSpec, DirtyBitmap, LogMode, open_device
 from datapath.virtio import Feature, bit, ring_bytes
-from tests.harness.dirty_log import PAGE, DirtyLog
+from tests.harness.dirty_log import PAGE, DirtyLog, OddLog
 from tests.harness.driven_vf import BASE, BUFFERS, FEATURES, MEMORY_SIZE, RX, TX, DrivenVf
 from tests.harness.emulated_nic import EmulatedNic
 from tests.harness.netns import NetworkNamespace
@@ -206,25 +203,8 @@ def test_the_same_bitmap_again_stops_nothing(
 # Bitmaps as they come
 
 
-class OddLog:
-    """A bitmap that begins somewhere in a sealed file, whose end is not a page's."""
-
-    def __init__(self, offset: int) -> None:
-        size = (BASE + MEMORY_SIZE) // PAGE // 8 + 8
-        fd = os.memfd_create("log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, offset + size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-        self._view = mmap.mmap(fd, offset + size)
-        address = int(ffi.cast("uintptr_t", ffi.from_buffer(self._view)))
-        self.bitmap = DirtyBitmap(fd, offset, address + offset, size)
-
-    def is_marked(self, page: int) -> bool:
-        at = self.bitmap.fd_offset + page // PAGE // 8
-        return bool(self._view[at] >> page // PAGE % 8 & 1)
-
-
 def test_a_bitmap_that_ends_within_a_page(make_vf: MakeVf, wire: Wire) -> None:
-    vf, log = make_vf(LogMode.HARDWARE), OddLog(0)
+    vf, log = make_vf(LogMode.HARDWARE), OddLog((BASE + MEMORY_SIZE) // PAGE // 8 + 8)
     assert log.bitmap.size % PAGE
     vf.start()
     vf.offer(8)
@@ -232,12 +212,12 @@ def test_a_bitmap_that_ends_within_a_page(make_vf: MakeVf, wire: Wire) -> None:
     receive(vf, wire, 0)
     assert log.is_marked(buffer_page(0))
     vf.device.stop_logging()
-    os.close(log.bitmap.fd)
+    log.close()
 
 
 @pytest.mark.parametrize("offset", [8, PAGE + 16])
 def test_a_bitmap_that_begins_within_a_page_is_the_relays(make_vf: MakeVf, wire: Wire, offset: int) -> None:
-    vf, log = make_vf(LogMode.AUTO), OddLog(offset)
+    vf, log = make_vf(LogMode.AUTO), OddLog((BASE + MEMORY_SIZE) // PAGE // 8 + 8, offset)
     vf.start()
     vf.offer(8)
     vf.device.start_logging(log.bitmap)
@@ -246,13 +226,13 @@ def test_a_bitmap_that_begins_within_a_page_is_the_relays(make_vf: MakeVf, wire:
     vf.suspend()
     assert log.is_marked(buffer_page(0))
     vf.device.stop_logging()
-    os.close(log.bitmap.fd)
+    log.close()
 
 
 def test_where_only_hardware_may_log_and_cannot_nothing_is_logged(
     make_vf: MakeVf, wire: Wire, log: DirtyLog
 ) -> None:
-    vf, odd = make_vf(LogMode.HARDWARE), OddLog(8)
+    vf, odd = make_vf(LogMode.HARDWARE), OddLog((BASE + MEMORY_SIZE) // PAGE // 8 + 8, 8)
     vf.start()
     vf.offer(8)
     vf.device.start_logging(log.bitmap)
@@ -262,7 +242,7 @@ def test_where_only_hardware_may_log_and_cannot_nothing_is_logged(
     receive(vf, wire, 0)
     vf.suspend()
     assert log.take() == set()
-    os.close(odd.bitmap.fd)
+    odd.close()
 
 
 # Under traffic

@@ -1,5 +1,6 @@
 """A dirty bitmap as a test keeps it, over the guest memory of a driven VF."""
 
+import fcntl
 import mmap
 import os
 
@@ -39,3 +40,27 @@ class DirtyLog:
         ffi.release(self._pin)
         self._view.close()
         os.close(self._fd)
+
+
+class OddLog:
+    """A bitmap of `size` bytes that begins somewhere in its file, which ends with it and is sealed."""
+
+    def __init__(self, size: int, offset: int = 0) -> None:
+        fd = os.memfd_create("odd log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, offset + size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        self._view = mmap.mmap(fd, offset + size)
+        self._pin = ffi.from_buffer(self._view)
+        #: What a device is told.
+        self.bitmap = DirtyBitmap(fd, offset, int(ffi.cast("uintptr_t", self._pin)) + offset, size)
+
+    def is_marked(self, page: int) -> bool:
+        """Whether the page at a guest physical address is."""
+        at = self.bitmap.fd_offset + page // PAGE // 8
+        return bool(self._view[at] >> page // PAGE % 8 & 1)
+
+    def close(self) -> None:
+        """Unmap it; the device must have been told, or closed."""
+        ffi.release(self._pin)
+        self._view.close()
+        os.close(self.bitmap.fd)
