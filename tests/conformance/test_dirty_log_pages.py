@@ -142,7 +142,7 @@ def test_the_last_thing_written_is_in_the_log(
             pages.take()
             return not pages.unlike() - own - later
 
-        wait_for("the log to tell of all that was written", all_is_there, 10)
+        wait_for("the log to tell of all that was written", all_is_there, 5)
         LAST[last](guest, wire)
         proxy.stop_rings()
         pages.take()

@@ -8,6 +8,7 @@ every page written is marked and no other; and a destination that copies what is
 has in the end what the device wrote here.
 """
 
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class Case:
 
 CASES = {
     "small ring": Case("rxonly", 64),
-    "ring of several pages, both ways": Case("io", 1024),
+    # Of all lengths: an entry of a used ring is otherwise as it was a turn before.
+    "ring of several pages, both ways": Case("io", 1024, (), 64),
     "frames of all lengths in large buffers": Case("rxonly", 256, ("--mbuf-size=9000",), 64),
     "frames over several buffers": Case(
         "rxonly", 512, ("--mbuf-size=656", "--enable-scatter", "--max-pkt-len=1600"), 64
@@ -88,8 +90,9 @@ class Load:
         self._nic = nic
         enter = self._close.enter_context
         try:
-            self._start_port = partial(PortProcess, folder, nic.device(0), f"--log-mode={log_mode}")
-            self.port = enter(self._start_port())
+            self._start_port = partial(PortProcess, folder, nic.device(0))
+            self._log_mode = log_mode
+            self.port = enter(self._start_port(f"--log-mode={log_mode}"))
             self.proxy = enter(VhostUserProxy(folder / "proxy.sock", self.port.socket))
             self.peer = enter(
                 Testpmd(
@@ -128,11 +131,21 @@ class Load:
 
         wait_for("frames through the VF", done, 60)
 
-    def replace_port(self, *, log_first: bool) -> None:
+    def replace_port(self, *, log_first: bool, log_mode: str | None = None) -> None:
         """Let the port die as it does when it crashes, and another one take its session over."""
         self.port.kill()
-        self.port = self._close.enter_context(self._start_port())
+        mode = f"--log-mode={log_mode or self._log_mode}"
+        self.port = self._close.enter_context(self._start_port(mode))
         self.proxy.reconnect(log_first=log_first)
+
+    def receive_without_port(self) -> None:
+        """Let frames arrive that the port does not see any more."""
+        self.rest()
+        received, _ = self._moved()
+        self.port.signal(signal.SIGSTOP)
+        self.traffic.rest(False)
+        self.rest()
+        assert self._moved()[0] > received
 
     def rest(self) -> None:
         """Send no more, and wait until all frames have arrived."""
@@ -245,5 +258,29 @@ def test_a_port_that_dies_while_it_logs_leaves_nothing_out(
         load.replace_port(log_first=log_first)
         load.work()
         load.pages.take()
+    end(load, case, log_mode)
+    assert load.pages.differences(headers=case.headers) == []
+
+
+@pytest.mark.parametrize("case", ["ring of several pages, both ways"], indirect=True)
+@pytest.mark.parametrize("log_first", [False, True], ids=["log last", "log first"])
+def test_frames_that_came_while_a_port_died_are_marked(
+    load: Load, case: Case, log_mode: str, log_first: bool
+) -> None:
+    """Nobody has marked their buffers, or the used ring, and nothing is written there again."""
+    log_under_load(load, log_mode)
+    load.receive_without_port()
+    load.replace_port(log_first=log_first)
+    end(load, case, log_mode)
+    assert load.pages.differences(headers=case.headers) == []
+
+
+@pytest.mark.parametrize("log_mode", ["hardware"], indirect=True)
+@pytest.mark.parametrize("case", ["ring of several pages, both ways"], indirect=True)
+def test_used_rings_that_a_dead_port_did_not_mark_are_marked(load: Load, case: Case, log_mode: str) -> None:
+    """A relay marks of them what it writes itself, so what the VF wrote there before must be marked first."""
+    log_under_load(load, log_mode)
+    load.receive_without_port()
+    load.replace_port(log_first=True, log_mode="software")
     end(load, case, log_mode)
     assert load.pages.differences(headers=case.headers) == []

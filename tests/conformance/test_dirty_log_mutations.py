@@ -1,0 +1,179 @@
+"""The tests of the dirty log miss each of its calls: taken out one at a time, in a copy of the project.
+
+A new call belongs into the table, with a test that fails without it: `./test --full -k mutation`.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness.mutants import Mutant, Mutation
+
+pytestmark = [pytest.mark.full, pytest.mark.dpdk]
+
+RELAY = "tests/unit/test_shadow_log.py"
+_PAGES = "tests/conformance/test_dirty_log_pages.py::test_the_last_thing_written_is_in_the_log"
+OFFERED = f"{_PAGES}[event-idx-ifcvf-software-buffers are offered]"
+_PROOF = "tests/conformance/test_dirty_log_proof.py::test_"
+BY_RELAY, BY_VF = (
+    f"{_PROOF}what_is_written_is_marked_and_nothing_else[small ring-{mode}]"
+    for mode in ("software", "hardware")
+)
+SEVERAL_PAGES = BY_RELAY.replace("small ring", "ring of several pages, both ways")
+_DIED = f"{_PROOF}frames_that_came_while_a_port_died_are_marked"
+SUSPECTS = f"{_DIED}[software-log first-ring of several pages, both ways]"
+SUSPECT_RINGS = f"{_PROOF}used_rings_that_a_dead_port_did_not_mark_are_marked"
+UNLOGGED = f"{_DIED}[software-log last-ring of several pages, both ways]"
+BACKEND = "tests/unit/test_vhost_user_backend.py"
+SESSIONS = "tests/unit/test_vhost_user_log_exchange.py"
+
+NATIVE = "datapath/native"
+SHADOW, FORWARDER, LOG = (f"{NATIVE}/{unit}.c" for unit in ("shadow", "forwarder", "log"))
+DRIVERS = "datapath/drivers"
+
+#: The relay: what the device has written, and what it writes itself.
+SOFTWARE = {
+    "buffers": Mutation(SHADOW, "    mark_batch(shadow, table, log);\n    log_flush(log);\n", BY_RELAY),
+    "buffers before the guest sees them": Mutation(
+        SHADOW, "    log_flush(log);\n    pass_on(shadow);", RELAY, "    pass_on(shadow);"
+    ),
+    "each buffer of a chain": Mutation(
+        f"{NATIVE}/written.c",
+        "            log_mark(log, load64(&descriptor->address), part);",
+        BY_RELAY,
+    ),
+    "used ring": Mutation(SHADOW, "    mark_entries(shadow, log, first, count);", SEVERAL_PAGES),
+    "used entries": Mutation(
+        SHADOW, "    mark_used(shadow, log, &ring[from], part * sizeof(*ring));", OFFERED
+    ),
+    "used entries at the ring's beginning": Mutation(
+        SHADOW, "    mark_used(shadow, log, ring, (count - part) * sizeof(*ring));", RELAY
+    ),
+    "used index": Mutation(
+        SHADOW, "    mark_used(shadow, log, &shadow->used->index, sizeof(shadow->used->index));", RELAY
+    ),
+    "no wish for kicks": Mutation(
+        SHADOW, "mark_used(shadow, log, &shadow->used->flags, sizeof(shadow->used->flags));", RELAY
+    ),
+    "wish for kicks": Mutation(SHADOW, "    mark_used(shadow, log, wish, sizeof(*wish));", OFFERED),
+    "end of a turn": Mutation(
+        FORWARDER,
+        "        turn->more = shadow_arm(shadow, &relay->log, !turn->entry->held);\n    }\n"
+        "    log_flush(&relay->log);",
+        OFFERED,
+        "        turn->more = shadow_arm(shadow, &relay->log, !turn->entry->held);\n    }\n",
+    ),
+    "end of the last turn": Mutation(
+        FORWARDER,
+        "        shadow_leave(shadow, &relay->log);\n    }\n    log_flush(&relay->log);",
+        RELAY,
+        "        shadow_leave(shadow, &relay->log);\n    }\n",
+    ),
+}
+
+#: The bitmap: bits that are noted, and then set.
+BITMAP = {
+    "more than can be noted": Mutation(LOG, "            log_flush(log);\n", RELAY),
+    "bits noted before the last": Mutation(
+        LOG,
+        "        log->marked += set_missing(&log->bitmap[log->set[i].byte], log->set[i].bits);",
+        BY_RELAY,
+    ),
+    "bits noted last": Mutation(
+        LOG, "    log->marked += set_missing(&log->bitmap[log->byte], log->bits);", BY_RELAY
+    ),
+    "pages of a range but the last eight": Mutation(
+        LOG, "        note(log, first / 8, 0xffu << first % 8);", RELAY
+    ),
+    "last pages of a range": Mutation(
+        LOG,
+        "    note(log, last / 8, (0xffu << first % 8) & (0xffu >> (7 - last % 8)));",
+        BY_RELAY,
+    ),
+}
+
+#: A VF that logs, and what it leaves out.
+HARDWARE = {
+    "what the VF writes": Mutation(
+        f"{NATIVE}/packets.c",
+        "        dma_mark(&engine->dma, &engine->log, chain->iova[i] + offset, part);",
+        BY_VF,
+    ),
+    "used rings that stopped": Mutation(
+        f"{DRIVERS}/dirty_logging.py",
+        "                self._log.mark_used(ring)",
+        BY_VF,
+        "                pass",
+    ),
+    "a range": Mutation(
+        f"{NATIVE}/device_log.c", "    log_mark(&range->log, range->address, range->length);", BY_VF
+    ),
+    "the end of a range": Mutation(f"{NATIVE}/device_log.c", "    log_flush(&range->log);", BY_VF),
+    "the VF is told": Mutation(
+        f"{DRIVERS}/dirty_logging.py",
+        "            self._registers.switch_on(*self._log.span)",
+        BY_VF,
+        "            pass",
+    ),
+    "the relay is told": Mutation(
+        f"{DRIVERS}/dirty_logging.py",
+        "        self._paths.log(bitmap if self._log is None else None)\n",
+        BY_RELAY,
+    ),
+}
+
+#: A session that begins where another one has died.
+SESSION = {
+    "rings that ran before the log came": Mutation(
+        "datapath/vhost_user/marking.py",
+        "            self._unlogged = False\n            self._mark_all(log)",
+        UNLOGGED,
+        "            self._unlogged = False",
+    ),
+    "what may have been written before": Mutation(
+        "datapath/vhost_user/marking.py",
+        "                log.mark(address, length)",
+        SUSPECTS,
+        "                pass",
+    ),
+    "used rings of before": Mutation(
+        "datapath/vhost_user/suspects.py",
+        "    found = [(ring.used, used_size)]",
+        SUSPECT_RINGS,
+        "    found: list[tuple[int, int]] = []",
+    ),
+    "buffers of before": Mutation(
+        "datapath/vhost_user/suspects.py",
+        "            found.append((address, length))",
+        SUSPECTS,
+        "            pass",
+    ),
+    "buffers of before in indirect tables": Mutation(
+        "datapath/vhost_user/suspects.py",
+        "            found += [(at, size) for at, size, flag in inner if flag & DESC_F_WRITE]",
+        SESSIONS,
+        "            pass",
+    ),
+    "all, where the device marks nothing": Mutation(
+        "datapath/vhost_user/marking.py",
+        "            self._mark_all(self._log)",
+        BACKEND,
+        "            pass",
+    ),
+    "all, where there is too much to look through": Mutation(
+        "datapath/vhost_user/marking.py",
+        "        except (TooManyError, ProtocolError):\n            self._mark_all(log)",
+        SESSIONS,
+        "        except (TooManyError, ProtocolError):\n            pass",
+    ),
+}
+
+MUTATIONS = {**SOFTWARE, **BITMAP, **HARDWARE, **SESSION}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_call_of_the_log_is_missed(tmp_path: Path, name: str) -> None:
+    mutation = MUTATIONS[name]
+    mutant = Mutant(tmp_path / "mutant", mutation)
+    missing = f"{mutation.seen_by} does not see that '{mutation.text.strip()}' is missing"
+    assert mutant.fails(mutation.seen_by), missing
