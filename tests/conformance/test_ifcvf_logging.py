@@ -25,7 +25,7 @@ from tests.harness.wire import Wire
 
 EVENT_IDX = bit(Feature.F_EVENT_IDX)
 MODES = (LogMode.HARDWARE, LogMode.SOFTWARE)
-ROUNDS = 50_000
+ROUNDS = 20_000
 
 
 @pytest.fixture(scope="module")
