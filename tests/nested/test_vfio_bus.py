@@ -13,11 +13,14 @@ import pytest
 from datapath.bus import vfio_container
 from datapath.bus.sysfs import function as host_function
 from datapath.bus.vfio import VfioFunction
+from datapath.drivers.dma_addresses import DmaAddresses
+from datapath.drivers.hardware_log import HardwareLog
 from datapath.drivers.virtio_registers import VirtioRegisters
 from datapath.pci import COMMAND, REVISION_AND_CLASS, VENDOR, PciCommand
 from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
 from datapath.vfio import Irq, Region
 from datapath.virtio import NET_HEADER_SIZE, Status
+from tests.harness.dirty_log import OddLog
 from tests.harness.guest import CHECKOUT
 from tests.harness.host_pci import KernelLog, begin_removal, bind, bound, cut_off, exists, give_back, rescan
 from tests.harness.nested_hardware import FUNCTIONS, SHARED_GROUP, WIRES
@@ -247,6 +250,24 @@ def test_the_ranges_that_can_be_mapped(function: VfioFunction, memory: SharedMem
     for first, last in function.iova_ranges():
         for at in (first, last + 1 - 0x1000):
             function.dma_map(MemoryRegion(at, 0x1000, memory.region.fd, 0, memory.region.address))
+
+
+def test_a_dirty_log_that_ends_within_a_page_of_a_sealed_file(
+    function: VfioFunction, memory: SharedMemory
+) -> None:
+    """As QEMU's does; this function marks nothing in it, but it could."""
+    odd, addresses = OddLog(2 * 4096 + 8), DmaAddresses(function)
+    function.dma_map(memory.region)
+    for _ in range(2):
+        log = HardwareLog(function, addresses, odd.bitmap)
+        first, end = log.span
+        assert (end - first, log.memory.size) == (odd.bitmap.size, 3 * 4096)
+        with pytest.raises(DeviceError, match="overlaps what is mapped"):
+            function.dma_map(
+                MemoryRegion(end // 4096 * 4096, 0x1000, memory.region.fd, 0, memory.region.address)
+            )
+        log.close()
+    odd.close()
 
 
 def test_memory_that_is_not_there(function: VfioFunction, memory: SharedMemory) -> None:
