@@ -116,6 +116,14 @@ class DomainXml:
         self.root.append(etree.fromstring(text))
         return self
 
+    def with_tap(self, bridge: str) -> Self:
+        """Give it an ordinary virtio NIC, served by QEMU itself, instead of the vDPA one, with its MAC."""
+        text = f"""<interface type='bridge'><mac address='{self.mac}'/><source bridge='{bridge}'/>
+            <model type='virtio'/><driver name='qemu'/></interface>"""
+        where = list(self.element("devices")).index(self.interface)
+        self.without_vdpa().element("devices").insert(where, etree.fromstring(text))
+        return self
+
     def rename(self, number: int) -> Self:
         """Make it another domain: name, UUID, MAC and socket path of its own."""
         old_uuid, old_mac = self.uuid, self.mac

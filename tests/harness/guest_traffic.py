@@ -176,18 +176,23 @@ class Traffic:
 
         :raise HarnessError: when it does not in time, or the program has ended.
         """
-        before = self.progress()
+        before = now = self.progress()
 
-        def flows() -> Progress | None:
+        def flows() -> bool:
+            nonlocal now
             if not self.running:
                 raise HarnessError(f"the traffic ended: {tail(self._process.log, 1)}")
             now = self.progress()
             # What the guest says it heard counts from the moment on at which we asked.
             heard = now.datagrams_heard >= before.datagrams_sent + FLOWING
             answered = now.datagrams_received >= before.datagrams_received + FLOWING
-            return now if heard and answered and now.bytes_received > before.bytes_received else None
+            return heard and answered and now.bytes_received > before.bytes_received
 
-        return wait_for("traffic to flow both ways", flows, seconds) or before
+        try:
+            wait_for("traffic to flow both ways", flows, seconds)
+        except HarnessError as error:
+            raise HarnessError(f"{error}: from {before} to {now}") from None
+        return now
 
     def stop(self) -> Summary:
         """End it in good order: what became of everything.

@@ -10,6 +10,7 @@ soon as the bridges know where that is. Owns the cable and the calls of `virsh m
 import re
 import shutil
 import subprocess
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -150,8 +151,9 @@ class TwoHosts:
 
     def end(self) -> None:
         """End both. Idempotent."""
-        for host in self.both:
-            host.end()
+        with ExitStack() as ends:
+            for host in self.both:
+                ends.callback(host.end)
 
     def save_logs(self, folder: Path) -> None:
         """Copy the hosts' logs to a folder that outlives them, instead of what is there."""
@@ -275,7 +277,7 @@ def job_info(host: VdpaHost, domain: DomainXml, *, completed: bool = False) -> d
 
     :param completed: of the last one that ended well; the destination knows it as the source did.
     """
-    words = ["domjobinfo", domain.name, *(["--completed"] if completed else [])]
+    words = ["domjobinfo", domain.name, *(["--completed", "--keep-completed"] if completed else [])]
     done: subprocess.CompletedProcess[str] = host.virsh(*words, check=False)
     if done.returncode != 0:
         return {}
