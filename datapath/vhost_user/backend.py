@@ -271,9 +271,10 @@ class Backend:
 
     def _settle_log(self) -> None:
         if not self._marking.settle():
-            for ring in self.rings:  # the device has stopped them; they may have to start anew
+            for ring in self.rings:
                 ring.placed = None
-            self._timing.stopped()
+            with self._timing.stopping_rings():
+                self.device.suspend()  # it may have stopped them, or not; `_settle` starts them anew
 
     # Features
 

@@ -84,7 +84,7 @@ class Marking:
     def settle(self) -> bool:
         """Make the device mark its writes in the log that is valid now, if there is one.
 
-        :return: False when the device has failed at that, and runs no ring any more.
+        :return: False when the device has failed at that; whether its rings run is not known then.
         :raise DeviceError: when it failed to end logging; DeviceLostError, when it is gone.
         """
         log = self._log if self.wanted else None

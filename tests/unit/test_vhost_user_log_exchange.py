@@ -184,9 +184,13 @@ def test_pages_beyond_the_log_are_a_problem_of_their_own_session(qemu: DirectFro
     assert qemu.backend.log_status.problem is None
 
 
-def test_a_device_that_does_not_mark_lets_everything_count(qemu: DirectFrontEnd, log: int) -> None:
+@pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "running"])
+def test_a_device_that_does_not_mark_lets_everything_count(
+    qemu: DirectFrontEnd, log: int, stopped: bool
+) -> None:
     qemu.device.failures["start_logging"] = DeviceError("cannot")
-    qemu.device.rings.clear()
+    if stopped:
+        qemu.device.rings.clear()
     assert exchange(qemu, log, True) == [0, 0, 0, 0]
     status = qemu.backend.log_status
     assert (status.mode, status.problem) == ("all", "recording marks no writes: cannot")
