@@ -6,7 +6,7 @@ Owns the command line; each subject is a module with `measure(runs)` that prints
 import argparse
 import sys
 
-from tests.bench import dirty_logging, hooks, relay
+from tests.bench import dirty_logging, hooks, migration, relay
 from tests.harness.processes import HarnessError
 
 SUBJECTS = {
@@ -15,6 +15,7 @@ SUBJECTS = {
         dirty_logging.measure,
         "packets per second while dirty pages are logged, and where the time goes",
     ),
+    "migration": (migration.measure, "what a live migration takes, beside that of a guest with a TAP NIC"),
     "relay": (relay.measure, "what the relay of a ring takes per used entry, beside DPDK's"),
 }
 

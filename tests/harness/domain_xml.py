@@ -55,6 +55,11 @@ class DomainXml:
         etree.cleanup_namespaces(element)
         return etree.tostring(element, encoding="unicode")
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it has our metadata."""
+        return self.root.find(f"metadata/{{{METADATA}}}domain") is not None
+
     def _set_text(self, parent: str, name: str, text: str) -> None:
         element = self.element(parent)
         child = element.find(name)

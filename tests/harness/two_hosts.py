@@ -203,10 +203,10 @@ class TwoHosts:
         """What libvirt and both daemons know of a domain's last migration."""
 
         before, after = self._told(domain, self.other(to), "source"), self._told(domain, to, "destination")
-        job = job_info(to, domain, completed=True)
+        downtime, total = downtime_and_total(to, domain)
         return MigrationFigures(
-            total_ms=int(job["Time elapsed"].split()[0]),
-            downtime_ms=int(job["Total downtime"].split()[0]),
+            total_ms=total,
+            downtime_ms=downtime,
             ports=[port_figures(mac, port, after[mac]) for mac, port in before.items()],
         )
 
@@ -270,6 +270,12 @@ def port_figures(mac: str, source: dict[str, Any], destination: dict[str, Any]) 
         memory_ms=start["memory_ms"],
         started=start["at"],
     )
+
+
+def downtime_and_total(to: BridgedHost, domain: DomainXml) -> tuple[int, int]:
+    """Milliseconds of a domain's last migration, as libvirt at its destination has them."""
+    job = job_info(to, domain, completed=True)
+    return int(job["Total downtime"].split()[0]), int(job["Time elapsed"].split()[0])
 
 
 def job_info(host: VdpaHost, domain: DomainXml, *, completed: bool = False) -> dict[str, str]:
