@@ -23,6 +23,9 @@ from tests.harness.guest_traffic import Summary, Traffic
 from tests.harness.two_hosts import BridgedHost, TwoHosts
 from tests.harness.vdpa_host import GUEST_ADDRESS
 
+#: Seconds before and after, in which a datagram that is lost was on its way.
+MARGIN = 0.05
+
 
 @dataclass
 class Moved:
@@ -47,7 +50,10 @@ class Moved:
     #: Numbered datagrams to the guest that did not come, and the longest time in which none came from it.
     datagrams_lost: int = 0
     gap_ms: float = 0.0
-    #: When it began and when traffic flowed again, seconds since the epoch.
+    #: When the NIC at the source stopped, and when the bridges were told where the guest is now, in seconds
+    #: since the epoch, as are when it began and when traffic flowed again.
+    dark: float = 0.0
+    light: float = 0.0
     begun: float = 0.0
     over: float = 0.0
 
@@ -73,7 +79,7 @@ class Report(Ending):
     datagrams_doubled: int = 0
     datagrams_altered: int = 0
     datagrams_lost: int = 0
-    #: Of those lost: how many not while a guest ran nowhere.
+    #: Of those lost: how many before the guest's NIC stopped, or after the bridges were told where it is.
     datagrams_lost_outside: int = 0
     migrations: list[Moved] = field(default_factory=list)
 
@@ -125,6 +131,7 @@ def migrate(
     announced = announcements.wait_for(domain.mac, since=port.started)[0]
     moved.announced_ms = round(1000 * (announced.at - port.started), 1)
     moved.announced_by = announced.kind
+    moved.dark, moved.light = port.blackout[0], announced.at
     return moved
 
 
@@ -139,6 +146,8 @@ def account(report: Report, summary: Summary) -> None:
     report.datagrams_doubled = sum(way.doubled for way in ways)
     report.datagrams_altered = sum(way.altered for way in ways)
     report.datagrams_lost = sum(len(way.lost) for way in ways)
+    dark = [(moved.dark - MARGIN, moved.light + MARGIN) for moved in report.migrations]
+    report.datagrams_lost_outside = sum(len(way.lost_outside(dark)) for way in ways)
     for moved in report.migrations:
         moved.datagrams_lost = sum(moved.begun <= lost.after <= moved.over for lost in summary.to_guest.lost)
         gaps = [gap.ms for gap in summary.gaps if moved.begun <= gap.begin <= moved.over]
@@ -174,6 +183,7 @@ def verdict(report: Report) -> str | None:
         "bytes altered": report.altered_bytes,
         "datagrams doubled": report.datagrams_doubled,
         "datagrams altered": report.datagrams_altered,
+        "datagrams lost while the guest had its NIC": report.datagrams_lost_outside,
     }
     for what, count in damage.items():
         if count:

@@ -44,6 +44,29 @@ def test_report(tmp_path: Path) -> None:
     assert not before.leftovers()
 
 
+def test_report_of_migrations(tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    before = Machine.look()
+    done = subprocess.run(
+        [*DEMO, "--migrate", "--report", report_file],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(report_file.read_text())
+    assert (report["migration"], report["modes"]) == ("completed", ["hardware", "software"])
+    assert (report["lost_bytes"], report["altered_bytes"], report["datagrams_doubled"]) == (0, 0, 0)
+    assert [(moved["source"], moved["destination"]) for moved in report["migrations"]] == [
+        ("a", "b"),
+        ("b", "a"),
+    ]
+    assert all(moved["pages"] > 0 for moved in report["migrations"])
+    assert report["leftovers"] == []
+    assert not before.leftovers()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_runs_on_after_a_signal(number: signal.Signals, tmp_path: Path) -> None:
     before = Machine.look()
