@@ -74,6 +74,7 @@ class Port:
                 "query-status": self._query_status,
                 "query-stats": self._query_stats,
                 "announce": self._announce,
+                "disconnect": self._let_come_anew,
                 "quit": self.quit,
             }
             self._control = ControlServer(selector, options.control, commands)
@@ -196,6 +197,11 @@ class Port:
         untold = connection.backend.exchange.failure
         if isinstance(untold, DeviceLostError):  # it left before it was told
             self._fail(str(untold))
+
+    def _let_come_anew(self, _arguments: Arguments) -> dict[str, object]:
+        """End the connection. QEMU then plugs its NIC's link out, and in when it has come back."""
+        self._disconnect("the front-end is to come anew")
+        return {}
 
     # The device
 

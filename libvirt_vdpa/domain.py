@@ -61,6 +61,8 @@ class PortSpec:
     queue_size: int
     #: Bytes of a packet, as far as the XML says; 0 when it does not.
     mtu: int
+    #: Whether the guest is to see a link.
+    link_up: bool = True
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ class InterfaceCheck:
             queue_pairs=self.number("queues", 1),
             queue_size=max(self.number(name, 0) for name in QUEUE_SIZES),
             mtu=self.number("size", 0, "mtu"),
+            link_up=attribute_of(self.element, "link", "state") != "down",
         )
 
     def number(self, attribute: str, default: int, child: str = "driver") -> int:

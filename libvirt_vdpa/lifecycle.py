@@ -320,6 +320,7 @@ class Lifecycle:
             log=str(self._config.log_folder / log_name(spec.name, wanted.mac)),
             features=state.offered | (state.negotiated or 0) if state is not None else None,
             negotiated=negotiated,
+            link_up=wanted.link_up,
             log_mode=wanted.migration,
             announce=wanted.announce,
             announce_rounds=wanted.announce_rounds,

@@ -66,6 +66,8 @@ class Limits:
     lost: float = 10.0
     #: Between two tries to end a migration.
     again: float = 2.0
+    #: For the rings of a guest that has arrived to run.
+    start: float = 0.5
     #: For libvirt to tell what a hook or the ports have told already, and its figures.
     grace: float = 2.0
 
@@ -90,6 +92,8 @@ class Migration:
         self.ended: float | None = None
         self.progress: dict[str, int] = {}
         self.ports = {port.record.mac: PortFigures(port) for port in ports}
+        #: The guest stands still where it has arrived, as its user wants it.
+        self.paused = False
         #: libvirt has told the final figures.
         self.counted = asyncio.Event()
         #: MAC -> since when, by the caller's clock, the port is not what it has to be.
@@ -240,6 +244,7 @@ class Migrations:
             if migration.side == "source" and detail == libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED:
                 self._feed(migration, Happening.SWITCH)
             elif migration.phase is Phase.ARRIVING:
+                migration.paused = True
                 self._feed(migration, Happening.RUNS)
         elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
             left = detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED
@@ -489,14 +494,43 @@ class Migrations:
 
     async def _conclude(self, migration: Migration) -> None:
         """Say how it went, with libvirt's and the ports' final figures."""
-        if migration.phase is Phase.COMPLETED:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._limits.grace):
-                    await (migration.counted.wait() if migration.side == "source" else self._rings(migration))
+        if migration.phase is Phase.COMPLETED and migration.side == "source":
+            await self._within(self._limits.grace, migration.counted.wait())
+        elif (
+            migration.phase is Phase.COMPLETED
+            and not migration.paused
+            and not await self._within(self._limits.start, self._rings(migration))
+        ):
+            await self._plug_in(migration)
+            await self._within(self._limits.grace, self._rings(migration))
         await self._ask_ports(migration)
         level = logging.INFO if migration.phase is Phase.COMPLETED else logging.WARNING
         logger.log(level, "domain '%s': migration: %s", migration.domain, summary(migration))
         self._tell(migration)
+
+    @staticmethod
+    async def _within(limit: float, work: Awaitable[object]) -> bool:
+        """Wait for something for so many seconds; whether it has come."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                await work
+            return True
+        return False
+
+    async def _plug_in(self, migration: Migration) -> None:
+        """Have QEMU come anew to ports that it reaches and does not use.
+
+        A port that was away when the guest left its host is a link that is down to QEMU there. That goes with
+        the guest, and QEMU here starts no ring; it takes the link up when its back-end comes back.
+        """
+        for port in self._supervisor.of_domain(migration.uuid):
+            record = port.record
+            if not connected(port) or runs(port) or record.negotiated is None or not record.link_up:
+                continue
+            logger.warning("%s: its guest arrived with the link down; QEMU is to come anew", record.label)
+            self._late.add(record.key)
+            with contextlib.suppress(ControlError):  # the supervisor brings back who does not answer
+                await port.ask("disconnect", {})
 
     async def _rings(self, migration: Migration) -> None:
         """Wait until the ports of a guest that has arrived run."""

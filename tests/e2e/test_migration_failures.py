@@ -191,6 +191,15 @@ def lose_destination_back_end(attempt: Attempt) -> None:
     attempt.destination.kill(kill)
 
 
+def lose_source_back_end(attempt: Attempt) -> None:
+    """The port dies and is not brought back before the guest has left, with its link down to QEMU."""
+    pid = attempt.port_pid(attempt.source)
+    kill_source_daemon(attempt)
+    attempt.source.kill(pid)
+    attempt.set_speed(FAST)
+    wait_for("the guest to leave", lambda: attempt.destination in attempt.homes(), END)
+
+
 EVENTS = {
     one.__name__: one
     for one in (
@@ -206,14 +215,18 @@ EVENTS = {
         kill_source_nic,
         kill_destination_nic,
         lose_destination_back_end,
+        lose_source_back_end,
     )
 }
+#: Events that have time to happen in one phase only.
+ONLY_IN = {"lose_source_back_end": "copying"}
 #: Those of every run; the others only with --full.
 SAMPLE = {
     ("copying", "abort"),
     ("copying", "kill_source_port"),
     ("copying", "kill_destination_qemu"),
     ("copying", "kill_destination_port"),
+    ("copying", "lose_source_back_end"),
     ("switching", "cut_and_abort"),
     ("switching", "kill_destination_port"),
     ("after", "kill_destination_daemon"),
@@ -222,9 +235,16 @@ CELLS = [
     pytest.param(phase, event, marks=() if (phase, event) in SAMPLE else pytest.mark.full)
     for phase in PHASES
     for event in EVENTS
+    if ONLY_IN.get(event, phase) == phase
 ]
 #: Events after which a descriptor may be carried out again, or not at all: who carried it out is dead.
-UNTIDY = ("kill_source_port", "kill_destination_port", "kill_source_nic", "kill_destination_nic")
+UNTIDY = (
+    "kill_source_port",
+    "kill_destination_port",
+    "kill_source_nic",
+    "kill_destination_nic",
+    "lose_source_back_end",
+)
 
 
 @pytest.fixture(scope="module")
