@@ -200,6 +200,14 @@ class VdpaDevice(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def log_missed(self) -> int:
+        """Pages that a bitmap had no room for, and bitmaps whose memory had gone, since the device is open.
+
+        Asked for at any time: it looks at no bitmap.
+        """
+
+    @property
+    @abc.abstractmethod
     def shadowed(self) -> bool:
         """Whether rings run through the shadow-ring relay now, not between guest and VF alone."""
 
@@ -223,8 +231,8 @@ class VdpaDevice(abc.ABC):
 
         `kicks.N` counts the notifications forwarded for ring N. `logged_pages` counts pages that were marked
         and had not been: all of the relay's; of a VF's own those that are seen by looking at the bitmap, now
-        and when logging ends, so it is at least that many. `log_missed` counts pages that a bitmap had no
-        room for, and bitmaps whose memory had gone.
+        and when logging ends, so it is at least that many. `log_missed` is the property of
+        that name.
         """
 
     @abc.abstractmethod

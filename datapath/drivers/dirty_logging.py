@@ -83,6 +83,11 @@ class DirtyLogging:
             return None
         return LogMode.SOFTWARE if self._log is None else LogMode.HARDWARE
 
+    @property
+    def missed(self) -> int:
+        """Pages that bitmaps of the function's own log had no room for, and such bitmaps that vanished."""
+        return self._missed + (0 if self._log is None else self._log.missed)
+
     # Bitmaps
 
     def is_in(self, bitmap: DirtyBitmap) -> bool:
@@ -164,16 +169,17 @@ class DirtyLogging:
 
     def function_lost(self) -> None:
         """The function has been closed, and all that it had mapped with it."""
+        self._keep_counts()
         self._bitmap = self._log = self._next = None
         self._paths.log(None)
 
     def statistics(self) -> dict[str, int]:
         """`logged_pages` and `log_missed` by the function's log; the relay counts its own."""
-        marked, missed = self._marked, self._missed
+        marked = self._marked
         if self._log is not None:
             self._log.look()
-            marked, missed = marked + self._log.marked, missed + self._log.missed
-        return {"logged_pages": marked, "log_missed": missed}
+            marked += self._log.marked
+        return {"logged_pages": marked, "log_missed": self.missed}
 
     # Inside
 
@@ -188,6 +194,12 @@ class DirtyLogging:
         self._marked += log.marked
         self._missed += log.missed
         log.close()
+
+    def _keep_counts(self) -> None:
+        """Count on from what the log in use has counted."""
+        if self._log is not None:
+            self._marked += self._log.marked
+            self._missed += self._log.missed
 
     def _find_problem(self) -> str | None:
         """Why the function cannot log, by trying it with a page."""

@@ -148,6 +148,11 @@ class RingPaths:
         """Mark what shadowed rings write, or no more."""
         self._relay.log(None if bitmap is None else (bitmap.address, bitmap.size))
 
+    @property
+    def log_missed(self) -> int:
+        """Pages that shadowed rings wrote and a bitmap had no room for, and bitmaps that vanished."""
+        return self._relay.log_missed
+
     def statistics(self) -> dict[str, int]:
         return self._relay.statistics()
 

@@ -325,6 +325,10 @@ class VirtioNetDevice(VdpaDevice):
         return self._log.mode
 
     @property
+    def log_missed(self) -> int:
+        return self._paths.log_missed + self._log.missed
+
+    @property
     def shadowed(self) -> bool:
         return self._running and self._paths.shadowed
 

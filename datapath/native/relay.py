@@ -182,12 +182,17 @@ class Relay:
         """
         _check(lib.relay_ring(self._open(), ring))
 
+    @property
+    def log_missed(self) -> int:
+        """Pages that the log had no room for, and logs that vanished, since the relay was made."""
+        return lib.relay_log_count(self._open()).missed
+
     def statistics(self) -> dict[str, int]:
         """Count since the relay was made.
 
         `kicks.N`: notifications of the guest; `kick_errors.N`: descriptors or doorbells that failed;
         `relayed.N`: used entries carried over; `logged_pages`: pages marked that were not; `log_missed`:
-        pages that the log had no room for, and logs that vanished.
+        the property of that name.
         """
         result: dict[str, int] = {}
         for ring in range(self._rings):

@@ -107,6 +107,10 @@ class RecordingDevice(VdpaDevice):
         return None if self.bitmap is None else LogMode.SOFTWARE
 
     @property
+    def log_missed(self) -> int:
+        return self.counters.get("log_missed", 0)
+
+    @property
     def shadowed(self) -> bool:
         return self.bitmap is not None and bool(self.rings)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from datapath.drivers.hardware_log import HardwareLog
 from datapath.drivers.ifcvf import IfcvfDevice
 from datapath.drivers.virtio_pci import VirtioPciDevice
 from datapath.native._native import ffi, lib
@@ -356,6 +357,31 @@ def test_a_lost_function_leaves_the_bitmap_alone(
     assert device.log_mode is None
     device.stop_logging()
     assert device.statistics()["log_missed"] == 0
+
+
+def test_a_lost_function_takes_nothing_back_that_was_counted(
+    device: IfcvfDevice, function: FakeFunction, guest: Guest
+) -> None:
+    device.start(FEATURES, guest.rings)
+    device.start_logging(guest.logs[0].bitmap)
+    lib.device_log_mark(ffi.cast("void *", guest.logs[0].bitmap.address), PAGE, 0, PAGE)
+    assert device.statistics()["logged_pages"] == 1
+    os.ftruncate(guest.logs[0].bitmap.fd, 0)
+    device.stop_ring(0)
+    assert device.log_missed == 1
+    function.lose()
+    device.take_event()
+    numbers = device.statistics()
+    assert (numbers["logged_pages"], numbers["log_missed"], device.log_missed) == (1, 1, 1)
+
+
+def test_to_ask_for_what_was_missed_looks_at_no_bitmap(
+    device: IfcvfDevice, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.start(FEATURES, guest.rings)
+    device.start_logging(guest.logs[0].bitmap)
+    monkeypatch.setattr(HardwareLog, "look", None)
+    assert device.log_missed == 0
 
 
 # Memory
