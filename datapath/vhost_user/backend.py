@@ -134,8 +134,8 @@ class Backend:
         :raise DeviceError: when the device failed.
         """
         try:
-            with self._timing.message(message.request):
-                self.exchange.message(message.request, self._begins_log_exchange(message))
+            begins = self._begins_log_exchange(message)
+            with self._timing.message(message.request), self.exchange.message(message.request, begins):
                 rule = RULES.get(message.request)
                 if rule is None or not (rule.needs is None or self.negotiated(rule.needs)):
                     return self._refuse(message)

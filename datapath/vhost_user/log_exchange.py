@@ -10,8 +10,10 @@ to begin, and all but the first, without the flags, to end; without REPLY_ACK a 
 barrier. Owns that rule; no I/O but a clock.
 """
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from datapath.vhost_user.messages import Request
 
@@ -26,7 +28,8 @@ BELONGING = frozenset(
         Request.SET_VRING_ADDR,
     }
 )
-#: Seconds without a message after which an exchange is over. QEMU sends it in one go.
+#: Seconds without a message after which an exchange is over. QEMU sends it in one go. However long a message
+#: takes us, which is several seconds with a VF that does not answer, they begin when it has been answered.
 QUIET = 1.0
 
 
@@ -49,17 +52,23 @@ class LogExchange:
         """When to call `check` (time.monotonic); None when nothing has failed."""
         return None if self.failure is None else self._end
 
-    def message(self, request: int, opens: bool) -> None:
-        """A message has come.
+    @contextmanager
+    def message(self, request: int, opens: bool) -> Iterator[None]:
+        """Around the handling of a message.
 
         :param opens: whether it begins an exchange, should none be under way.
         :raise Exception: what has failed, when the exchange ends with this message.
         """
-        if opens or (self.active and request in BELONGING):
-            self._end = self._clock() + QUIET
+        if not (opens or (self.active and request in BELONGING)):
+            self._end = None
+            self.check()
+            yield
             return
-        self._end = None
-        self.check()
+        self._end = math.inf
+        try:
+            yield
+        finally:
+            self._end = self._clock() + QUIET
 
     def check(self) -> None:
         """See whether the exchange is over.

@@ -104,8 +104,25 @@ def test_a_device_that_dies_as_logging_ends(
     assert switch(front_end, True) == [0, 0, 0]
     assert port.status()["log"]["problem"] is None
     nic.kill()
-    assert switch(front_end, False) == [0, 0, 0] or front_end.ended()
+    assert switch(front_end, False) == [0, 0, 0]
     wait_end(port, front_end)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["begins", "ends"])
+def test_a_device_that_does_not_answer_while_logging(
+    front_end: SocketFrontEnd, port: PortProcess, nic: EmulatedNic, log: int, on: bool
+) -> None:
+    """Every message is answered, however long the port waits for its VF; the connection ends afterwards."""
+    front_end.tell(Request.SET_LOG_BASE, LogArea(SIZE, 0), log)
+    if not on:
+        assert switch(front_end, True) == [0, 0, 0]
+    nic.signal(signal.SIGSTOP)
+    try:
+        assert switch(front_end, on) == [0, 0, 0]
+        assert front_end.ended()
+    finally:
+        nic.signal(signal.SIGCONT)
+    assert "no answer" in port.log.read_text()
 
 
 def test_the_next_message_ends_the_exchange(

@@ -89,6 +89,24 @@ def test_what_fails_is_told_after_the_exchange(qemu: DirectFrontEnd, log: int, c
         qemu.tell(Request.GET_VRING_BASE, VringState(0, 0))
 
 
+@pytest.mark.parametrize("call", ["start_logging", "stop_logging"])
+def test_a_device_that_fails_slowly_fails_within_the_exchange(
+    qemu: DirectFrontEnd, log: int, now: list[float], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail_slowly(*_arguments: object) -> None:
+        now[0] += QUIET + 0.2
+        raise DeviceLostError("it is gone")
+
+    begins = call == "start_logging"
+    if not begins:
+        exchange(qemu, log, True)
+    monkeypatch.setattr(qemu.device, call, fail_slowly)
+    assert set(exchange(qemu, log if begins else None, begins)) == {0}
+    assert qemu.backend.exchange.deadline == now[0] + QUIET
+    with pytest.raises(DeviceLostError, match="it is gone"):
+        qemu.tell(Request.GET_VRING_BASE, VringState(0, 0))
+
+
 def test_the_end_of_logging_is_an_exchange_too(qemu: DirectFrontEnd, log: int) -> None:
     exchange(qemu, log, True)
     qemu.device.failures["stop_logging"] = DeviceLostError("it is gone")
