@@ -230,8 +230,9 @@ class VdpaDevice(abc.ABC):
         """Counters by name, since the device was opened.
 
         `kicks.N` counts the notifications forwarded for ring N. `logged_pages` counts pages that were marked
-        and had not been: all of the relay's; of a VF's own those that are seen by looking at the bitmap, now
-        and when logging ends, so it is at least that many. `log_missed` is the property of
+        and had not been: all of the relay's and of the used rings; of a VF's own those that are seen by
+        looking at the bitmap, now, which others have marked among them. What is taken from the bitmap
+        between two such looks is not counted. `log_missed` is the property of
         that name.
         """
 

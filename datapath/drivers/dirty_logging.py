@@ -165,7 +165,6 @@ class DirtyLogging:
         """No ring runs any more, and the function is about to be reset."""
         if self._log is not None and self._registers is not None:
             self._registers.switch_off()
-            self._log.look()
 
     def function_lost(self) -> None:
         """The function has been closed, and all that it had mapped with it."""
@@ -184,16 +183,16 @@ class DirtyLogging:
     # Inside
 
     def _end(self, running: bool) -> None:
-        """The function logs no more, if it does."""
+        """The function logs no more, if it does; should it not hear of that, the bitmap is taken from it."""
+        self._keep_counts()
         log, self._log = self._log, None
         if log is None or self._registers is None:
             return
-        if running:
-            self._registers.switch_off()
-        log.look()
-        self._marked += log.marked
-        self._missed += log.missed
-        log.close()
+        try:
+            if running:
+                self._registers.switch_off()
+        finally:
+            log.close()
 
     def _keep_counts(self) -> None:
         """Count on from what the log in use has counted."""

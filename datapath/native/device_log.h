@@ -13,8 +13,8 @@
 int64_t device_log_mark(void *bitmap, uint64_t bytes, uint64_t address, uint64_t length);
 
 /*
- * Count the bits that are set and were not at the last look, of which `before` has a copy as long. Looks at
- * words of 8 bytes: the bitmap begins at a multiple of 8, and a part of a word at its end does not count.
+ * Count the bits that are set and were not at the last look, of which `before` has a copy as long. Both begin
+ * at a multiple of 8 bytes.
  */
 int64_t device_log_look(const void *bitmap, void *before, uint64_t bytes);
 /* cffi: end */

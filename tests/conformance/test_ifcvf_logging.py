@@ -160,6 +160,7 @@ def test_nothing_is_marked_after_logging(make_vf: MakeVf, wire: Wire, log: Dirty
     vf.offer(16)
     vf.device.start_logging(log.bitmap)
     receive(vf, wire, 0)
+    assert vf.device.statistics()["logged_pages"] >= 1
     vf.device.stop_logging()
     assert vf.device.log_mode is None
     assert vf.device.statistics()["logged_pages"] >= 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from datapath.drivers.dma_addresses import overlap
 from datapath.drivers.hardware_log import HardwareLog
 from datapath.drivers.ifcvf import IfcvfDevice
 from datapath.drivers.virtio_pci import VirtioPciDevice
@@ -92,6 +93,12 @@ def log_writes(function: FakeFunction, bitmap: DirtyBitmap) -> list[str]:
 
 def is_mapped(function: FakeFunction, bitmap: DirtyBitmap) -> bool:
     return any(memory.fd == bitmap.fd for memory in function.mapped)
+
+
+def mark(bitmap: DirtyBitmap, page: int) -> None:
+    """Mark a page, as a function would."""
+    number = page // PAGE
+    ffi.cast("uint8_t *", bitmap.address)[number // 8] |= 1 << number % 8
 
 
 def refuse(function: FakeFunction, monkeypatch: pytest.MonkeyPatch, *bitmaps: DirtyBitmap) -> None:
@@ -364,7 +371,7 @@ def test_a_lost_function_takes_nothing_back_that_was_counted(
 ) -> None:
     device.start(FEATURES, guest.rings)
     device.start_logging(guest.logs[0].bitmap)
-    lib.device_log_mark(ffi.cast("void *", guest.logs[0].bitmap.address), PAGE, 0, PAGE)
+    mark(guest.logs[0].bitmap, BASE)
     assert device.statistics()["logged_pages"] == 1
     os.ftruncate(guest.logs[0].bitmap.fd, 0)
     device.stop_ring(0)
@@ -375,13 +382,85 @@ def test_a_lost_function_takes_nothing_back_that_was_counted(
     assert (numbers["logged_pages"], numbers["log_missed"], device.log_missed) == (1, 1, 1)
 
 
-def test_to_ask_for_what_was_missed_looks_at_no_bitmap(
-    device: IfcvfDevice, guest: Guest, monkeypatch: pytest.MonkeyPatch
+def test_a_function_that_does_not_hear_of_the_end_loses_the_bitmap(
+    device: IfcvfDevice, function: FakeFunction, guest: Guest
 ) -> None:
     device.start(FEATURES, guest.rings)
     device.start_logging(guest.logs[0].bitmap)
-    monkeypatch.setattr(HardwareLog, "look", None)
+    [before] = [memory for memory in function.mapped if memory.fd == guest.logs[0].bitmap.fd]
+    function.fail_at = function.accesses + 1
+    with pytest.raises(DeviceError, match="fault at access"):
+        device.stop_logging()
+    assert not is_mapped(function, guest.logs[0].bitmap)
+    device.start_logging(guest.logs[0].bitmap)
+    assert before in function.mapped, "its addresses are free again"
+
+
+def test_a_bitmap_that_stays_mapped_keeps_its_addresses(
+    device: IfcvfDevice, function: FakeFunction, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.start_logging(guest.logs[0].bitmap)
+    [first] = [memory for memory in function.mapped if memory.fd == guest.logs[0].bitmap.fd]
+
+    def refuse_to_unmap(memory: MemoryRegion) -> None:
+        raise DeviceError("fake: it stays")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function, "dma_unmap", refuse_to_unmap)
+        with pytest.raises(DeviceError, match="it stays"):
+            device.stop_logging()
+    device.start_logging(guest.logs[1].bitmap)
+    [second] = [memory for memory in function.mapped if memory.fd == guest.logs[1].bitmap.fd]
+    assert not overlap(first, second)
+
+
+# Numbers
+
+
+def test_each_page_is_counted_once(device: IfcvfDevice, guest: Guest) -> None:
+    """Those that were looked at before rings stop, and those of used rings that are looked at afterwards."""
+    device.start(FEATURES, guest.rings)
+    device.start_logging(guest.logs[0].bitmap)
+    seen = min(guest.used_pages(0))
+    mark(guest.logs[0].bitmap, seen)
+    mark(guest.logs[0].bitmap, BASE)
+    assert device.statistics()["logged_pages"] == 2
+    device.suspend()
+    pages = guest.used_pages(0, 1) | {BASE}
+    assert [device.statistics()["logged_pages"] for _ in range(2)] == [len(pages)] * 2
+    device.stop_logging()
+    assert device.statistics()["logged_pages"] == len(pages)
+
+
+def test_nothing_but_statistics_walks_through_the_bitmap(
+    device: IfcvfDevice, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes long with large guests, which wait meanwhile."""
+    looks: list[HardwareLog] = []
+    monkeypatch.setattr(HardwareLog, "look", looks.append)
+    device.start(FEATURES, guest.rings)
+    device.start_logging(guest.logs[0].bitmap)
+    device.start_logging(guest.logs[1].bitmap)
+    device.suspend()
+    device.start(FEATURES, guest.rings)
     assert device.log_missed == 0
+    device.stop_logging()
+    assert looks == []
+
+
+def test_a_large_bitmap_takes_memory_only_when_it_is_looked_at(device: IfcvfDevice, guest: Guest) -> None:
+    """Of a guest of 32 TiB; a hole that is read becomes memory."""
+    size = 1 << 30
+    fd = os.memfd_create("large log")
+    os.ftruncate(fd, size)
+    with mmap.mmap(fd, size) as view, ffi.from_buffer(view) as pin:
+        device.start(FEATURES, guest.rings)
+        device.start_logging(DirtyBitmap(fd, 0, int(ffi.cast("uintptr_t", pin)), size))
+        assert device.log_mode is LogMode.HARDWARE
+        device.suspend()
+        device.stop_logging()
+    assert os.fstat(fd).st_blocks * 512 < 1 << 20
+    os.close(fd)
 
 
 # Memory
@@ -414,16 +493,17 @@ def test_marks_beyond_the_bitmap_are_counted() -> None:
     assert bytes(ffi.buffer(bitmap)) == bytes(15) + b"\xc0"
 
 
-def test_a_look_counts_what_is_new() -> None:
-    bitmap, before = ffi.new("uint8_t[24]"), ffi.new("uint8_t[24]")
-    bitmap[0], bitmap[23] = 0x81, 0x01
-    assert lib.device_log_look(bitmap, before, 24) == 3
-    bitmap[0] = 0x82
-    assert lib.device_log_look(bitmap, before, 24) == 1
-    bitmap[0] = 0
-    assert lib.device_log_look(bitmap, before, 24) == 0
-    bitmap[0] = 0x80
-    assert lib.device_log_look(bitmap, before, 24) == 1, "taken, and marked again"
+@pytest.mark.parametrize("size", [24, 23, 17])
+def test_a_look_counts_what_is_new(size: int) -> None:
+    bitmap, before = ffi.new("uint8_t[32]"), ffi.new("uint8_t[32]")
+    bitmap[0], bitmap[size - 1], bitmap[size] = 0x81, 0x81, 0xFF
+    assert lib.device_log_look(bitmap, before, size) == 4
+    bitmap[0] = bitmap[size - 1] = 0x82
+    assert lib.device_log_look(bitmap, before, size) == 2
+    bitmap[0] = bitmap[size - 1] = 0
+    assert lib.device_log_look(bitmap, before, size) == 0
+    bitmap[0] = bitmap[size - 1] = 0x80
+    assert lib.device_log_look(bitmap, before, size) == 2, "taken, and marked again"
 
 
 def test_a_bitmap_that_has_shrunk_away_is_survived(
