@@ -6,6 +6,7 @@ Owns the image and what its /init understands:
 - a shell on the serial console (console.py talks to it);
 - `traffic serve` on TRAFFIC_PORT, for a peer that wants traffic of which nothing may be lost
   (guest_traffic.py, native/traffic.c);
+- `metronome`, without which a guest that migrates under software emulation is damaged (native/metronome.c);
 - the ACPI power button (`virsh shutdown`), `poweroff -f` and `reboot -f` work.
 """
 
@@ -20,6 +21,9 @@ from tests.harness.kernel import BUSYBOX, BootImage, boot_image, pack_initrd
 
 #: Where the guest waits for a peer.
 TRAFFIC_PORT = 7000
+
+#: Our programs in the guest, in C (native/).
+PROGRAMS = ("traffic", "metronome")
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 
@@ -61,6 +65,7 @@ if [ -e /sys/class/net/eth0 ]; then
     ip link set eth0 up
 fi
 acpid
+metronome &
 traffic serve {TRAFFIC_PORT} &
 while :; do setsid cttyhack /bin/sh; done
 """
@@ -76,7 +81,11 @@ def guest_image() -> BootImage:
     :raise HarnessError: when the kernel package can be had neither from the cache nor from the network.
     """
     return boot_image(
-        KERNEL_PACKAGE, CACHE / "guest", keep_modules, make_initrd, [Path(__file__), NATIVE / "traffic.c"]
+        KERNEL_PACKAGE,
+        CACHE / "guest",
+        keep_modules,
+        make_initrd,
+        [Path(__file__), *(NATIVE / f"{name}.c" for name in PROGRAMS)],
     )
 
 
@@ -89,13 +98,14 @@ def keep_modules(tree: Path, release: str, folder: Path) -> None:
 
 
 def make_initrd(modules: Path, initrd: Path) -> None:
-    """Pack busybox, the traffic program, the modules and /init into an initramfs."""
+    """Pack busybox, our programs, the modules and /init into an initramfs."""
     with tempfile.TemporaryDirectory(prefix="initrd-", dir=initrd.parent) as scratch:
         root = Path(scratch)
         for name in ("bin", "dev", "etc/acpi/PWRF", "modules", "proc", "sys", "var/log", "var/run"):
             (root / name).mkdir(parents=True)
         shutil.copy(BUSYBOX, root / "bin/busybox")
-        shutil.copy(compiled("traffic", "-static"), root / "bin/traffic")
+        for name in PROGRAMS:
+            shutil.copy(compiled(name, "-static"), root / "bin" / name)
         for module in MODULES:
             shutil.copy(modules / Path(module).name, root / "modules")
         (root / "modules/order").write_text("".join(f"{Path(module).name}\n" for module in MODULES))
