@@ -1,13 +1,12 @@
 """QMP to guests' own second monitors, where the domain's XML has one for us.
 
-    <qemu:arg value='-chardev'/><qemu:arg value='socket,id=X,path=PATH,server=on,wait=off'/>
-    <qemu:arg value='-mon'/><qemu:arg value='chardev=X,mode=control'/>
-
-or, in one, -qmp unix:PATH,server=on,wait=off.
+    <qemu:arg value='-chardev'/><qemu:arg value='socket,id=vdpamon,path=PATH,server=on,wait=off'/>
+    <qemu:arg value='-mon'/><qemu:arg value='chardev=vdpamon,mode=control'/>
 
 It tells of a migration, and ends one, even when libvirt is away or busy. A QMP chardev serves one client at
-a time and lets others wait: whatever is done here has a deadline, and who finds the monitor busy or absent
-goes to libvirt instead.
+a time and lets others wait: ours is known by its id, all others are the operator's, and we would keep his
+tools out. Whatever is done here has a deadline, and who finds the monitor busy or absent goes to libvirt
+instead.
 """
 
 import asyncio
@@ -17,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lxml import etree
 
+from libvirt_vdpa.background import tell_failure
 from libvirt_vdpa.client import CommandRefusedError, ControlClient, ControlError
 from libvirt_vdpa.hypervisor import Hypervisor, HypervisorError
 
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: libvirt docs/drvqemu.rst, "Pass-through of arbitrary QEMU commands".
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+#: Id of the chardev that is for us.
+CHARDEV = "vdpamon"
 #: Seconds for connecting to a monitor and for each command, and between two tries to connect.
 MONITOR_LIMIT = 2.0
 RETRY_INTERVAL = 2.0
@@ -51,6 +53,7 @@ class GuestMonitors:
         """A domain with ports runs: find its monitor and stay with it."""
         if uuid not in self._followers:
             task = asyncio.create_task(self._follow(uuid), name=f"monitor {uuid}")
+            task.add_done_callback(lambda ended: self._left(uuid, ended))
             self._followers[uuid] = task
 
     def leave(self, uuid: str) -> None:
@@ -86,6 +89,12 @@ class GuestMonitors:
             raise HypervisorError(f"{command}: the domain has no monitor for us, or it is busy")
         return await self._hypervisor.monitor_command(uuid, command, arguments or {})
 
+    def _left(self, uuid: str, task: asyncio.Task[None]) -> None:
+        """A follower has ended: because there is no monitor, or it failed and makes room for another."""
+        tell_failure(task)
+        if self._followers.get(uuid) is task and (task.cancelled() or task.exception() is not None):
+            del self._followers[uuid]
+
     async def _follow(self, uuid: str) -> None:
         path = await self._find(uuid)
         complained = False
@@ -119,7 +128,7 @@ class GuestMonitors:
 
 
 def find_monitor(xml: str) -> str | None:
-    """Path of the first second monitor that a domain's XML gives QEMU; None without one."""
+    """Path of the monitor that a domain's XML has QEMU make for us; None without one."""
     parser = etree.XMLParser(resolve_entities=False, no_network=True)
     try:
         root = etree.fromstring(xml.encode(), parser)
@@ -129,21 +138,14 @@ def find_monitor(xml: str) -> str | None:
         str(element.get("value", ""))
         for element in root.iterfind(f"{{{QEMU_NAMESPACE}}}commandline/{{{QEMU_NAMESPACE}}}arg")
     ]
-    chardevs: dict[str, str] = {}
-    controlled: list[str] = []
+    path, controlled = None, False
     for option, value in itertools.pairwise(arguments):
-        kind, _, rest = value.partition(",")
-        if option in ("-qmp", "-qmp-pretty") and kind.startswith("unix:"):
-            return kind.removeprefix("unix:") if serves(parts(rest)) else None
-        given = parts(rest)
-        if option == "-chardev" and kind == "socket" and serves(given) and {"id", "path"} <= set(given):
-            chardevs[given["id"]] = given["path"]
-        if option == "-mon":
-            monitor = parts(value)
-            name = monitor.get("chardev") or kind
-            if monitor.get("mode") == "control":
-                controlled.append(name)
-    return next((chardevs[name] for name in controlled if name in chardevs), None)
+        kind, given = value.partition(",")[0], parts(value)
+        if option == "-chardev" and kind == "socket" and given.get("id") == CHARDEV and serves(given):
+            path = given.get("path")
+        if option == "-mon" and given.get("mode") == "control":
+            controlled = controlled or CHARDEV in (kind, given.get("chardev"))
+    return path if controlled else None
 
 
 def parts(text: str) -> dict[str, str]:

@@ -26,23 +26,31 @@ def domain(*arguments: str) -> str:
     )
 
 
-CHARDEV = ("-chardev", f"socket,id=m,path={PATH},server=on,wait=off")
+SOCKET = f"path={PATH},server=on,wait=off"
+OURS = ("-chardev", f"socket,id=vdpamon,{SOCKET}", "-mon", "chardev=vdpamon,mode=control")
+ANOTHER = ("-chardev", f"socket,id=m,{SOCKET.replace('a.', 'b.')}", "-mon", "chardev=m,mode=control")
 
 
 @pytest.mark.parametrize(
     ("xml", "path"),
     [
-        (domain("-qmp", f"unix:{PATH},server=on,wait=off"), PATH),
-        (domain("-qmp", f"unix:{PATH},server,nowait"), PATH),
-        (domain(*CHARDEV, "-mon", "chardev=m,mode=control"), PATH),
-        (domain("-mon", "chardev=m,mode=control", *CHARDEV), PATH),
-        (domain("-chardev", "socket,id=m,path=/a,,b,server=on", "-mon", "m,mode=control"), "/a,b"),
-        # A monitor for people, one that nobody reaches, one elsewhere, and none.
-        (domain(*CHARDEV, "-mon", "chardev=m,mode=readline"), None),
-        (domain("-qmp", f"unix:{PATH}"), None),
-        (domain("-qmp", "tcp:localhost:4444,server=on"), None),
-        (domain(*CHARDEV), None),
-        (domain("-mon", "chardev=m,mode=control"), None),
+        (domain(*OURS), PATH),
+        (domain(*OURS[2:], *OURS[:2]), PATH),
+        (domain("-chardev", "socket,id=vdpamon,path=/a,,b,server", "-mon", "vdpamon,mode=control"), "/a,b"),
+        # Beside the operator's own.
+        (domain(*ANOTHER, *OURS), PATH),
+        (domain("-qmp", "unix:/b,server=on,wait=off", *OURS), PATH),
+        (domain("-qmp", "unix:/b", *OURS), PATH),
+        (domain(*ANOTHER), None),
+        (domain("-qmp", f"unix:{PATH},server=on,wait=off"), None),
+        (domain(*OURS[:2], *ANOTHER), None),
+        # A monitor for people, one that nobody reaches, half of one, and none.
+        (domain(*OURS[:2], "-mon", "chardev=vdpamon,mode=readline"), None),
+        (domain("-chardev", f"socket,id=vdpamon,path={PATH}", *OURS[2:]), None),
+        (domain("-chardev", f"file,id=vdpamon,{SOCKET}", *OURS[2:]), None),
+        (domain("-chardev", "socket,id=vdpamon,server=on", *OURS[2:]), None),
+        (domain(*OURS[:2]), None),
+        (domain(*OURS[2:]), None),
         (domain(), None),
         ("<domain/>", None),
         ("no domain", None),
@@ -87,7 +95,7 @@ def qemu(tmp_path: Path) -> Iterator[Path]:
 class Host:
     def __init__(self, path: Path) -> None:
         self.events: list[str] = []
-        self.libvirt = FakeLibvirt(domain("-qmp", f"unix:{path},server=on,wait=off"))
+        self.libvirt = FakeLibvirt(domain(*(argument.replace(PATH, str(path)) for argument in OURS)))
         self.monitors = GuestMonitors(
             cast(Any, self.libvirt), lambda uuid, name, data: self.events.append(name)
         )
@@ -156,5 +164,24 @@ def test_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             async with asyncio.timeout(10):
                 while host.monitors.has(UUID):
                     await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_one_whose_following_failed_is_followed_anew(
+    qemu: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        host = Host(qemu)
+        with monkeypatch.context() as patch:
+            patch.setattr(monitor, "find_monitor", lambda xml: 1 / 0)
+            host.monitors.follow(UUID)
+            async with asyncio.timeout(10):
+                while f"monitor {UUID} failed" not in caplog.text:
+                    await asyncio.sleep(0.01)
+        assert "ZeroDivisionError" in caplog.text
+        host.monitors.follow(UUID)
+        await host.reached()
+        host.monitors.stop()
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""Work in threads that nobody needs to wait for."""
+"""Work that nobody needs to wait for, in tasks and in threads."""
 
 import asyncio
 import subprocess
@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from libvirt_vdpa.background import in_background
+from libvirt_vdpa.background import Tasks, in_background
 
 #: Seconds after which a test fails rather than hangs.
 DEADLINE = 10.0
@@ -65,3 +65,31 @@ def test_one_that_comes_back_too_late_is_not_heard() -> None:
 
     asyncio.run(main())
     assert has_ended.wait(DEADLINE)
+
+
+def test_a_task_that_failed_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail() -> None:
+        raise ValueError("no")
+
+    async def main() -> None:
+        tasks = Tasks()
+        tasks.start(fail(), "trying")
+        await tasks.wait()
+        assert len(tasks) == 0
+
+    asyncio.run(main())
+    assert "trying failed" in caplog.text
+    assert "ValueError: no" in caplog.text
+
+
+def test_tasks_that_are_stopped_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        tasks = Tasks()
+        task = tasks.start(asyncio.Event().wait(), "waiting")  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        tasks.stop()
+        await tasks.wait()
+        assert task.cancelled()
+
+    asyncio.run(main())
+    assert caplog.text == ""
