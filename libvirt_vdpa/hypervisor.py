@@ -152,7 +152,8 @@ def destroy_incoming(domain: libvirt.virDomain) -> None:
 
     :raise HypervisorError: when it is not such a domain.
     """
-    if not waits(domain) or job_of(domain).get("side") != "destination":
+    # Its state last, again: the guest may have begun to run while the job was asked for.
+    if not waits(domain) or job_of(domain).get("side") != "destination" or not waits(domain):
         raise HypervisorError("the domain does not wait for a migration to this host")
     try:
         domain.destroy()
@@ -177,8 +178,9 @@ def job_of(domain: libvirt.virDomain) -> dict[str, object]:
     """
     try:
         figures: Any = domain.jobStats()  # the binding declares other types than it gives
-    except libvirt.libvirtError:
-        if waits(domain):
+    except libvirt.libvirtError as error:
+        # Any other, of one that waits: it may as well be one that leaves, and libvirt busy.
+        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID and waits(domain):
             return {"side": "destination"}
         raise
     if figures.get("type") == libvirt.VIR_DOMAIN_JOB_NONE:
