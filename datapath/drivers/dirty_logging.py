@@ -21,14 +21,18 @@ from datapath.native._native import ffi
 from datapath.vdpa import DeviceError, DeviceLostError, DirtyBitmap, LogMode, MemoryRegion, Ring
 
 
+class LogRefusedError(DeviceError):
+    """A function answers, but does not do with its log what it was told."""
+
+
 class LogRegisters(abc.ABC):
     """How a function is told to keep a dirty log. It forgets it at every virtio reset."""
 
     @abc.abstractmethod
     def check(self, base: int, end: int) -> None:
-        """See that the registers are there; the log stays off.
+        """See that the registers do what they should, with nothing running; the log is off afterwards.
 
-        :raise DeviceError: when they are not.
+        :raise DeviceError: when they do not.
         """
 
     @abc.abstractmethod
@@ -36,11 +40,16 @@ class LogRegisters(abc.ABC):
         """Log in the bitmap at these DMA addresses, `end` being the first that is not its.
 
         On return the function has heard of it.
+
+        :raise LogRefusedError: when it does not.
         """
 
     @abc.abstractmethod
     def switch_off(self) -> None:
-        """Log no more; on return the function has heard of it."""
+        """Log no more; on return the function has heard of it.
+
+        :raise LogRefusedError: when it goes on.
+        """
 
 
 class DirtyLogging:
@@ -121,7 +130,7 @@ class DirtyLogging:
         self._log, self._next = self._next, None
         self._paths.log(bitmap if self._log is None else None)
         if running:
-            self.function_starts()
+            self.function_starts()  # should it refuse, the mode tells
 
     def forget(self, running: bool) -> None:
         """Log no more; on return neither function nor relay touches a bitmap."""
@@ -150,10 +159,23 @@ class DirtyLogging:
 
     # Of the function and its rings
 
-    def function_starts(self) -> None:
-        """The function has been reset and agreed on features, its rings come next."""
-        if self._log is not None and self._registers is not None:
+    def function_starts(self) -> bool:
+        """The function has been reset and agreed on features, its rings come next.
+
+        :return: False when it refuses to log and the relay takes over.
+        :raise DeviceError: when it should and does not, and nobody else may.
+        """
+        if self._log is None or self._registers is None:
+            return True
+        try:
             self._registers.switch_on(*self._log.span)
+        except LogRefusedError:
+            if self._wanted is LogMode.HARDWARE:
+                raise
+            self._paths.log(self._bitmap)
+            self._end(running=True)
+            return False
+        return True
 
     def rings_stopped(self, rings: Iterable[Ring]) -> None:
         """Rings have stopped: mark what a function that logs has left out."""

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from datapath.bus.function import PciFunction
 from datapath.bus.pci import PciIds
-from datapath.drivers.dirty_logging import LogRegisters
+from datapath.drivers.dirty_logging import LogRefusedError, LogRegisters
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
 from datapath.drivers.virtio_registers import wait_until
 from datapath.vdpa import DeviceError, DeviceSpec, LogMode, Ring, RingState
@@ -60,12 +60,15 @@ class IfcvfLog(LogRegisters):
         self._function = function
 
     def check(self, base: int, end: int) -> None:
-        self._set_span(base, end)
-        read = tuple(
-            self._read(at) | self._read(at + 4) << 32
-            for at in (LiveMigration.LOG_BASE, LiveMigration.LOG_END)
-        )
-        self._set_span(0, 0)
+        try:
+            self.switch_on(base, end)
+            read = tuple(
+                self._read(at) | self._read(at + 4) << 32
+                for at in (LiveMigration.LOG_BASE, LiveMigration.LOG_END)
+            )
+        finally:
+            self.switch_off()
+            self._set_span(0, 0)
         if read != (base, end):
             raise DeviceError(
                 f"{self._function.name}: its log registers read {read[0]:#x} and {read[1]:#x},"
@@ -81,7 +84,12 @@ class IfcvfLog(LogRegisters):
 
     def _set_control(self, value: int) -> None:
         self._write(LiveMigration.LOGGING_CONTROL, value)
-        self._read(LiveMigration.LOGGING_CONTROL)  # it has arrived when this has come back
+        # It has arrived when this has come back; and nobody else tells of a function that refuses.
+        read = self._read(LiveMigration.LOGGING_CONTROL)
+        if read != value:
+            raise LogRefusedError(
+                f"{self._function.name}: its logging control reads {read:#x}, written was {value:#x}"
+            )
 
     def _set_span(self, base: int, end: int) -> None:
         for at, address in ((LiveMigration.LOG_BASE, base), (LiveMigration.LOG_END, end)):

@@ -11,8 +11,10 @@ before a migration begins.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from datapath.bus.function import PciFunction
+from datapath.descriptors import signal_eventfd
 from datapath.drivers.dma_addresses import DmaAddresses
 from datapath.drivers.private_rings import PrivateRings
 from datapath.native.relay import Doorbell, Relay, ShadowRing
@@ -189,3 +191,10 @@ class RingPaths:
             interrupt=place.interrupt,
             doorbell=doorbell,
         )
+
+
+def interrupt_guest(rings: Iterable[Ring]) -> None:
+    """Interrupt the guest for each ring: what was on its way when the ring stopped may have been lost."""
+    for ring in rings:
+        if ring.call is not None:
+            signal_eventfd(ring.call)

@@ -21,16 +21,15 @@ import contextlib
 import dataclasses
 import os
 import select
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, TypeVar
 
 from datapath.bus.function import PciFunction
 from datapath.bus.registry import open_function
-from datapath.descriptors import signal_eventfd
 from datapath.drivers.dirty_logging import DirtyLogging, LogRegisters
 from datapath.drivers.dma_addresses import DmaAddresses
 from datapath.drivers.guest_regions import GuestRegions
-from datapath.drivers.ring_paths import RingPaths
+from datapath.drivers.ring_paths import RingPaths, interrupt_guest
 from datapath.drivers.virtio_registers import VirtioRegisters
 from datapath.vdpa import (
     DeviceError,
@@ -311,6 +310,8 @@ class VirtioNetDevice(VdpaDevice):
                 self._log.use(bitmap, self._running)
             else:
                 self._change_path(lambda: self._log.use(bitmap, self._running))
+            if self._running and self._log.mode is LogMode.SOFTWARE and not self.shadowed:
+                self._change_path(lambda: None)  # the function has refused to log
         except BaseException:
             self._forget_log()
             raise
@@ -413,7 +414,9 @@ class VirtioNetDevice(VdpaDevice):
         try:
             placed = self._place(rings)
             self._initialise(placed)
-            self._log.function_starts()
+            if not self._log.function_starts():
+                placed = self._place(rings)
+                self._set_calls(placed)
             for index, ring in placed.items():
                 self._program(index, ring)
             self._registers.add_status(Status.DRIVER_OK)
@@ -454,7 +457,7 @@ class VirtioNetDevice(VdpaDevice):
         except BaseException:
             self._halt()
             raise
-        _interrupt(self._rings.values())
+        interrupt_guest(self._rings.values())
 
     def _restart(
         self,
@@ -480,7 +483,7 @@ class VirtioNetDevice(VdpaDevice):
         rings.update(more or {})
         if rings:
             self._run(rings)
-        _interrupt(before.values())
+        interrupt_guest(before.values())
         return states
 
     def _initialise(self, rings: Mapping[int, Ring]) -> None:
@@ -592,10 +595,3 @@ class VirtioNetDevice(VdpaDevice):
     def _check_present(self) -> None:
         if self._lost:
             raise DeviceLostError(f"{self.name}: the device is gone")
-
-
-def _interrupt(rings: Iterable[Ring]) -> None:
-    """Interrupt the guest for each ring: what was on its way when the ring stopped may have been lost."""
-    for ring in rings:
-        if ring.call is not None:
-            signal_eventfd(ring.call)

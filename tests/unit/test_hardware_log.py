@@ -4,6 +4,7 @@ something about it fails."""
 import mmap
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -119,31 +120,30 @@ def refuse(function: FakeFunction, monkeypatch: pytest.MonkeyPatch, *bitmaps: Di
 def test_what_could_fail_is_tried_when_the_function_is_opened(function: FakeFunction) -> None:
     device = IfcvfDevice("ifcvf,fake", function)
     assert device.log_modes == (LogMode.HARDWARE, LogMode.SOFTWARE)
-    assert ON not in function.log
-    assert [entry for entry in function.log if entry.startswith("bar4+0x1")][-4:] == [
-        f"bar4+{at:#x} = 0x0" for at in (0x10, 0x14, 0x18, 0x1C)
-    ]
+    begun = function.log.index(ON)
+    assert function.log[begun + 1 :] == [OFF, *(f"bar4+{at:#x} = 0x0" for at in (0x10, 0x14, 0x18, 0x1C))]
     [private] = function.mapped
     assert private.size >= 2 * PAGE, "the private rings, and no more the page that was tried"
     device.close()
 
 
 @pytest.mark.parametrize("mode", [LogMode.AUTO, LogMode.HARDWARE])
-@pytest.mark.parametrize("fault", ["registers", "memory"])
+@pytest.mark.parametrize("fault", ["registers", "control", "memory"])
 def test_a_function_without_a_log(
     function: FakeFunction, monkeypatch: pytest.MonkeyPatch, mode: LogMode, fault: str
 ) -> None:
     read, map_it = FakeFunction.read, FakeFunction.dma_map
 
     def read_nothing(self: FakeFunction, index: Region, offset: int, width: int) -> int:
-        return 0 if index == Region.BAR4 and offset < 0x20 else read(self, index, offset, width)
+        nothing = range(0x10, 0x20) if fault == "registers" else range(4)
+        return 0 if index == Region.BAR4 and offset in nothing else read(self, index, offset, width)
 
     def map_no_page(self: FakeFunction, memory: MemoryRegion) -> None:
         if memory.size == PAGE:
             raise DeviceError("fake: one mapping too many")
         map_it(self, memory)
 
-    if fault == "registers":
+    if fault != "memory":
         monkeypatch.setattr(FakeFunction, "read", read_nothing)
     else:
         monkeypatch.setattr(FakeFunction, "dma_map", map_no_page)
@@ -190,8 +190,9 @@ def test_every_start_tells_the_function_again_and_every_stop_ends_it(
     device: IfcvfDevice, function: FakeFunction, guest: Guest
 ) -> None:
     bitmap = guest.logs[0].bitmap
+    function.log.clear()
     device.start_logging(bitmap)
-    assert ON not in function.log, "a reset would take it away"
+    assert function.log == [], "a reset would take it away"
     for _ in range(2):
         function.log.clear()
         device.start(FEATURES, guest.rings)
@@ -281,6 +282,79 @@ def test_where_the_next_bitmap_has_no_room_the_relay_takes_over(
     assert (device.log_mode, device.shadowed) == (LogMode.SOFTWARE, True)
     assert guest.logs[0].take() == guest.used_pages(0, 1), "what was used until then"
     assert OFF in function.log
+    assert not is_mapped(function, guest.logs[0].bitmap)
+
+
+def refuse_to_log(function: FakeFunction, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logging control stays off."""
+    write = FakeFunction.write
+
+    def write_off(self: FakeFunction, index: Region, offset: int, width: int, value: int) -> None:
+        write(self, index, offset, width, 0 if (index, offset) == (Region.BAR4, 0) else value)
+
+    monkeypatch.setattr(FakeFunction, "write", write_off)
+
+
+@pytest.mark.parametrize("when", ["while rings run", "before they start", "with another bitmap"])
+def test_where_the_function_refuses_the_relay_takes_over(
+    device: IfcvfDevice, function: FakeFunction, guest: Guest, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    first, second = (log.bitmap for log in guest.logs)
+    if when != "before they start":
+        device.start(FEATURES, guest.rings)
+    if when == "with another bitmap":
+        device.start_logging(first)
+    refuse_to_log(function, monkeypatch)
+    device.start_logging(second)
+    if when == "before they start":
+        device.start(FEATURES, guest.rings)
+    assert (device.log_mode, device.shadowed) == (LogMode.SOFTWARE, True)
+    assert not is_mapped(function, second)
+    [private] = [memory for memory in function.mapped if memory != guest.region]
+    used = {queue["queue_used_low"] | queue["queue_used_high"] << 32 for queue in function.queues[:2]}
+    assert all(private.guest_address < at < private.guest_address + private.size for at in used)
+    assert function.eventfds.keys() == {0, 1, 2}
+    assert not set(guest.calls) & set(function.eventfds.values()), "it would interrupt the guest itself"
+    assert device.suspend().keys() == {0, 1}
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_function_that_must_log_and_refuses_is_an_error(
+    function: FakeFunction, guest: Guest, monkeypatch: pytest.MonkeyPatch, running: bool
+) -> None:
+    device = IfcvfDevice("ifcvf,fake", function, LogMode.HARDWARE)
+    device.map_memory(guest.region)
+    if running:
+        device.start(FEATURES, guest.rings)
+    else:
+        device.start_logging(guest.logs[0].bitmap)
+    refuse_to_log(function, monkeypatch)
+    log, start = (
+        partial(device.start_logging, guest.logs[0].bitmap),
+        partial(device.start, FEATURES, guest.rings),
+    )
+    with pytest.raises(DeviceError, match="fake: its logging control reads 0x0, written was 0x1"):
+        (log if running else start)()
+    if running:
+        assert device.log_mode is None
+        assert not is_mapped(function, guest.logs[0].bitmap)
+    device.close()
+
+
+def test_a_function_that_does_not_end_to_log_is_reset(
+    device: IfcvfDevice, function: FakeFunction, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.start(FEATURES, guest.rings)
+    device.start_logging(guest.logs[0].bitmap)
+    read = FakeFunction.read
+
+    def read_on(self: FakeFunction, index: Region, offset: int, width: int) -> int:
+        return 1 if (index, offset) == (Region.BAR4, 0) else read(self, index, offset, width)
+
+    monkeypatch.setattr(FakeFunction, "read", read_on)
+    with pytest.raises(DeviceError, match="its logging control reads 0x1, written was 0x0"):
+        device.stop_logging()
+    assert (device.log_mode, function.status) == (None, 0)
     assert not is_mapped(function, guest.logs[0].bitmap)
 
 
