@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
+from libvirt_vdpa.background import Tasks
 from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.hypervisor import HypervisorError
 from libvirt_vdpa.supervisor import Port
@@ -51,41 +52,43 @@ class Announcer:
         :param execute: has a domain's QEMU execute a command; raises HypervisorError.
         """
         self._execute = execute
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     def arrived(self, uuid: str, ports: Collection[Port]) -> None:
         """A guest has arrived at this host and goes on here."""
         for port in ports:
             if port_announces(port.record.announce):
-                self._begin(announce_by_port(port, ROUNDS))
+                self._announce_by_port(port)
         if rounds := qemu_rounds(ports):
-            self._begin(self._announce_by_qemu(uuid, rounds, may_taint=True))
+            self._announce_by_qemu(uuid, rounds, may_taint=True)
 
     def late(self, uuid: str, port: Port) -> None:
         """A port whose guest arrived without it carries its guest now."""
         logger.info("%s: announces again: the port was not there when the guest arrived", port.record.label)
         if port_may_announce(port.record.announce):
-            self._begin(announce_by_port(port, ROUNDS))
+            self._announce_by_port(port)
         if port.record.announce != "off":
             wanted = port.record.announce_rounds
-            self._begin(self._announce_by_qemu(uuid, wanted or LATE_ROUNDS, may_taint=bool(wanted)))
+            self._announce_by_qemu(uuid, wanted or LATE_ROUNDS, may_taint=bool(wanted))
 
     def stop(self) -> None:
         """Announce nothing more."""
-        for task in self._tasks:
-            task.cancel()
+        self._tasks.stop()
 
-    def _begin(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _announce_by_port(self, port: Port) -> None:
+        self._tasks.start(announce_by_port(port, ROUNDS), f"{port.record.label}: announcing")
 
-    async def _announce_by_qemu(self, uuid: str, rounds: int, *, may_taint: bool) -> None:
-        try:
-            await self._execute(uuid, "announce-self", {**ANNOUNCE_TIMES, "rounds": rounds}, may_taint)
-        except HypervisorError as error:
-            # Where nobody asked for it, it is a try.
-            logger.log(logging.WARNING if may_taint else logging.DEBUG, "announce-self: %s", error)
+    def _announce_by_qemu(self, uuid: str, rounds: int, *, may_taint: bool) -> None:
+        work = announce_by_qemu(self._execute, uuid, rounds, may_taint=may_taint)
+        self._tasks.start(work, f"domain {uuid}: announcing by QEMU")
+
+
+async def announce_by_qemu(execute: Execute, uuid: str, rounds: int, *, may_taint: bool) -> None:
+    """Have QEMU announce a guest; where nobody asked for that, it is a try."""
+    try:
+        await execute(uuid, "announce-self", {**ANNOUNCE_TIMES, "rounds": rounds}, may_taint)
+    except HypervisorError as error:
+        logger.log(logging.WARNING if may_taint else logging.DEBUG, "announce-self: %s", error)
 
 
 async def announce_by_port(port: Port, times: Iterable[float]) -> None:

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datapath.vdpa import LogMode
-from datapath.virtio import Feature, bit, feature_names
+from datapath.virtio import feature_names
 from libvirt_vdpa.process import ProgramError, find_program
+from libvirt_vdpa.state import NOT_THE_GUESTS
 
 PROGRAM = "virt-vdpa-port"
-#: Feature bits that front-end and back-end agree on between themselves: no guest has them.
-NOT_THE_GUESTS = bit(Feature.VHOST_F_LOG_ALL) | bit(Feature.VHOST_USER_F_PROTOCOL_FEATURES)
 
 
 class ProbeError(Exception):

@@ -19,13 +19,16 @@ from dataclasses import dataclass
 
 from lxml import etree
 
-from datapath.virtio import MAX_QUEUE_SIZE
+from datapath.virtio import MAX_QUEUE_SIZE, Feature, bit
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "urn:libvirt-vdpa:state:1.0"
 #: Prefix of the element, virDomainSetMetadata's key.
 PREFIX = "vdpastate"
+
+#: Bits of a feature word that QEMU and port agree on between themselves: no guest has them.
+NOT_THE_GUESTS = bit(Feature.VHOST_F_LOG_ALL) | bit(Feature.VHOST_USER_F_PROTOCOL_FEATURES)
 
 MAC_FORM = re.compile("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 #: A virtio feature word, 64 bits.

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 
 from lxml import etree
 
-from datapath import virtio
+from libvirt_vdpa.background import tell_failure
 from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.hypervisor import Hypervisor, HypervisorError
 from libvirt_vdpa.migration_figures import runs
-from libvirt_vdpa.state import NAMESPACE, InterfaceState, read_state, render_state
+from libvirt_vdpa.state import NAMESPACE, NOT_THE_GUESTS, InterfaceState, read_state, render_state
 from libvirt_vdpa.supervisor import Port, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,6 @@ logger = logging.getLogger(__name__)
 SETTLE = 0.5
 RETRY_INTERVAL = 3.0
 LOOK_INTERVAL = 10.0
-#: Bits of a feature word that are vhost's and not the guest's.
-VHOST_FEATURES = virtio.bit(virtio.Feature.VHOST_F_LOG_ALL) | virtio.bit(
-    virtio.Feature.VHOST_USER_F_PROTOCOL_FEATURES
-)
 
 States = dict[str, InterfaceState]
 
@@ -80,7 +76,15 @@ class StateKeeper:
             if (writer := self._writers.pop(uuid, None)) is not None:
                 writer.cancel()
         elif uuid not in self._writers and self._differs(uuid, ports):
-            self._writers[uuid] = asyncio.create_task(self._write(uuid), name=f"state of {uuid}")
+            writer = asyncio.create_task(self._write(uuid), name=f"domain {uuid}: writing its metadata")
+            writer.add_done_callback(tell_failure)
+            self._writers[uuid] = writer
+
+    def metadata_changed(self, uuid: str, namespace: str) -> None:
+        """Somebody has changed or removed an element of a domain's metadata; ourselves, most likely."""
+        if namespace == NAMESPACE and uuid not in self._writers:
+            self._written.pop(uuid, None)
+            self.look(uuid)
 
     def _differs(self, uuid: str, ports: list[Port]) -> bool:
         return any(runs(port) for port in ports) and self._wanted(uuid, ports) != self._written.get(uuid)
@@ -152,7 +156,7 @@ def state_of(port: Port, before: InterfaceState | None) -> InterfaceState | None
     return InterfaceState(
         mac=port.record.mac,
         offered=offered,
-        negotiated=acked & ~VHOST_FEATURES,
+        negotiated=acked & ~NOT_THE_GUESTS,
         queue_pairs=max((ring["index"] // 2 + 1 for ring in used), default=0),
         ring_size=max((ring["size"] for ring in used), default=0),
     )

@@ -60,7 +60,7 @@ def announced(port: FakePort, *, late: bool, qemu: Qemu) -> int:
             announcer.late(UUID, cast(Any, port))
         else:
             announcer.arrived(UUID, [cast(Any, port)])
-        await asyncio.gather(*announcer._tasks)
+        await announcer._tasks.wait()
 
     asyncio.run(run())
     assert all(asked == ("announce", {"mac": MAC}) for asked in port.asked)
@@ -119,3 +119,10 @@ def test_only_what_was_asked_for_is_missed(caplog: pytest.LogCaptureFixture) -> 
     assert "no monitor" not in caplog.text
     announced(FakePort("auto", 2), late=False, qemu=qemu)
     assert "announce-self: no monitor" in caplog.text
+
+
+def test_what_nobody_expected_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    port = FakePort("rarp")
+    port.error = ValueError("odd")  # type: ignore[assignment]
+    assert announced(port, late=False, qemu=Qemu()) == 1
+    assert f"a/{MAC}: announcing failed" in caplog.text
