@@ -221,14 +221,14 @@ class Backend:
         else:
             for ring in running:
                 if ring not in wanted:
-                    with self._timing.device():
+                    with self._marking.covered(), self._timing.device():
                         self._stopped(ring, self.device.stop_ring(ring.index))
                     self._marking.rings_stopped()
             for ring in wanted:
                 if not ring.running:
                     placed = ring.translate(self.memory)
                     self._marking.rings_begin({ring.index: placed})
-                    with self._timing.device():
+                    with self._marking.covered(), self._timing.device():
                         self.device.start_ring(ring.index, placed)
                     ring.begin(placed)
 
@@ -241,7 +241,7 @@ class Backend:
         assert self.acked is not None
         placed = {ring.index: ring.translate(self.memory) for ring in rings}
         self._marking.rings_begin(placed)
-        with self._timing.starting_rings():
+        with self._marking.covered(), self._timing.starting_rings():
             self.device.start(self.acked & ~VHOST_FEATURES, placed)
         for ring in rings:
             ring.begin(placed[ring.index])
@@ -253,12 +253,8 @@ class Backend:
             return
         for ring in running:  # on failure too: the device runs them no more
             ring.placed = None
-        try:
-            with self._timing.stopping_rings():
-                states = self.device.suspend()
-        except DeviceError:
-            self._marking.rings_stopped(failed=True)
-            raise
+        with self._marking.covered(), self._timing.stopping_rings():
+            states = self.device.suspend()
         self._marking.rings_stopped()
         for ring in running:
             if ring.index in states:  # it has not failed, and stopped, before
@@ -270,11 +266,8 @@ class Backend:
         ring.base = state.avail
 
     def _settle_log(self) -> None:
-        if not self._marking.settle():
-            for ring in self.rings:
-                ring.placed = None
-            with self._timing.stopping_rings():
-                self.device.suspend()  # it may have stopped them, or not; `_settle` starts them anew
+        if not self._marking.settle(self.running):
+            self._suspend()  # the device may have stopped them, or not; `_settle` starts them anew
 
     # Features
 

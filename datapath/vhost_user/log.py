@@ -27,6 +27,8 @@ class DirtyLog:
         self._area = area
         self._mapping = contextlib.ExitStack()
         self._bitmap: DirtyBitmap | None = None
+        #: Bytes of it that are used.
+        self._room = 0
 
     @property
     def size(self) -> int:
@@ -42,6 +44,19 @@ class DirtyLog:
         except OSError:
             return False
 
+    def cover(self, needed: int) -> bool:
+        """Use as much of the bitmap as guest memory needs, in whole pages and never less than before.
+
+        :param needed: in bytes.
+        :return: whether `bitmap` is longer from now on.
+        """
+        room = min(self._area.size, max(PAGE, -(-needed // PAGE) * PAGE))
+        if room <= self._room:
+            return False
+        self._room = room
+        self._bitmap = None  # a device may use the shorter one still: it stays mapped until `close`
+        return True
+
     def mark(self, address: int, length: int) -> None:
         """Mark a range of guest memory; what lies beyond the log is left out.
 
@@ -56,14 +71,14 @@ class DirtyLog:
 
     @property
     def bitmap(self) -> DirtyBitmap:
-        """The bitmap in this process's memory, until `close`. Its file may shrink at any time.
+        """What is used of it, in this process's memory until `close`. Its file may shrink at any time.
 
         :raise OSError: when the log cannot be mapped.
         """
         if self._bitmap is None:
             self._check_size()
             start = self._area.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-            length = self._area.offset + self._area.size - start
+            length = self._area.offset + self._room - start
             try:
                 view = mmap.mmap(self._fd, length, offset=start)
             except ValueError as error:
@@ -72,18 +87,19 @@ class DirtyLog:
             pin = ffi.from_buffer(view)
             self._mapping.callback(ffi.release, pin)
             address = int(ffi.cast("uintptr_t", pin)) + self._area.offset - start
-            self._bitmap = DirtyBitmap(self._fd, self._area.offset, address, self._area.size)
+            self._bitmap = DirtyBitmap(self._fd, self._area.offset, address, self._room)
         return self._bitmap
 
-    def mark_all(self) -> None:
-        """Set every bit.
+    def fill(self, address: int, length: int) -> None:
+        """Mark a range of guest memory, in whole bytes of the bitmap, that need not have been mapped.
 
         :raise OSError: when the log cannot be written, or has shrunk away.
         """
         self._check_size()
-        end = self._area.offset + self._area.size
-        for start in range(self._area.offset, end, _CHUNK):
-            os.pwrite(self._fd, b"\xff" * min(_CHUNK, end - start), start)
+        first, end = address // (8 * PAGE), -(-(address + length) // (8 * PAGE))
+        end = min(end, self._area.size)
+        for start in range(first, end, _CHUNK):
+            os.pwrite(self._fd, b"\xff" * min(_CHUNK, end - start), self._area.offset + start)
 
     def close(self) -> None:
         """Let go of the mapping and the descriptor; nobody may mark anything any more."""

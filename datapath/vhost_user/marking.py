@@ -5,12 +5,16 @@ Between the front-end, which gives a log (SET_LOG_BASE) and wants it kept or not
 - the device marks its writes from the moment that there is both, a log and the wish for it;
 - where it cannot, every page counts as written when rings stop, which is before the front-end reads the log
   for the last time: a guest that is saved while it runs is saved whole, only not as quickly;
+- so it does in a log that follows one in which the device did not mark, or has failed to its end;
 - what a back-end before this one may have had written is marked before rings run, see `suspects.py`.
+
+A log is used as far as guest memory needs it, however large the front-end says that it is.
 
 Nothing here is an error to the front-end: see `log_exchange.py`. Owns the logs of one session.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from datapath.vdpa import DeviceError, DeviceLostError, LogMode, Ring, VdpaDevice
@@ -54,7 +58,7 @@ class Marking:
         #: Whether an earlier session may have been logging, and rings seen to since.
         self._inherited = False
         self._looked_through: set[int] = set()
-        #: Rings have run that were to be logged, without a log.
+        #: Rings have run that were to be logged, and what they wrote is not in the log there is now.
         self._unlogged = False
 
     def want(self, wanted: bool, *, first: bool, started: bool) -> None:
@@ -81,20 +85,25 @@ class Marking:
         else:
             self._replace(log)
 
-    def settle(self) -> bool:
+    def settle(self, running: bool) -> bool:
         """Make the device mark its writes in the log that is valid now, if there is one.
 
+        :param running: whether rings run.
         :return: False when the device has failed at that; whether its rings run is not known then.
         :raise DeviceError: when it failed to end logging; DeviceLostError, when it is gone.
         """
         log = self._log if self.wanted else None
-        if log is self._settled_log:
+        wider = log is not None and log.cover(self._needed())
+        if log is self._settled_log and not wider:
             return True
         before, self._settled_log = self._settled_log, log
         marked, self._device_marks, self._failure = self._device_marks, False, None
+        if before is not None and self.wanted and running:
+            self._unlogged |= log is None or not marked
         try:
             if log is not None:
-                self._missed_before = self._missed()
+                if log is not before:
+                    self._missed_before = self._device.log_missed
                 self._begin(log)
             if marked and not self._device_marks:
                 with self._timing.rerouting("logging ended", self._rerouted()):
@@ -107,7 +116,7 @@ class Marking:
             self._fail(str(error))
             return False
         finally:
-            if before is not None:
+            if before is not None and before is not log:
                 before.close()
         if log is not None and self._unlogged:
             self._unlogged = False
@@ -134,13 +143,21 @@ class Marking:
         self._failure = f"{self._device.name} marks no writes: {reason}"
         self._report(self._failure)
 
-    def rings_stopped(self, *, failed: bool = False) -> None:
-        """Rings have stopped: if there is a log in which the device marks nothing, all is marked now.
-
-        :param failed: the device marks its writes, but who knows whether to the end.
-        """
-        if self._log is not None and self.wanted and (failed or not self._device_marks):
+    def rings_stopped(self) -> None:
+        """Rings have stopped: if there is a log in which the device marks nothing, all is marked now."""
+        if self._log is not None and self.wanted and not self._device_marks:
             self._mark_all(self._log)
+
+    @contextmanager
+    def covered(self) -> Iterator[None]:
+        """Around a call that makes rings start or stop. If it fails, all is marked: the device marks its
+        writes, but who knows whether to the end."""
+        try:
+            yield
+        except DeviceError:
+            if self._log is not None and self.wanted:
+                self._mark_all(self._log)
+            raise
 
     def rings_begin(self, rings: Mapping[int, Ring]) -> None:
         """Rings are about to run: mark what a session before this one may have had written."""
@@ -165,7 +182,8 @@ class Marking:
 
     def _mark_all(self, log: DirtyLog) -> None:
         try:
-            log.mark_all()
+            for mapping in self._memory:
+                log.fill(mapping.memory.guest_address, mapping.memory.size)
         except OSError as error:
             self._failure = f"what {self._device.name} wrote is not logged: {error}"
             self._report(self._failure)
@@ -189,18 +207,22 @@ class Marking:
             return self._failure
         if self._log is None:
             return "the front-end gave no dirty log" if running else None
-        end = max((m.memory.guest_address + m.memory.size for m in self._memory), default=0)
-        needed = -(-end // (8 * PAGE))
+        needed = self._needed()
         if self._log.size < needed:
+            end = self._end_of_memory()
             return f"the dirty log has {self._log.size} bytes, guest memory up to {end:#x} needs {needed}"
-        if missed := self._missed() - self._missed_before:
+        if missed := self._device.log_missed - self._missed_before:
             return (
                 f"{missed} written pages could not be marked: they lie beyond the dirty log, or it has gone"
             )
         return None
 
-    def _missed(self) -> int:
-        return self._device.statistics().get("log_missed", 0)
+    def _end_of_memory(self) -> int:
+        return max((m.memory.guest_address + m.memory.size for m in self._memory), default=0)
+
+    def _needed(self) -> int:
+        """How many bytes a log of all guest memory has."""
+        return -(-self._end_of_memory() // (8 * PAGE))
 
     def end(self) -> None:
         """The session ends, and logging with it.
@@ -208,7 +230,7 @@ class Marking:
         :raise DeviceError: when the device fails at that.
         """
         self._replace(None)
-        self.settle()
+        self.settle(running=False)
 
     def close(self) -> None:
         """Let go of the logs, whatever the device has come to."""

@@ -3,11 +3,13 @@
 A new call belongs into the table, with a test that fails without it: `./test --full -k mutation`.
 """
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.harness.mutants import Mutant, Mutation
+from tests.harness.mutants import Mutation, ProjectCopy
 
 pytestmark = [pytest.mark.full, pytest.mark.dpdk]
 
@@ -156,9 +158,51 @@ SESSION = {
     ),
     "all, where the device marks nothing": Mutation(
         "datapath/vhost_user/marking.py",
-        "            self._mark_all(self._log)",
+        "not self._device_marks:\n            self._mark_all(self._log)",
         BACKEND,
+        "not self._device_marks:\n            pass",
+    ),
+    "all, where the device fails": Mutation(
+        "datapath/vhost_user/marking.py",
+        "                self._mark_all(self._log)\n            raise",
+        BACKEND,
+        "                pass\n            raise",
+    ),
+    "rings that ran while nobody marked": Mutation(
+        "datapath/vhost_user/marking.py",
+        "            self._unlogged |= log is None or not marked",
+        SESSIONS,
         "            pass",
+    ),
+    "all rings begin": Mutation(
+        "datapath/vhost_user/backend.py", "        self._marking.rings_begin(placed)\n", SESSIONS
+    ),
+    "one more ring begins": Mutation(
+        "datapath/vhost_user/backend.py",
+        "                    self._marking.rings_begin({ring.index: placed})\n",
+        SESSIONS,
+    ),
+    "all rings stop": Mutation(
+        "datapath/vhost_user/backend.py",
+        "            states = self.device.suspend()\n        self._marking.rings_stopped()\n",
+        BACKEND,
+        "            states = self.device.suspend()\n",
+    ),
+    "one ring stops": Mutation(
+        "datapath/vhost_user/backend.py", "                    self._marking.rings_stopped()\n", BACKEND
+    ),
+    "a failing start of one ring": Mutation(
+        "datapath/vhost_user/backend.py",
+        "self._marking.rings_begin({ring.index: placed})\n"
+        "                    with self._marking.covered(), self._timing",
+        SESSIONS,
+        "self._marking.rings_begin({ring.index: placed})\n                    with self._timing",
+    ),
+    "a failing stop of one ring": Mutation(
+        "datapath/vhost_user/backend.py",
+        "with self._marking.covered(), self._timing.device():\n                        self._stopped(",
+        SESSIONS,
+        "with self._timing.device():\n                        self._stopped(",
     ),
     "all, where there is too much to look through": Mutation(
         "datapath/vhost_user/marking.py",
@@ -171,9 +215,18 @@ SESSION = {
 MUTATIONS = {**SOFTWARE, **BITMAP, **HARDWARE, **SESSION}
 
 
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], bool]:
+    """Whether tests pass in a copy of the project as it is, found out once for each."""
+    copy = ProjectCopy(tmp_path_factory.mktemp("copies") / "untouched")
+    return cache(copy.passes)
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_call_of_the_log_is_missed(tmp_path: Path, name: str) -> None:
+def test_a_call_of_the_log_is_missed(tmp_path: Path, name: str, untouched: Callable[[str], bool]) -> None:
     mutation = MUTATIONS[name]
-    mutant = Mutant(tmp_path / "mutant", mutation)
+    assert untouched(mutation.seen_by), f"{mutation.seen_by} fails where nothing is missing"
+    mutant = ProjectCopy(tmp_path / "mutant")
+    mutant.mutate(mutation)
     missing = f"{mutation.seen_by} does not see that '{mutation.text.strip()}' is missing"
-    assert mutant.fails(mutation.seen_by), missing
+    assert not mutant.passes(mutation.seen_by), missing

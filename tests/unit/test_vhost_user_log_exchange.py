@@ -10,15 +10,17 @@ import pytest
 from datapath.vdpa import DeviceError, DeviceLostError, Ring
 from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES, PROTOCOL_FEATURES
 from datapath.vhost_user.log_exchange import QUIET, LogExchange
-from datapath.vhost_user.messages import LogArea, ProtocolError, ProtocolFeature, Request, VringState
+from datapath.vhost_user.messages import LogArea, ProtocolError, ProtocolFeature, Region, Request, VringState
 from datapath.virtio import bit
 from tests.harness.direct_front_end import DirectFrontEnd
-from tests.harness.front_end import BUFFERS, VIRTIO
+from tests.harness.front_end import BUFFERS, MEMORY_SIZE, USER, VIRTIO
 from tests.harness.recording_device import names
 from tests.harness.virtqueue import Buffer
 
 PAGE = 4096
 SIZE, OFFSET = 512, 4096
+#: A log in which all of guest memory counts as written.
+ALL_MARKED = (b"\xff" * (MEMORY_SIZE // PAGE // 8)).ljust(SIZE, b"\0")
 
 
 @pytest.fixture
@@ -215,6 +217,129 @@ def test_a_device_that_does_not_mark_lets_everything_count(
     assert sorted(qemu.device.rings) == [0, 1]
 
 
+@pytest.fixture
+def other() -> Iterator[int]:
+    """Another log."""
+    fd = os.memfd_create("other")
+    os.ftruncate(fd, OFFSET + SIZE)
+    yield fd
+    os.close(fd)
+
+
+def test_what_ran_while_nobody_marked_counts_in_the_next_log(
+    qemu: DirectFrontEnd, log: int, other: int
+) -> None:
+    qemu.device.failures["start_logging"] = DeviceError("cannot")
+    exchange(qemu, log, True)
+    del qemu.device.failures["start_logging"]
+    exchange(qemu, other, True)
+    assert qemu.backend.log_status.problem is None
+    assert os.pread(other, SIZE, OFFSET) == ALL_MARKED
+
+
+def test_what_ran_while_the_log_was_away_counts_in_the_next(
+    qemu: DirectFrontEnd, log: int, other: int
+) -> None:
+    exchange(qemu, log, True)
+    qemu.tell(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET))  # without a log
+    assert qemu.device.bitmap is None
+    exchange(qemu, other, True)
+    assert os.pread(other, SIZE, OFFSET) == ALL_MARKED
+
+
+def test_a_log_that_follows_one_in_which_the_device_marked_begins_empty(
+    qemu: DirectFrontEnd, log: int, other: int
+) -> None:
+    exchange(qemu, log, True)
+    exchange(qemu, other, True)
+    qemu.stop()
+    assert (marked(log), marked(other)) == (set(), set())
+
+
+BREAKING: dict[str, tuple[str, int, int]] = {
+    "a ring stops": ("stop_ring", 0, 0),
+    "a ring starts": ("start_ring", 0, 1),
+}
+
+
+@pytest.mark.parametrize("case", BREAKING)
+def test_a_device_that_fails_at_one_ring_lets_everything_count(
+    qemu: DirectFrontEnd, log: int, case: str
+) -> None:
+    call, index, enabled = BREAKING[case]
+    exchange(qemu, log, True)
+    qemu.tell(Request.SET_VRING_ENABLE, VringState(index, 1 - enabled))
+    qemu.tell(Request.GET_QUEUE_NUM)
+    assert marked(log) == set()
+    qemu.device.failures[call] = DeviceError("it broke")
+    with pytest.raises(DeviceError, match="it broke"):
+        qemu.tell(Request.SET_VRING_ENABLE, VringState(index, enabled))
+    assert os.pread(log, SIZE, OFFSET) == ALL_MARKED
+
+
+def test_a_device_that_can_neither_log_nor_stop_lets_everything_count(
+    qemu: DirectFrontEnd, log: int, other: int
+) -> None:
+    exchange(qemu, log, True)
+    qemu.device.failures.update(start_logging=DeviceError("cannot"), suspend=DeviceError("cannot stop"))
+    exchange(qemu, other, True)
+    assert os.pread(other, SIZE, OFFSET) == ALL_MARKED
+
+
+# How much of a log is used
+
+
+@pytest.fixture
+def vast() -> Iterator[int]:
+    """A file without an end, in which nothing is."""
+    fd = os.memfd_create("vast")
+    os.ftruncate(fd, 2**42)
+    yield fd
+    os.close(fd)
+
+
+def test_a_log_is_used_as_far_as_guest_memory_needs_it(qemu: DirectFrontEnd, vast: int) -> None:
+    qemu.tell(Request.SET_LOG_BASE, LogArea(2**42, 0), vast)
+    exchange(qemu, None, True)
+    assert qemu.device.calls == [("start_logging", PAGE)]
+    qemu.device.failures["suspend"] = DeviceError("it broke")
+    with pytest.raises(DeviceError, match="it broke"):
+        qemu.tell(Request.SET_STATUS, 0)
+    needed = MEMORY_SIZE // PAGE // 8
+    assert os.pread(vast, 2 * PAGE, 0).rstrip(b"\0") == b"\xff" * needed
+    assert os.fstat(vast).st_blocks * 512 == PAGE, "nothing is written further on"
+
+
+def test_memory_that_comes_later_is_logged_in_more_of_it(qemu: DirectFrontEnd, vast: int) -> None:
+    qemu.tell(Request.SET_LOG_BASE, LogArea(2**42, 0), vast)
+    exchange(qemu, None, True)
+    before = qemu.device.bitmap
+    assert before is not None
+    at = 8 * PAGE * PAGE  # where the first page of the log ends
+    region = Region(at, PAGE, USER + at, 0)
+    qemu.device.counters["log_missed"] = 1
+    qemu.tell(Request.ADD_MEM_REG, region, qemu.memory.fd)
+    qemu.tell(Request.REM_MEM_REG, region)
+    assert [call for call in qemu.device.calls if "logging" in call[0]] == [
+        ("start_logging", PAGE),
+        ("start_logging", 2 * PAGE),
+    ], "less memory needs no other log"
+    assert "1 written pages" in (qemu.backend.log_status.problem or ""), "it is the same log"
+    qemu.stop()
+    assert os.pread(vast, 2 * PAGE, 0) == bytes(2 * PAGE)
+
+
+def test_nobody_looks_at_the_bitmap_to_tell_how_writes_are_logged(
+    qemu: DirectFrontEnd, log: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scan() -> dict[str, int]:
+        raise AssertionError("statistics look at every page of the log")
+
+    monkeypatch.setattr(qemu.device, "statistics", scan)
+    exchange(qemu, log, True)
+    assert qemu.backend.log_status.problem is None
+
+
 # A session that finds logging begun
 
 
@@ -268,6 +393,25 @@ def test_what_an_earlier_session_may_have_had_written_is_marked_before_rings_run
     assert os.pread(log, OFFSET, 0) == bytes(OFFSET)
 
 
+def test_the_same_for_rings_that_start_one_by_one(restarted: DirectFrontEnd, log: int) -> None:
+    restarted.protocol &= ~bit(ProtocolFeature.STATUS)  # rings run from their kick on
+    restarted.connect()
+    restarted.enable()
+    restarted.tell(Request.SET_FEATURES, VIRTIO | F_PROTOCOL_FEATURES | F_LOG_ALL)
+    restarted.share_memory()
+    restarted.tell(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET), log)
+    receive, transmit = restarted.queues
+    restarted.set_up_ring(1)
+    assert marked(log) == {transmit.used // PAGE * PAGE}
+    restarted.set_up_ring(0)
+    assert [name for name in names(restarted.device) if "start" in name] == [
+        "start_logging",
+        "start",
+        "start_ring",
+    ]
+    assert marked(log) == WRITABLE | {queue.used // PAGE * PAGE for queue in (receive, transmit)}
+
+
 def test_a_session_that_begins_to_log_by_itself_marks_nothing_before(qemu: DirectFrontEnd, log: int) -> None:
     qemu.queues[0].add(Buffer(BUFFERS, 10, writable=True))
     exchange(qemu, log, True)
@@ -280,25 +424,25 @@ def test_rings_that_ran_without_the_log_count_for_everything(restarted: DirectFr
     restarted.protocol &= ~bit(ProtocolFeature.STATUS)
     restarted.connect()
     start_logged(restarted, log)  # without STATUS, rings run from their kick on
-    assert os.pread(log, SIZE, OFFSET) == b"\xff" * SIZE
+    assert os.pread(log, SIZE, OFFSET) == ALL_MARKED
 
 
 def test_too_many_descriptors_count_for_everything(restarted: DirectFrontEnd, log: int) -> None:
     for slot in range(20):
         restarted.queues[1].describe(slot + 20, Buffer(0, 2**32 - 1), flags=4)
     start_logged(restarted, log)
-    assert os.pread(log, SIZE, OFFSET) == b"\xff" * SIZE
+    assert os.pread(log, SIZE, OFFSET) == ALL_MARKED
 
 
-def test_a_log_that_is_let_go_with_the_rings_is_used_no_more(qemu: DirectFrontEnd, log: int) -> None:
+def test_a_log_that_is_let_go_with_the_rings_is_used_no_more(
+    qemu: DirectFrontEnd, log: int, other: int
+) -> None:
     """A guest that is paused on its way: STOP, then START with a log that comes late."""
     exchange(qemu, log, True)
     qemu.stop()
     qemu.device.calls.clear()
-    other = os.memfd_create("other")
-    os.ftruncate(other, OFFSET + SIZE)
     start_logged(qemu, other)
-    os.close(other)
+    assert marked(other) == set()
     assert names(qemu.device) == ["stop_logging", "start_logging", "start"]
 
 
