@@ -65,7 +65,7 @@ class Port:
         self._quit = False
         self._failure: str | None = None
         self._uplink = uplink
-        self._announcer = Announcer(uplink, self._announced)
+        self._announcer = Announcer(uplink, self._announced, options.mac)
         self._timing = Timing()
         self._log_status = LogStatus()
         selector.register(device.event_fd, selectors.EVENT_READ, self._device_event)

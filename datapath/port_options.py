@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from datapath.announce import parse_mac
 from datapath.uplink import UplinkSpec, UplinkSpecError
 from datapath.vdpa import DeviceSpec, DeviceSpecError, LogMode
 
@@ -32,6 +33,13 @@ def _log_mode(text: str) -> LogMode:
     except ValueError as error:
         modes = ", ".join(mode.value for mode in LogMode)
         raise argparse.ArgumentTypeError(f"'{text}' is not one of: {modes}") from error
+
+
+def _mac(text: str) -> bytes:
+    try:
+        return parse_mac(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _feature_mask(text: str) -> int:
@@ -105,6 +113,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=_uplink_spec,
         metavar="interface=NAME|nic=SOCKET,vf=N",
         help="where frames that announce the guest leave (default: nowhere)",
+    )
+    parser.add_argument(
+        "--mac",
+        type=_mac,
+        metavar="ADDRESS",
+        help="the guest's: no other is announced (default: any that the front-end names)",
     )
     parser.add_argument(
         "--print-capabilities", action="store_true", help="print what this program is, as JSON"

@@ -125,6 +125,12 @@ class Port:
         while self.state not in states:
             await self._transition.wait()
 
+    def arrived(self) -> None:
+        """The guest that the port was made for is here. Idempotent."""
+        if self.record.arriving:
+            self.record = replace(self.record, arriving=False)
+            self._save()
+
     async def query_status(self) -> dict[str, object]:
         """Ask the process how it is.
 
@@ -390,7 +396,7 @@ def port_arguments(record: Record) -> list[str]:
     if record.features is not None:
         arguments.append(f"--features={record.features:#x}")
     if record.uplink is not None and record.announce not in SILENT:
-        arguments.append(f"--uplink={record.uplink}")
+        arguments += [f"--uplink={record.uplink}", f"--mac={record.mac}"]
     return arguments
 
 

@@ -82,8 +82,10 @@ class Nic:
     def _send(self, arguments: Arguments) -> object:
         """Transmit a frame on behalf of whoever owns the VF, as a NIC's firmware could."""
         vf, text = self._named(arguments), arguments.get("frame")
+        if not isinstance(text, str):
+            raise CommandError(f"frame: {text!r} is not a text of hexadecimal digits")
         try:
-            vf.send(bytes.fromhex(text if isinstance(text, str) else "?"))
+            vf.send(bytes.fromhex(text))
         except ValueError as error:
             raise CommandError(f"frame: {error}") from error
         except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datapath.announce import MAX_PENDING, Announcer, parse_mac, rarp_frame
+from datapath.announce import MAX_PENDING, MAX_PER_SECOND, Announcer, parse_mac, rarp_frame
 from datapath.uplink import NicUplink, Outcome, Uplink, UplinkError, UplinkSpec, UplinkSpecError, open_uplink
 
 MAC = bytes.fromhex("525400123456")
@@ -68,6 +68,44 @@ def test_a_front_end_fills_no_memory() -> None:
     for number in range(100):
         announcer.announce(number.to_bytes(6, "big"), now=False)
     assert len(announcer._pending) == MAX_PENDING
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_nobody_else_is_announced(now: bool) -> None:
+    told: list[dict[str, object]] = []
+    uplink = PaperUplink()
+    announcer = Announcer(uplink, told.append, MAC)
+    announcer.announce(bytes.fromhex("525400999999"), now)
+    announcer.rings_run()
+    assert uplink.frames == []
+    problem = "it is not the guest's address"
+    assert told == [{"mac": "52:54:00:99:99:99", "sent": 0, "problem": problem}]
+    assert announcer.describe()["problem"] == problem
+    announcer.announce(MAC, now)
+    announcer.rings_run()
+    assert uplink.frames == [rarp_frame(MAC)]
+
+
+def test_a_group_is_never_announced() -> None:
+    uplink = PaperUplink()
+    Announcer(uplink, lambda told: None).announce(b"\xff" * 6, now=True)
+    assert uplink.frames == []
+
+
+def test_a_front_end_floods_neither_the_wire_nor_who_listens() -> None:
+    now = [5.0]
+    told: list[dict[str, object]] = []
+    uplink = PaperUplink()
+    announcer = Announcer(uplink, told.append, clock=lambda: now[0])
+    for _ in range(100):
+        announcer.announce(MAC, now=True)
+    assert len(uplink.frames) == MAX_PER_SECOND
+    assert len(told) == 2 * MAX_PER_SECOND
+    assert "announcements a second" in str(announcer.describe()["problem"])
+    now[0] += 1
+    announcer.announce(MAC, now=True)
+    assert len(uplink.frames) == MAX_PER_SECOND + 1
+    assert announcer.describe()["problem"] is None
 
 
 def test_without_an_uplink_it_is_dropped_and_told() -> None:

@@ -87,7 +87,7 @@ class TestCommandLine:
         ("announce", "told"), [("auto", True), ("rarp", True), ("guest", False), ("off", False)]
     )
     def test_an_uplink_where_the_port_may_announce(self, announce: str, told: bool) -> None:
-        expected = [f"--uplink={self.UPLINK}"] if told else []
+        expected = [f"--uplink={self.UPLINK}", f"--mac={MAC}"] if told else []
         assert self.options(announce=announce, uplink=self.UPLINK) == expected
 
 
