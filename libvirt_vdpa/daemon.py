@@ -67,7 +67,6 @@ class Daemon:
             self._monitors,
             Announcer(self._monitors.execute),
             lambda description: self._api.event("MIGRATION", description),
-            lambda uuid: self._lifecycle.arrived(uuid),
         )
         self._states = StateKeeper(self._supervisor, self._hypervisor, self._migrations.migrating)
         self._lifecycle = Lifecycle(config, self._inventory, self._supervisor, self._refresh_devices)
@@ -156,6 +155,7 @@ class Daemon:
         return {
             "hook": self._hook,
             "query-devices": self._query_devices,
+            "query-limits": self._query_limits,
             "query-migrations": self._query_migrations,
             "query-ports": self._query_ports,
             "query-status": self._query_status,
@@ -172,6 +172,10 @@ class Daemon:
         except LifecycleError as error:
             raise CommandError(str(error)) from None
         return {} if replacement is None else {"xml": replacement}
+
+    async def _query_limits(self, _arguments: Arguments) -> object:
+        # Answered from memory: a hook waits for it, and its time runs.
+        return {"hook-time-limit": self._config.hook_time_limit}
 
     async def _query_status(self, _arguments: Arguments) -> object:
         await self._refresh_devices()

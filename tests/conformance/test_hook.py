@@ -66,19 +66,19 @@ def call(
     )
 
 
-def status(limit: str) -> bytes:
+def limits(limit: str) -> bytes:
     """A daemon's answers up to its time limit, and its agreement."""
     return GREETING + YES + b'{"return": {"hook-time-limit": ' + limit.encode() + b"}}\n" + YES
 
 
 ODD = {
-    "null-limit": status("null"),
-    "list-limit": status("[]"),
-    "endless-limit": status("1e999"),
-    "no-number-limit": status("NaN"),
-    "long-limit": status("1e12"),
-    "negative-limit": status("-1"),
-    "huge-limit": status("1" + 400 * "0"),
+    "null-limit": limits("null"),
+    "list-limit": limits("[]"),
+    "endless-limit": limits("1e999"),
+    "no-number-limit": limits("NaN"),
+    "long-limit": limits("1e12"),
+    "negative-limit": limits("-1"),
+    "huge-limit": limits("1" + 400 * "0"),
     "nested": GREETING + 100_000 * b"[" + b"\n",
     "no-object": b"17\n",
     "no-json": b"hello\n",
