@@ -49,8 +49,9 @@ class Reconciler(Protocol):
 class Listener(Protocol):
     """Who is told what happens to domains; called in the event loop, for all domains of the host."""
 
-    def libvirt_found(self, jobs: Mapping[str, Mapping[str, object]]) -> None:
-        """libvirt has been reached; UUIDs of the running domains, and what is being done with each."""
+    def libvirt_found(self, jobs: Mapping[str, Mapping[str, object] | None]) -> None:
+        """libvirt has been reached; UUIDs of the running domains, and what is being done with each: empty
+        when that is nothing, None when it could not be told."""
 
     def lifecycle_event(self, uuid: str, event: int, detail: int) -> None:
         """VIR_DOMAIN_EVENT_ID_LIFECYCLE."""
@@ -237,10 +238,10 @@ class DomainWatcher:
         """Which domains run, and what is being done with them: what happened before is not told again."""
         if self._listener is None:
             return
-        jobs: dict[str, Mapping[str, object]] = {}
+        jobs: dict[str, Mapping[str, object] | None] = {}
         for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-            job: dict[str, object] = {}
-            # One that has ended since, or a driver that has no jobs.
+            job: dict[str, object] | None = None
+            # One that has ended since or is busy, or a driver that has no jobs.
             with contextlib.suppress(libvirt.libvirtError):
                 job = job_of(domain)
             jobs[domain.UUIDString()] = job

@@ -86,8 +86,6 @@ class Lifecycle:
         self._arrivals = arrivals or Arrivals(inventory)
         #: Whom to tell of migrations; set by whoever has both.
         self.migrations: Migrations | None = None
-        #: UUIDs of domains that are being migrated to this host: from `prepare` to `arrived`, or the end.
-        self.incoming: set[str] = set()
         #: Device strings of VFs of which it has been told that their guests cannot be announced.
         self._without_uplink: set[str] = set()
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -122,10 +120,6 @@ class Lifecycle:
             raise LifecycleError(str(error)) from None
         finally:
             self._forget(uuid, number)
-
-    def arrived(self, uuid: str) -> None:
-        """A domain that was migrated to this host runs here now."""
-        self.incoming.discard(uuid)
 
     def snapshot(self) -> Mapping[str, int]:
         """Domains that have ports, and where each stands: for a later `reconcile`."""
@@ -171,7 +165,6 @@ class Lifecycle:
 
     def _ended(self, uuid: str) -> None:
         """Whatever was going on with a domain is over."""
-        self.incoming.discard(uuid)
         if self.migrations is not None:
             self.migrations.ended(uuid)
 
@@ -190,8 +183,7 @@ class Lifecycle:
         try:
             for wanted in spec.ports:
                 state = expected.states.get(wanted.mac) if expected is not None else None
-                negotiated = state.negotiated if state is not None else None
-                made.append(self._make_port(spec, wanted, state, negotiated))
+                made.append(self._make_port(spec, wanted, state, expected))
             await all_of(
                 self._start_port(spec, wanted, port)
                 for wanted, port in zip(spec.ports, made, strict=True)
@@ -202,14 +194,8 @@ class Lifecycle:
             # For a cancellation as well: a failed prepare leaves nothing behind.
             await asyncio.shield(all_of(self._supervisor.release(port) for port in made))
             raise
-        self._expect_arrival(spec, expected)
-
-    def _expect_arrival(self, spec: DomainSpec, expected: Expected | None) -> None:
-        """Have it known, where this start is that of a QEMU to which a guest will migrate."""
-        if expected is not None and expected.migrating and spec.ports:
-            self.incoming.add(spec.uuid)
-            if self.migrations is not None:
-                self.migrations.incoming(spec.uuid)
+        if any(port.record.arriving for port in made) and self.migrations is not None:
+            self.migrations.incoming(spec.uuid)
 
     async def _start(self, name: str, xml: bytes) -> None:
         """QEMU will make the sockets of server mode next, and wait on them until we connect."""
@@ -296,12 +282,12 @@ class Lifecycle:
         spec: DomainSpec,
         wanted: PortSpec,
         state: InterfaceState | None,
-        negotiated: int | None = None,
+        expected: Expected | None = None,
     ) -> Port:
         """Lend a VF and make the port that holds it, without a process.
 
         :param state: what the guest that is to use it, and runs already, knows of its VF.
-        :param negotiated: the features of a guest that comes from elsewhere.
+        :param expected: the guest, when it is yet to come.
         """
         holder = Holder(spec.name, spec.uuid, wanted.mac)
         try:
@@ -319,7 +305,8 @@ class Lifecycle:
             control=str(control_path(self._config.run_folder, spec.uuid, wanted.mac)),
             log=str(self._config.log_folder / log_name(spec.name, wanted.mac)),
             features=state.offered | (state.negotiated or 0) if state is not None else None,
-            negotiated=negotiated,
+            negotiated=state.negotiated if state is not None and expected is not None else None,
+            arriving=expected is not None and expected.migrating,
             link_up=wanted.link_up,
             log_mode=wanted.migration,
             announce=wanted.announce,

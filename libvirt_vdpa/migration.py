@@ -45,7 +45,7 @@ STATUSES = {
 #: Phases in which a port that runs must log.
 LOGGED = (Phase.STARTING, Phase.COPYING)
 #: Phases in which libvirt knows of a job.
-ACTIVE = (*LOGGED, Phase.SWITCHING, Phase.ENDING)
+ACTIVE = (*LOGGED, Phase.SWITCHING, Phase.LEAVING, Phase.ENDING)
 #: How the problem of a port begins that has ended a migration.
 ENDED = "migration ended: "
 
@@ -132,21 +132,18 @@ class Migrations:
         monitors: GuestMonitors,
         announcer: Announcer,
         tell: Callable[[dict[str, object]], None],
-        arrived: Callable[[str], None],
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """None is under way.
 
         :param tell: called with a description whenever one has changed.
-        :param arrived: called with a domain's UUID when it has come here.
         """
         self._supervisor = supervisor
         self._hypervisor = hypervisor
         self._monitors = monitors
         self._announcer = announcer
         self._notify = tell
-        self._arrived = arrived
         self._limits = limits or Limits()
         self._clock = clock
         #: UUID -> the migration that is under way, or was the last.
@@ -186,6 +183,10 @@ class Migrations:
 
     def incoming(self, uuid: str) -> None:
         """The domain is about to be started here as the destination of a migration. Idempotent."""
+        migration = self._current.get(uuid)
+        if migration is not None and migration.side == "source":
+            # It was followed until libvirt says more; what is here now is another QEMU, or none yet.
+            self._feed(migration, Happening.GONE, "the domain has ended")
         if not self.migrating(uuid):
             self._begin(uuid, "destination")
 
@@ -206,23 +207,33 @@ class Migrations:
 
     # Told by libvirt and QEMU: events.Listener
 
-    def libvirt_found(self, jobs: Mapping[str, Mapping[str, object]]) -> None:
+    def libvirt_found(self, jobs: Mapping[str, Mapping[str, object] | None]) -> None:
         """Take up what has happened while nobody told us."""
         for uuid, job in jobs.items():
             if not self._supervisor.of_domain(uuid):
                 continue
             self._monitors.follow(uuid)
             self._started.add(uuid)
-            side = job.get("side")
-            if side == "destination":
+            if job is None:
+                continue
+            if job.get("side") == "destination":
                 self.incoming(uuid)
-            elif side == "source":
+            # A job that passes over the memory is a migration to QEMU, whatever it is to libvirt.
+            elif job.get("side") == "source" or job.get("memory_iteration"):
                 self.monitor_event(uuid, "MIGRATION", {"status": "active"})
-            elif self.migrating(uuid):
+            elif any(port.record.arriving for port in self._supervisor.of_domain(uuid)):
+                self._found_here(uuid)
+            elif not job and self.migrating(uuid):
                 self._nothing_is_done(self._current[uuid])
         for uuid, migration in self._current.items():
             if uuid not in jobs and migration.side == "source":
                 self._feed(migration, Happening.GONE, "the domain ended while libvirt was away")
+
+    def _found_here(self, uuid: str) -> None:
+        """A guest has come here, and nobody has told us."""
+        if not self.migrating(uuid):
+            self._begin(uuid, "destination")
+        self._feed(self._current[uuid], Happening.RUNS)
 
     def lifecycle_event(self, uuid: str, event: int, detail: int) -> None:
         """A domain was started, stopped, suspended, or resumed."""
@@ -236,10 +247,7 @@ class Migrations:
         if (migration := self._current.get(uuid)) is None:
             return
         if event == libvirt.VIR_DOMAIN_EVENT_RESUMED:
-            if migration.phase is Phase.LEAVING and migration.operation not in (None, "migration"):
-                # It was only written to a file.
-                self._feed(migration, Happening.LEFT)
-            self._feed(migration, Happening.RUNS, "the destination could not go on; the guest runs here")
+            self._stays(migration, Happening.RUNS, "the destination could not go on; the guest runs here")
         elif event == libvirt.VIR_DOMAIN_EVENT_SUSPENDED:
             if migration.side == "source" and detail == libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED:
                 self._feed(migration, Happening.SWITCH)
@@ -270,6 +278,8 @@ class Migrations:
         status = data.get("status")
         if name != "MIGRATION" or not isinstance(status, str):
             return
+        if status == "setup" and (migration := self._current.get(uuid)) is not None:
+            self._stays(migration, Happening.AGAIN, "another migration has begun")
         # Only a beginning begins one: what comes later than its end belongs to the one that has ended.
         if status in ("setup", "active") and not self.migrating(uuid) and self._supervisor.of_domain(uuid):
             # A restored domain arrives as well.
@@ -298,6 +308,8 @@ class Migrations:
         for port in ports:
             if port.problem.startswith(ENDED):
                 port.problem = ""
+            if side == "source":
+                port.arrived()  # or it could not leave
         migration = self._current[uuid] = Migration(uuid, side, ports)
         logger.info("domain '%s': migration: %s: begins", migration.domain, side)
         self._tell(migration)
@@ -323,6 +335,13 @@ class Migrations:
         self._tell(migration)
         if migration.phase not in ENDS:
             self._judge(migration)
+
+    def _stays(self, migration: Migration, happening: Happening, reason: str) -> None:
+        """Something happens that shows that the guest is still on this host."""
+        if migration.phase is Phase.LEAVING and migration.operation not in (None, "migration"):
+            # It was only written to a file.
+            self._feed(migration, Happening.LEFT)
+        self._feed(migration, happening, reason)
 
     async def _feed_later(self, migration: Migration, happening: Happening, reason: str) -> None:
         await asyncio.sleep(self._limits.grace)
@@ -370,7 +389,9 @@ class Migrations:
         if migration.side != "source":
             return
         try:
-            if self._monitors.has(migration.uuid) and migration.operation is not None:
+            by_qemu = self._monitors.has(migration.uuid) and migration.operation is not None
+            # Whether the guest has left is libvirt's to say.
+            if by_qemu and migration.phase is not Phase.LEAVING:
                 answer = await self._monitors.execute(migration.uuid, "query-migrate")
                 if isinstance(answer, Mapping):
                     migration.progress.update(from_qemu(answer))
@@ -385,9 +406,9 @@ class Migrations:
             self._nothing_is_done(migration)
 
     def _nothing_is_done(self, migration: Migration) -> None:
-        """libvirt does nothing with the domain: a migration that was active has failed."""
+        """libvirt does nothing with the domain, and it is here: a migration that was active has failed."""
         if migration.phase in ACTIVE:
-            self._feed(migration, Happening.STOPPED, "libvirt has ended it")
+            self._stays(migration, Happening.STOPPED, "libvirt has ended it")
 
     def _judge(self, migration: Migration) -> None:
         """Draw conclusions from what the ports are doing."""
@@ -464,7 +485,13 @@ class Migrations:
             await self._hypervisor.abort_job(uuid)
 
     def _refuse(self, migration: Migration) -> None:
-        self._start(self._repeat(migration, Phase.REFUSING, self._hypervisor.destroy_incoming))
+        self._start(self._repeat(migration, Phase.REFUSING, self._refuse_once))
+
+    async def _refuse_once(self, uuid: str) -> None:
+        # What libvirt says of a domain is not enough to destroy it: one that leaves looks much the same.
+        if not any(port.record.arriving for port in self._supervisor.of_domain(uuid)):
+            raise HypervisorError("no port of it was made for a guest that is to come")
+        await self._hypervisor.destroy_incoming(uuid)
 
     async def _repeat(
         self, migration: Migration, phase: Phase, work: Callable[[str], Awaitable[None]]
@@ -483,7 +510,8 @@ class Migrations:
     def _welcome(self, migration: Migration) -> None:
         ports = self._supervisor.of_domain(migration.uuid)
         self._late |= {port.record.key for port in ports if not connected(port)}
-        self._arrived(migration.uuid)
+        for port in ports:
+            port.arrived()
         self._announcer.arrived(migration.uuid, [port for port in ports if connected(port)])
         self._finish(migration)
 
@@ -550,9 +578,6 @@ class Migrations:
 
 ACTIONS: dict[Action, Callable[[Migrations, Migration], None]] = {
     Action.NONE: lambda migrations, migration: None,
-    # The time runs from the first look that finds a port not ready.
-    Action.AWAIT_LOGS: lambda migrations, migration: None,
-    Action.AWAIT_QUIET: lambda migrations, migration: None,
     Action.TAKE_FIGURES: Migrations._take_figures,
     Action.CANCEL: Migrations._cancel,
     Action.REFUSE: Migrations._refuse,

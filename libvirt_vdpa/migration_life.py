@@ -14,8 +14,8 @@ and libvirt's beside them.
                                   failed
 
     destination:  incoming -> arriving -> completed
-                     |
-                  refusing -> failed                                     a port cannot be brought back
+                     |           |
+                  refusing ------+-> failed                              a port cannot be brought back
 """
 
 from enum import Enum
@@ -63,7 +63,7 @@ class Happening(Enum):
     SWITCH = "switch"
     #: QEMU's status: all was sent, or has arrived.
     SENT = "sent"
-    #: QEMU's status: failed or cancelled; or libvirt knows of no job any more.
+    #: QEMU's status: failed or cancelled; or libvirt knows of no job any more, and the domain is here.
     STOPPED = "stopped"
     #: Every port that runs marks what it writes.
     LOGGING = "logging"
@@ -73,7 +73,9 @@ class Happening(Enum):
     QUIET = "quiet"
     #: The guest runs (again) on this host, or could: it is paused by its user.
     RUNS = "runs"
-    #: The domain's QEMU has left this host, for the other one.
+    #: Another migration of the domain has begun.
+    AGAIN = "again"
+    #: The domain's QEMU has left this host, for the other one. At a destination it was an earlier one.
     LEFT = "left"
     #: The domain's QEMU has left this host in any other way.
     GONE = "gone"
@@ -83,14 +85,10 @@ class Action(Enum):
     """What is to be done."""
 
     NONE = "none"
-    #: Give the ports some time to log.
-    AWAIT_LOGS = "await-logs"
     #: Take down what the ports have done, before they end.
     TAKE_FIGURES = "take-figures"
     #: Cancel the migration, until it has stopped.
     CANCEL = "cancel"
-    #: Give the ports some time to stop logging.
-    AWAIT_QUIET = "await-quiet"
     #: End the incoming domain, until it has ended.
     REFUSE = "refuse"
     #: Announce the guest, and take down how long the ports took.
@@ -103,7 +101,7 @@ Steps = dict[Happening, tuple[Phase, Action]]
 
 #: What may happen at the source in every phase before the guest has gone.
 STAYS: Steps = {
-    Happening.STOPPED: (Phase.RETURNING, Action.AWAIT_QUIET),
+    Happening.STOPPED: (Phase.RETURNING, Action.NONE),
     Happening.SENT: (Phase.LEAVING, Action.TAKE_FIGURES),
     Happening.LEFT: (Phase.COMPLETED, Action.FINISH),
     Happening.GONE: (Phase.FAILED, Action.FINISH),
@@ -111,7 +109,7 @@ STAYS: Steps = {
 TRANSITIONS: dict[Phase, Steps] = {
     Phase.SETUP: {
         **STAYS,
-        Happening.ACTIVE: (Phase.STARTING, Action.AWAIT_LOGS),
+        Happening.ACTIVE: (Phase.STARTING, Action.NONE),
         Happening.SWITCH: (Phase.SWITCHING, Action.TAKE_FIGURES),
     },
     Phase.STARTING: {
@@ -129,37 +127,37 @@ TRANSITIONS: dict[Phase, Steps] = {
         **STAYS,
         # There is hardly time, but a guest that has lost writes had better stay.
         Happening.PROBLEM: (Phase.ENDING, Action.CANCEL),
-        Happening.RUNS: (Phase.RETURNING, Action.AWAIT_QUIET),
+        Happening.RUNS: (Phase.RETURNING, Action.NONE),
     },
     Phase.LEAVING: {
         Happening.LEFT: (Phase.COMPLETED, Action.FINISH),
         Happening.GONE: (Phase.COMPLETED, Action.FINISH),
         # The destination could not go on with what it got: libvirt lets the guest run here.
-        Happening.RUNS: (Phase.RETURNING, Action.AWAIT_QUIET),
-        Happening.STOPPED: (Phase.RETURNING, Action.AWAIT_QUIET),
+        Happening.RUNS: (Phase.RETURNING, Action.NONE),
+        Happening.STOPPED: (Phase.RETURNING, Action.NONE),
+        Happening.AGAIN: (Phase.FAILED, Action.FINISH),
     },
-    Phase.ENDING: {**STAYS, Happening.RUNS: (Phase.RETURNING, Action.AWAIT_QUIET)},
+    Phase.ENDING: {**STAYS, Happening.RUNS: (Phase.RETURNING, Action.NONE)},
     Phase.RETURNING: {
         Happening.QUIET: (Phase.FAILED, Action.FINISH),
-        Happening.LEFT: (Phase.FAILED, Action.FINISH),
+        Happening.AGAIN: (Phase.FAILED, Action.FINISH),
+        Happening.LEFT: (Phase.COMPLETED, Action.FINISH),
         Happening.GONE: (Phase.FAILED, Action.FINISH),
     },
     Phase.INCOMING: {
         Happening.SENT: (Phase.ARRIVING, Action.NONE),
         Happening.RUNS: (Phase.COMPLETED, Action.WELCOME),
         Happening.PROBLEM: (Phase.REFUSING, Action.REFUSE),
-        Happening.LEFT: (Phase.FAILED, Action.FINISH),
         Happening.GONE: (Phase.FAILED, Action.FINISH),
     },
     Phase.ARRIVING: {
         Happening.RUNS: (Phase.COMPLETED, Action.WELCOME),
-        Happening.LEFT: (Phase.FAILED, Action.FINISH),
         Happening.GONE: (Phase.FAILED, Action.FINISH),
     },
     Phase.REFUSING: {
-        # It was too late: the guest runs here, with or without its port.
+        # It is too late: the guest may run here any moment, with or without its port.
+        Happening.SENT: (Phase.ARRIVING, Action.NONE),
         Happening.RUNS: (Phase.COMPLETED, Action.WELCOME),
-        Happening.LEFT: (Phase.FAILED, Action.FINISH),
         Happening.GONE: (Phase.FAILED, Action.FINISH),
     },
     Phase.COMPLETED: {},

@@ -215,6 +215,8 @@ class Record:
     features: int | None = None
     #: Virtio features that the guest had negotiated when it came here; None when it was started here.
     negotiated: int | None = None
+    #: Whether it was made for a guest that is to come from another host, and has not yet.
+    arriving: bool = False
     #: Whether the guest is to see a link.
     link_up: bool = True
     #: Who marks the pages that the VF writes while the guest migrates: a LogMode's value.

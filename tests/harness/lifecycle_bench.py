@@ -164,7 +164,7 @@ class Bench:
     @property
     def clean(self) -> bool:
         """Whether nothing is left but, maybe, promises."""
-        return not self.supervisor.ports and not self.lent and not self.lifecycle.incoming
+        return not self.supervisor.ports and not self.lent
 
 
 def with_state(*states: InterfaceState, xml: bytes = DEMO) -> bytes:

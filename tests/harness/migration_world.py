@@ -35,6 +35,7 @@ class FakePort:
             pid=1,
             announce=announce,
             negotiated=None,
+            arriving=False,
             link_up=True,
         )
         #: Commands that it was given.
@@ -47,6 +48,9 @@ class FakePort:
             "front_end": True,
             "log": {"wanted": False, "mode": None, "problem": None, "pages": 100, "missed": 0},
         }
+
+    def arrived(self) -> None:
+        self.record.arriving = False
 
     async def query_status(self) -> None:
         return None
@@ -127,7 +131,6 @@ class World:
             cast(Any, self.monitors),
             cast(Any, announcer),
             self.told.append,
-            lambda uuid: self.announced.append(("is here", uuid)),
             LIMITS,
             lambda: self.now,
         )

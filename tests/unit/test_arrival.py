@@ -38,11 +38,9 @@ class TestArrival:
         assert (bench.clean, bench.promised, bench.probed) == (True, [MAC], [VF0])
         bench.hook("prepare", xml=xml)
         assert (bench.lent, bench.promised, bench.states) == (1, [], [State.SERVING])
-        assert bench.lifecycle.incoming == {DEMO_UUID}
+        assert bench.records[0].arriving
         assert bench.migrations.told == ["incoming"]
         bench.hook("start", "started", xml=xml)
-        bench.lifecycle.arrived(DEMO_UUID)
-        assert bench.lifecycle.incoming == set()
 
     @pytest.mark.parametrize("operation", ["migrate", "restore"])
     def test_the_port_offers_what_the_source_did(self, bench: Bench, operation: str) -> None:
@@ -54,20 +52,19 @@ class TestArrival:
         bench.hook("prepare", xml=with_state(STATE))
         (record,) = bench.records
         assert (record.features, record.negotiated) == (None, None)
-        assert (bench.lifecycle.incoming, bench.migrations.told) == (set(), [])
+        assert (bench.records[0].arriving, bench.migrations.told) == (False, [])
 
     def test_what_comes_from_a_file_is_not_incoming(self, bench: Bench) -> None:
         bench.hook("restore", xml=with_state(STATE))
         assert (bench.clean, bench.promised) == (True, [MAC])
         bench.hook("prepare", xml=with_state(STATE))
-        assert (bench.lifecycle.incoming, bench.migrations.told) == (set(), [])
+        assert (bench.records[0].arriving, bench.migrations.told) == (False, [])
         assert "not shared" in bench.refused("restore", DEMO.replace(b"'shared'", b"'private'"))
 
     @pytest.mark.parametrize("end", [("stopped",), ("release",), ("stopped", "release")])
     def test_a_migration_that_fails_leaves_nothing(self, bench: Bench, end: tuple[str, ...]) -> None:
         bench.hook("migrate", "prepare", xml=with_state(STATE))
         bench.hook(*end)
-        assert bench.lifecycle.incoming == set()
         assert bench.migrations.told == ["incoming", *("ended" for _ in end)]
         assert bench.clean == ("release" in end)
 
@@ -93,7 +90,7 @@ class TestArrival:
         bench.now += PROMISE_LIMIT
         assert bench.promised == []
         bench.hook("prepare", xml=with_state(STATE))
-        assert (bench.records[0].features, bench.lifecycle.incoming) == (None, set())
+        assert (bench.records[0].features, bench.records[0].arriving) == (None, False)
 
     def test_a_second_migrate_takes_the_place_of_the_first(self, bench: Bench) -> None:
         bench.hook("migrate", "migrate", xml=with_state(STATE))
@@ -159,7 +156,7 @@ class TestArrival:
         before = bench.records
         bench.hook("reconnect", xml=with_state(STATE))
         assert (bench.records, bench.states, bench.supervisor.released) == (before, [State.SERVING], [])
-        assert (bench.lifecycle.incoming, bench.migrations.told) == ({DEMO_UUID}, ["incoming"])
+        assert (bench.records[0].arriving, bench.migrations.told) == (True, ["incoming"])
 
     def test_a_port_that_a_running_guest_lacks_offers_what_the_guest_knows(self, bench: Bench) -> None:
         bench.hook("reconnect", xml=with_state(STATE))

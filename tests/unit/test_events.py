@@ -115,7 +115,7 @@ class Listener:
             while await self.told.get() != expected:
                 pass
 
-    def libvirt_found(self, jobs: Mapping[str, Mapping[str, object]]) -> None:
+    def libvirt_found(self, jobs: Mapping[str, Mapping[str, object] | None]) -> None:
         self.told.put_nowait(("found", dict(jobs)))
 
     def lifecycle_event(self, uuid: str, event: int, detail: int) -> None:
@@ -147,7 +147,7 @@ def test_tells_what_happens_and_calls_libvirt(domain: libvirt.virDomain) -> None
         watcher = DomainWatcher(URI, Recorder(), asyncio.get_running_loop(), hypervisor, listener)
         watcher.start()
         async with asyncio.timeout(10):
-            await listener.until("found", {uuid: {}})
+            await listener.until("found", {uuid: None})
             assert hypervisor.writable
             await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
             await listener.until("metadata", uuid, NAMESPACE)
@@ -186,7 +186,7 @@ def test_a_libvirt_that_may_only_be_read(
         watcher.start()
         async with asyncio.timeout(10):
             uuid = domain.UUIDString()
-            await listener.until("found", {uuid: {}})
+            await listener.until("found", {uuid: None})
             assert not hypervisor.writable
             with pytest.raises(HypervisorError, match="libvirt: setMetadata: "):
                 await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
@@ -213,7 +213,7 @@ def test_a_call_that_hangs_keeps_nobody(domain: libvirt.virDomain, monkeypatch: 
         watcher.start()
         async with asyncio.timeout(10):
             uuid = domain.UUIDString()
-            await listener.until("found", {uuid: {}})
+            await listener.until("found", {uuid: None})
             with pytest.raises(HypervisorError, match=r"has not answered setMetadata within 0\.05 s"):
                 await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
             # Others are answered, and events come, while it still hangs.
