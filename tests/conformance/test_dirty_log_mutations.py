@@ -13,6 +13,7 @@ from tests.harness.mutants import Mutation, ProjectCopy
 
 pytestmark = [pytest.mark.full, pytest.mark.dpdk]
 
+HARDWARE_LOG = "tests/unit/test_hardware_log.py"
 RELAY = "tests/unit/test_shadow_log.py"
 _PAGES = "tests/conformance/test_dirty_log_pages.py::test_the_last_thing_written_is_in_the_log"
 OFFERED = f"{_PAGES}[event-idx-ifcvf-software-buffers are offered]"
@@ -111,6 +112,23 @@ HARDWARE = {
         f"{NATIVE}/device_log.c", "    log_mark(&range->log, range->address, range->length);", BY_VF
     ),
     "the end of a range": Mutation(f"{NATIVE}/device_log.c", "    log_flush(&range->log);", BY_VF),
+    "used rings of rings that stop": Mutation(
+        f"{DRIVERS}/virtio_net.py",
+        "        self._log.rings_stopped(self._rings[index] for index in rings)\n",
+        BY_VF,
+    ),
+    "used rings of a VF that fails": Mutation(
+        f"{DRIVERS}/virtio_net.py", "        self._log.rings_stopped(self._rings.values())\n", HARDWARE_LOG
+    ),
+    "the VF is told after a reset": Mutation(
+        f"{DRIVERS}/virtio_net.py",
+        "            if not self._log.function_starts():\n",
+        HARDWARE_LOG,
+        "            if not placed:\n",
+    ),
+    "the VF is heard": Mutation(
+        f"{DRIVERS}/ifcvf.py", "        if read != value:\n", HARDWARE_LOG, "        if read > 1:\n"
+    ),
     "the VF is told": Mutation(
         f"{DRIVERS}/dirty_logging.py",
         "            self._registers.switch_on(*self._log.span)",
