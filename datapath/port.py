@@ -59,6 +59,8 @@ class Port:
         self._selector = selector
         self._connection: Connection | None = None
         self._control: ControlServer | None = None
+        #: What the guest accepted before it came here, as long as a front-end may need to be told.
+        self._negotiated: int | None = options.negotiated
         self._state = "waiting"
         self._last_error: str | None = None
         self._connections = 0
@@ -146,7 +148,7 @@ class Port:
             self._options.features,
             self._log,
             announce=self._announce_guest,
-            negotiated=self._options.negotiated,
+            negotiated=self._negotiated,
             timing=self._timing,
         )
         self._connection = Connection(sock, backend)
@@ -192,6 +194,7 @@ class Port:
         self._selector.unregister(connection.socket)
         self._log(reason)
         connection.close()
+        self._negotiated = connection.backend.former
         self._tell_log()
         self._enter("waiting", reason)
         untold = connection.backend.exchange.failure

@@ -90,12 +90,16 @@ class Backend:
         :param offer: mask of the virtio features to offer, of those that the device has.
         :param report: told, in a line, what an operator should know.
         :param announce: told the address of a guest that has moved here, before or after its rings run.
-        :param negotiated: what a guest that moves here has accepted, for a front-end that has forgotten it.
+        :param negotiated: what a guest that moves here has accepted, see `former`.
         :param timing: where what is done is timed.
         """
         self.device = device
         self.offered = device.features & offer | F_PROTOCOL_FEATURES
         self.acked: int | None = None
+        #: What a guest that moved here had accepted, for a front-end that has forgotten it. One that starts
+        #: rings with features of its own has not, and from then on they are the guest's of now.
+        self.former = negotiated
+        self._forgetful = False
         self.protocol_features = 0
         self.status = 0
         self.memory = GuestMemory()
@@ -103,7 +107,6 @@ class Backend:
         self.exchange = LogExchange()
         self._report = report
         self._announce = announce
-        self._negotiated = negotiated
         self._timing = timing or Timing()
         self._marking = Marking(device, self.memory, self._timing, report)
         self._back_channel: int | None = None
@@ -245,6 +248,8 @@ class Backend:
             self.device.start(self.acked & ~VHOST_FEATURES, placed)
         for ring in rings:
             ring.begin(placed[ring.index])
+        if not self._forgetful:
+            self.former = None
 
     def _suspend(self) -> None:
         """Stop every ring that runs and note where it stands."""
@@ -291,13 +296,14 @@ class Backend:
     def _remembered(self, features: int) -> int:
         """What the guest accepted, where its front-end has lost that: QEMU does (7.2, at least) when the
         back-end was away while the guest's state arrived, and sends hardly any feature from then on."""
-        if self._negotiated is None or features & F_VERSION_1 or not self._negotiated & F_VERSION_1:
+        self._forgetful = not features & F_VERSION_1
+        if not self._forgetful or self.former is None or not self.former & F_VERSION_1:
             return features
         if self.acked is None:
             self._report(
                 "the front-end has forgotten what the guest accepted; it is taken from its former host"
             )
-        return self._negotiated & ~VHOST_FEATURES | features & VHOST_FEATURES
+        return self.former & ~VHOST_FEATURES | features & VHOST_FEATURES
 
     def _get_protocol_features(self, _message: Message) -> int:
         return PROTOCOL_FEATURES

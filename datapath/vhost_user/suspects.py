@@ -2,7 +2,8 @@
 
 When a port dies while writes are logged, its VF may have filled buffers that nobody marked. All of them are
 still described in the rings: a buffer leaves the descriptor table after the guest has seen it used, and it is
-marked before. So every buffer that a descriptor lets the device write counts as written, and the used ring.
+marked before. The relay sees to that; of a VF that marks by itself it is assumed (docs/drivers/ifcvf.md). So
+every buffer that a descriptor lets the device write counts as written, and the used ring.
 
 Guest memory is read through its descriptor and trusted in nothing: chains are not followed, each entry of a
 table is taken for itself, indirect tables are as long as a ring at most and their entries no further ones.

@@ -98,3 +98,25 @@ def test_nothing_is_lost_or_doubled(nic: EmulatedNic, tmp_path: Path, mode: str,
             gone += seen(wires[1 - turn % 2])
         assert gone == list(range(FRAMES * 6))
     os.close(log)
+
+
+def test_what_the_guest_had_accepted_is_for_a_front_end_that_never_knew(
+    nic: EmulatedNic, tmp_path: Path
+) -> None:
+    """QEMU that came too late for its guest's features goes on without; a guest that boots has its own."""
+    with PortProcess(tmp_path, nic.device(0), f"--negotiated={VIRTIO:#x}") as port:
+
+        def serve(features: int) -> None:
+            with closing(SocketFrontEnd.dial(port.socket)) as peer:
+                peer.connect()
+                peer.start(features)
+            port.wait_state("waiting")
+
+        for _ in range(2):
+            serve(0)
+            assert port.status()["last_error"] is None
+        serve(VIRTIO)
+        assert port.status()["last_error"] is None
+        with pytest.raises(ConnectionError):
+            serve(0)
+        assert "did not accept VERSION_1" in str(port.status()["last_error"])

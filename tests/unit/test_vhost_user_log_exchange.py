@@ -458,4 +458,7 @@ def test_forgotten_features_are_taken_from_the_former_host() -> None:
     peer.stop()
     peer.start(bit(32), share=False)
     assert peer.backend.acked == bit(32) | F_PROTOCOL_FEATURES, "who remembers is believed"
+    peer.stop()
+    peer.start(0, share=False)
+    assert peer.backend.acked == F_PROTOCOL_FEATURES, "then it is another driver in the guest"
     peer.close()
