@@ -62,9 +62,6 @@ class Listener(Protocol):
     def job_event(self, uuid: str, figures: Mapping[str, object]) -> None:
         """VIR_DOMAIN_EVENT_ID_JOB_COMPLETED: a job has ended well; its figures."""
 
-    def metadata_event(self, uuid: str, namespace: str) -> None:
-        """VIR_DOMAIN_EVENT_ID_METADATA_CHANGE of an element of that namespace."""
-
     def monitor_event(self, uuid: str, name: str, data: Mapping[str, object]) -> None:
         """One of MONITOR_EVENTS, from QEMU."""
 
@@ -95,6 +92,8 @@ class DomainWatcher:
         #: When there may be ports to release though nothing has happened; by the monotonic clock.
         self._look_again = math.inf
         self._lost = threading.Event()
+        #: Compares ports with domains; that may wait for hooks, and for libvirt, which waits for hooks.
+        self._reconciling: threading.Thread | None = None
         self._complained = False
         self._told_read_only = False
         self._thread = threading.Thread(target=self._run, name="libvirt", daemon=True)
@@ -147,9 +146,7 @@ class DomainWatcher:
             self._hypervisor.attach(connection, writable=writable)
             self._tell_found(connection)
             while not self._stopping.is_set() and not self._lost.is_set():
-                if self._due.is_set() or time.monotonic() >= self._look_again:
-                    self._due.clear()
-                    self._reconcile(connection)
+                self._reconcile_if_due(connection)
                 libvirt.virEventRunDefaultImpl()
             if self._lost.is_set():
                 logger.warning("libvirt (%s): connection lost", self._uri)
@@ -179,7 +176,6 @@ class DomainWatcher:
             libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE: self._lifecycle_event,
             libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION: self._iteration_event,
             libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED: self._job_event,
-            libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE: self._metadata_event,
         }
         for number, handler in handlers.items():
             connection.domainEventRegisterAny(None, number, handler, None)
@@ -214,12 +210,6 @@ class DomainWatcher:
         if self._listener is not None:
             self._tell(self._listener.job_event, domain.UUIDString(), dict(figures))
 
-    def _metadata_event(
-        self, _connection: object, domain: libvirt.virDomain, _kind: int, namespace: str, _opaque: object
-    ) -> None:
-        if self._listener is not None:
-            self._tell(self._listener.metadata_event, domain.UUIDString(), namespace or "")
-
     def _monitor_event(
         self,
         _connection: object,
@@ -252,18 +242,45 @@ class DomainWatcher:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(call, *arguments)
 
+    def _reconcile_if_due(self, connection: libvirt.virConnect) -> None:
+        """Begin to reconcile if there may be something to do; libvirt is listened to meanwhile."""
+        if self._reconciling is not None and self._reconciling.is_alive():
+            return
+        if self._due.is_set() or time.monotonic() >= self._look_again:
+            self._due.clear()
+            self._look_again = math.inf
+            work = threading.Thread(
+                target=self._reconcile, args=(connection,), name="libvirt reconcile", daemon=True
+            )
+            self._reconciling = work
+            work.start()
+
+    # In a thread of its own
+
     def _reconcile(self, connection: libvirt.virConnect) -> None:
-        """Compare the ports with the running domains, as they were not before the snapshot."""
-        self._look_again = math.inf
+        """Compare the ports with the running domains; again later where that fails or something is left."""
+        done = False
+        try:
+            done = self._reconcile_once(connection)
+        except libvirt.libvirtError as error:
+            logger.debug("libvirt (%s): %s", self._uri, error)
+        except RuntimeError:
+            # The daemon's event loop has ended meanwhile.
+            if not self._stopping.is_set():
+                raise
+        if not done:
+            self._look_again = time.monotonic() + LOOK_AGAIN_INTERVAL
+
+    def _reconcile_once(self, connection: libvirt.virConnect) -> bool:
+        """Whether nothing is left to do; the running domains are as they were not before the snapshot."""
         snapshot = self._in_loop(self._snapshot())
         if not snapshot:
-            return
+            return True
         running = {
             domain.UUIDString()
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         }
-        if not self._in_loop(self._reconciler.reconcile(running, snapshot)):
-            self._look_again = time.monotonic() + LOOK_AGAIN_INTERVAL
+        return self._in_loop(self._reconciler.reconcile(running, snapshot))
 
     async def _snapshot(self) -> Mapping[str, int]:
         return self._reconciler.snapshot()

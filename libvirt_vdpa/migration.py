@@ -270,9 +270,6 @@ class Migrations:
             migration.progress.update(from_libvirt(figures))
             migration.counted.set()
 
-    def metadata_event(self, uuid: str, namespace: str) -> None:
-        """Nothing of a migration's."""
-
     def monitor_event(self, uuid: str, name: str, data: Mapping[str, object]) -> None:
         """An event of a domain's QEMU, by whichever way."""
         status = data.get("status")

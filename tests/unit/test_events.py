@@ -76,6 +76,37 @@ def test_looks_again_when_there_is_something_left(
     asyncio.run(run())
 
 
+def test_tells_what_happens_while_a_hook_keeps_a_domain(domain: libvirt.virDomain) -> None:
+    async def run() -> None:
+        recorder, listener = Recorder(), Listener()
+        released = asyncio.Event()
+        reconcile = recorder.reconcile
+
+        async def wait(running: set[str], snapshot: Mapping[str, int]) -> bool:
+            await reconcile(running, snapshot)
+            await released.wait()
+            return True
+
+        recorder.reconcile = wait  # type: ignore[method-assign]
+        watcher = DomainWatcher(URI, recorder, asyncio.get_running_loop(), None, listener)
+        watcher.start()
+        async with asyncio.timeout(10):
+            await recorder.calls.get()
+            domain.destroy()
+            stopped, destroyed = (
+                libvirt.VIR_DOMAIN_EVENT_STOPPED,
+                libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED,
+            )
+            await listener.until("lifecycle", domain.UUIDString(), stopped, destroyed)
+            assert recorder.calls.empty()
+            # What has stopped meanwhile is looked at next.
+            released.set()
+            assert await recorder.calls.get() == set()
+        watcher.stop()
+
+    asyncio.run(run())
+
+
 def test_waits_for_a_libvirt_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,9 +158,6 @@ class Listener:
     def job_event(self, uuid: str, figures: Mapping[str, object]) -> None:
         self.told.put_nowait(("job", uuid, figures))
 
-    def metadata_event(self, uuid: str, namespace: str) -> None:
-        self.told.put_nowait(("metadata", uuid, namespace))
-
     def monitor_event(self, uuid: str, name: str, data: Mapping[str, object]) -> None:
         self.told.put_nowait(("monitor", uuid, name, data))
 
@@ -150,7 +178,6 @@ def test_tells_what_happens_and_calls_libvirt(domain: libvirt.virDomain) -> None
             await listener.until("found", {uuid: None})
             assert hypervisor.writable
             await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
-            await listener.until("metadata", uuid, NAMESPACE)
             assert f"xmlns:vdpastate='{NAMESPACE}'".replace("'", '"') in await hypervisor.domain_xml(uuid)
             with pytest.raises(HypervisorError, match="does not wait for a migration to this host"):
                 await hypervisor.destroy_incoming(uuid)
