@@ -45,9 +45,10 @@ class LogRegisters(abc.ABC):
         """
 
     @abc.abstractmethod
-    def switch_off(self) -> None:
+    def switch_off(self, *, wait: bool = True) -> None:
         """Log no more; on return the function has heard of it.
 
+        :param wait: False for a function that is reset next: it hears of this before that.
         :raise LogRefusedError: when it goes on.
         """
 
@@ -186,7 +187,7 @@ class DirtyLogging:
     def function_stops(self) -> None:
         """No ring runs any more, and the function is about to be reset."""
         if self._log is not None and self._registers is not None:
-            self._registers.switch_off()
+            self._registers.switch_off(wait=False)
 
     def function_lost(self) -> None:
         """The function has been closed, and all that it had mapped with it."""

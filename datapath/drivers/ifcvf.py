@@ -79,11 +79,13 @@ class IfcvfLog(LogRegisters):
         self._set_span(base, end)
         self._set_control(LiveMigration.LOGGING_ON)
 
-    def switch_off(self) -> None:
-        self._set_control(LiveMigration.LOGGING_OFF)
+    def switch_off(self, *, wait: bool = True) -> None:
+        self._set_control(LiveMigration.LOGGING_OFF, wait)
 
-    def _set_control(self, value: int) -> None:
+    def _set_control(self, value: int, wait: bool = True) -> None:
         self._write(LiveMigration.LOGGING_CONTROL, value)
+        if not wait:
+            return
         # It has arrived when this has come back; and nobody else tells of a function that refuses.
         read = self._read(LiveMigration.LOGGING_CONTROL)
         if read != value:

@@ -58,6 +58,8 @@ class VirtioRegisters:
         self._device = found[PciCapability.DEVICE]
         #: What queue_select holds, None if unknown: it saves messages where registers are in another process.
         self._selected: int | None = None
+        #: The status as it was last written: to read it costs a turn to the device and back.
+        self._status = Status(0)
         self._doorbells: dict[int, Doorbell] = {}
 
     # Device status and features (sections 4.1.4.3, 2.1, 2.2)
@@ -72,12 +74,13 @@ class VirtioRegisters:
 
     def add_status(self, bits: Status) -> None:
         """Set status bits; none is ever cleared but by `reset`."""
-        self._write(Common.DEVICE_STATUS, 1, self.status | bits)
+        self._status |= bits
+        self._write(Common.DEVICE_STATUS, 1, self._status)
 
     def acknowledge(self) -> None:
-        """Say, after a reset, that the device was seen and has a driver: there is no bit to be kept."""
-        self._write(Common.DEVICE_STATUS, 1, Status.ACKNOWLEDGE)
-        self._write(Common.DEVICE_STATUS, 1, Status.ACKNOWLEDGE | Status.DRIVER)
+        """Say, after a reset, that the device was seen and has a driver."""
+        self.add_status(Status.ACKNOWLEDGE)
+        self.add_status(Status.DRIVER)
 
     def flush(self) -> None:
         """Wait until all that was written has arrived: doorbells are rung on another way."""
@@ -88,7 +91,8 @@ class VirtioRegisters:
 
         :raise DeviceError: when it does not.
         """
-        self._write(Common.DEVICE_STATUS, 1, 0)
+        self._status = Status(0)
+        self._write(Common.DEVICE_STATUS, 1, self._status)
         self._selected = None
         self.stuck = True
         wait_until(lambda: self.status == 0, RESET_DEADLINE, lambda: f"{self._function.name}: is not reset")

@@ -257,6 +257,27 @@ def test_going_over_to_the_relay_and_back_resets_nothing(function: FakeFunction,
     device.close()
 
 
+def test_the_guest_waits_for_few_reads(
+    device: IfcvfDevice, function: FakeFunction, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a turn to the function and back, of a tenth of a millisecond at least over vfio-user."""
+    read, reads = FakeFunction.read, []
+
+    def count(self: FakeFunction, index: Region, offset: int, width: int) -> int:
+        reads.append((index, offset))
+        return read(self, index, offset, width)
+
+    device.start_logging(guest.logs[0].bitmap)
+    monkeypatch.setattr(FakeFunction, "read", count)
+    device.start(FEATURES, guest.rings)
+    status, control, vectors = (Region.BAR0, 0x14), (Region.BAR4, 0), [(Region.BAR0, 0x1A)] * 2
+    assert reads == [status, status, (Region.BAR0, 0x10), control, *vectors, status]
+    reads.clear()
+    device.suspend()
+    enabled, states = [(Region.BAR0, 0x1C)] * 2, [(Region.BAR4, 0x20), (Region.BAR4, 0x24)]
+    assert reads == [*enabled, *states, status]
+
+
 # What fails
 
 

@@ -276,7 +276,7 @@ def test_start_failing_at_any_access_leaves_the_function_idle(
     start = function.accesses
     device.start(FEATURES, pair(rings))
     needed = function.accesses - start
-    assert needed > 40
+    assert needed > 30
     device.suspend()
     for access in range(1, needed + 1):
         function.fail_at = function.accesses + access
