@@ -63,6 +63,8 @@ class PortSpec:
     mtu: int
     #: Whether the guest is to see a link.
     link_up: bool = True
+    #: Seconds after which QEMU looks for a port that has gone; 0: it does not.
+    reconnect: int = 0
 
 
 @dataclass(frozen=True)
@@ -247,10 +249,11 @@ class InterfaceCheck:
             queue_size=max(self.number(name, 0) for name in QUEUE_SIZES),
             mtu=self.number("size", 0, "mtu"),
             link_up=attribute_of(self.element, "link", "state") != "down",
+            reconnect=self.number("timeout", 0, "source/reconnect"),
         )
 
     def number(self, attribute: str, default: int, child: str = "driver") -> int:
-        """A number of <driver>, or of another child; the default when it is missing or none."""
+        """A number of <driver>, or of another element below; the default when it is missing or none."""
         text = attribute_of(self.element, child, attribute)
         return int(text) if NUMBER_FORM.fullmatch(text) else default
 

@@ -308,6 +308,7 @@ class Lifecycle:
             negotiated=state.negotiated if state is not None and expected is not None else None,
             arriving=expected is not None and expected.migrating,
             link_up=wanted.link_up,
+            reconnect=wanted.reconnect,
             log_mode=wanted.migration,
             announce=wanted.announce,
             announce_rounds=wanted.announce_rounds,

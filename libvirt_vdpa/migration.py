@@ -62,8 +62,10 @@ class Limits:
     log: float = 2.0
     #: For ports to stop logging when the guest stays.
     quiet: float = 3.0
-    #: For a port at the destination to be brought back.
+    #: For a port at the destination to be brought back, and what QEMU, which looks for it from time to time,
+    #: has to reach it then; whichever is longer.
     lost: float = 10.0
+    reconnect: float = 5.0
     #: Between two tries to end a migration.
     again: float = 2.0
     #: For the rings of a guest that has arrived to run.
@@ -98,6 +100,8 @@ class Migration:
         self.counted = asyncio.Event()
         #: MAC -> since when, by the caller's clock, the port is not what it has to be.
         self.waiting_since: dict[str, float] = {}
+        #: MAC -> what is wrong with the port for which we are ending it.
+        self.blamed: dict[str, str] = {}
         #: MACs of ports that a QEMU had reached.
         self.reached: set[str] = set()
 
@@ -425,7 +429,8 @@ class Migrations:
                 return
         if migration.phase not in LOGGED:
             return
-        late = self._overdue(migration, [port for port in ports if not logs(port)], self._limits.log)
+        silent = [port for port in ports if not logs(port)]
+        late = self._overdue(migration, silent, lambda _: self._limits.log)
         if late is not None:
             self._give_up(migration, late, f"its writes are not marked after {self._limits.log:g} s")
         elif not migration.waiting_since:
@@ -433,7 +438,7 @@ class Migrations:
 
     def _judge_quiet(self, migration: Migration, ports: list[Port]) -> None:
         loud = [port for port in ports if part(port, "log").get("wanted")]
-        late = self._overdue(migration, loud, self._limits.quiet)
+        late = self._overdue(migration, loud, lambda _: self._limits.quiet)
         if late is not None:
             text = f"still marks its writes {self._limits.quiet:g} s after the migration has ended"
             logger.error("%s: %s", late.record.label, text)
@@ -449,23 +454,29 @@ class Migrations:
         reached = migration.reached
         reached.update(port.record.mac for port in ports if connected(port))
         away = [p for p in ports if not (connected(p) if p.record.mac in reached else serves_or_starts(p))]
-        late = self._overdue(migration, away, self._limits.lost)
+        late = self._overdue(migration, away, self._lost)
         if late is not None and migration.phase is Phase.INCOMING:
             why = late.problem or "QEMU has not come back to it (is there a <reconnect>?)"
-            self._give_up(migration, late, f"not brought back within {self._limits.lost:g} s: {why}")
+            self._give_up(migration, late, f"not brought back within {self._lost(late):g} s: {why}")
 
-    def _overdue(self, migration: Migration, unready: list[Port], limit: float) -> Port | None:
-        """Note since when ports are not what they have to be; one that is not for too long."""
+    def _lost(self, port: Port) -> float:
+        """Seconds after which a port at the destination will not be brought back."""
+        return max(self._limits.lost, port.record.reconnect + self._limits.reconnect)
+
+    def _overdue(
+        self, migration: Migration, unready: list[Port], limit: Callable[[Port], float]
+    ) -> Port | None:
+        """Note since when ports are not what they have to be; one that is not for longer than its limit."""
         now = self._clock()
         since = {port.record.mac: migration.waiting_since.get(port.record.mac, now) for port in unready}
         migration.waiting_since = since
-        return next((port for port in unready if now - since[port.record.mac] >= limit), None)
+        return next((port for port in unready if now - since[port.record.mac] >= limit(port)), None)
 
     def _give_up(self, migration: Migration, port: Port, problem: str) -> None:
         reason = f"interface {port.record.mac}: {problem}"
         logger.error("domain '%s': the migration is ended: %s", migration.domain, reason)
+        migration.blamed[port.record.mac] = problem
         self._feed(migration, Happening.PROBLEM, reason)
-        port.problem = port.problem or f"{ENDED}{problem}"
 
     # What the table orders
 
@@ -514,8 +525,20 @@ class Migrations:
 
     def _finish(self, migration: Migration) -> None:
         migration.ended = time.time()
+        self._blame(migration)
         self._past.append(migration)
         self._start(self._conclude(migration))
+
+    def _blame(self, migration: Migration) -> None:
+        """Say of a port that it has ended a migration, or that it should have and could not."""
+        if migration.phase is Phase.FAILED:
+            for port in self._supervisor.of_domain(migration.uuid):
+                if (problem := migration.blamed.get(port.record.mac)) is not None:
+                    port.problem = port.problem or f"{ENDED}{problem}"
+        elif migration.blamed:
+            gone = "left" if migration.side == "source" else "arrived"
+            text = "domain '%s': the guest has %s though its migration was to be ended: %s"
+            logger.error(text, migration.domain, gone, migration.reason)
 
     async def _conclude(self, migration: Migration) -> None:
         """Say how it went, with libvirt's and the ports' final figures."""

@@ -219,6 +219,8 @@ class Record:
     arriving: bool = False
     #: Whether the guest is to see a link.
     link_up: bool = True
+    #: Seconds after which QEMU looks for a port that has gone; 0: it does not.
+    reconnect: int = 0
     #: Who marks the pages that the VF writes while the guest migrates: a LogMode's value.
     log_mode: str = "auto"
     #: Who tells the network where the guest is after a migration, as its metadata says, and further rounds.

@@ -37,6 +37,7 @@ class FakePort:
             negotiated=None,
             arriving=False,
             link_up=True,
+            reconnect=1,
         )
         #: Commands that it was given.
         self.asked: list[str] = []

@@ -69,6 +69,7 @@ def test_demo() -> None:
             queue_pairs=1,
             queue_size=0,
             mtu=0,
+            reconnect=1,
         ),
     )
 

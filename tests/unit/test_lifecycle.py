@@ -28,6 +28,7 @@ def test_a_domain_starts_and_ends(bench: Bench) -> None:
     (port,) = bench.supervisor.ports.values()
     assert port.record.device == "ifcvf,vfio-user=/vf0.sock"
     assert port.record.control == f"/run/libvirt-vdpa/ports/{DEMO_UUID}/52:54:00:76:64:01.ctl"
+    assert (port.record.reconnect, port.record.arriving) == (1, False)
     assert (bench.states, bench.lent) == ([State.SERVING], 1)
     bench.hook("start", "started")
     assert bench.states == [State.SERVING]
