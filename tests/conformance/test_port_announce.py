@@ -94,6 +94,21 @@ def test_a_request_is_kept_until_rings_run(
     assert abs(time.time() - told["last_sent"]) < 60
 
 
+def test_another_guest_is_not_announced(nic: EmulatedNic, tmp_path: Path, bridge: socket.socket) -> None:
+    uplink = f"--uplink=nic={nic.control},vf=0"
+    with (
+        PortProcess(tmp_path, nic.device(0), uplink, "--mac=52:54:00:12:34:56") as port,
+        closing(SocketFrontEnd.dial(port.socket)) as peer,
+    ):
+        peer.connect()
+        peer.start()
+        peer.tell(Request.SEND_RARP, int.from_bytes(bytes.fromhex("525400999999"), "little"))
+        peer.settle()
+        assert port.status()["announce"]["problem"] == "it is not the guest's address"
+        peer.tell(Request.SEND_RARP, NUMBER)
+        assert next_rarp(bridge) == rarp_frame(MAC)
+
+
 def test_the_daemon_can_have_it_announced(
     port: PortProcess, front_end: SocketFrontEnd, bridge: socket.socket
 ) -> None:
