@@ -20,7 +20,7 @@ from tests.harness.announcements import Announcements
 from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import guest_image
 from tests.harness.guest_traffic import Summary, Traffic
-from tests.harness.two_hosts import BridgedHost, TwoHosts
+from tests.harness.two_hosts import LONGEST_BLACKOUT, BridgedHost, TwoHosts
 from tests.harness.vdpa_host import GUEST_ADDRESS
 
 #: Seconds before and after, in which a datagram that is lost was on its way.
@@ -44,7 +44,8 @@ class Moved:
     start_ms: float
     #: Pages that the port's VF wrote and that were marked.
     pages: int
-    #: From the port's last message of the start to the first word on the bridge of where the guest is now.
+    #: From the port's last message of the start to the first word on the bridge of where the guest is now;
+    #: negative where that was said as soon as the rings ran.
     announced_ms: float | None = None
     announced_by: str | None = None
     #: Numbered datagrams to the guest that did not come, and the longest time in which none came from it.
@@ -61,6 +62,11 @@ class Moved:
     def ours_ms(self) -> float:
         """Our share of the downtime."""
         return self.stop_ms + self.start_ms
+
+    @property
+    def blackout(self) -> float:
+        """Seconds in which nobody could reach the guest."""
+        return self.light - self.dark
 
 
 @dataclass
@@ -128,7 +134,7 @@ def migrate(
         pages=port.pages,
         begun=begun,
     )
-    announced = announcements.wait_for(domain.mac, since=port.started)[0]
+    announced = announcements.wait_for(domain.mac, since=port.started - port.start_ms / 1000)[0]
     moved.announced_ms = round(1000 * (announced.at - port.started), 1)
     moved.announced_by = announced.kind
     moved.dark, moved.light = port.blackout[0], announced.at
@@ -188,6 +194,9 @@ def verdict(report: Report) -> str | None:
     for what, count in damage.items():
         if count:
             return f"{count} {what}"
+    for moved in report.migrations:
+        if moved.blackout > LONGEST_BLACKOUT:
+            return f"the guest was out of reach for {moved.blackout:.1f} s on its way to {moved.destination}"
     if report.modes != ["hardware", "software"]:
         return f"pages were marked by {' and '.join(map(str, report.modes))}, not by hardware and software"
     if report.leftovers:

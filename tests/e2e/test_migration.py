@@ -4,8 +4,10 @@ What must not happen to traffic is in guest_traffic.py; when a datagram to the g
 in `blackout`.
 """
 
+import re
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -14,7 +16,7 @@ from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import guest_image
 from tests.harness.guest_traffic import Summary, Traffic
 from tests.harness.processes import wait_for
-from tests.harness.two_hosts import BridgedHost, PortFigures, TwoHosts, job_info
+from tests.harness.two_hosts import LONGEST_BLACKOUT, BridgedHost, PortFigures, TwoHosts, job_info
 from tests.harness.vdpa_host import GUEST_ADDRESS
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
@@ -25,6 +27,12 @@ MARGIN = 0.05
 #: Where the second NIC's traffic goes.
 SECOND_NETWORK = {"guest": "10.78.0.2/24", "a": "10.78.0.1/24"}
 SECOND_PORT = 7001
+#: Another guest's address.
+OTHER_ADDRESS = "10.76.0.4/24"
+#: What a guest uses, in its domain's metadata, and a feature that no emulated VF has (virtio 1.3, 5.1.3).
+STATE = "urn:libvirt-vdpa:state:1.0"
+STATE_FORM = re.compile(r"""negotiated=["'](0x[0-9a-f]+)["']""")
+HOST_USO = 56
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,9 @@ def blackout(ports: list[PortFigures], announcements: Announcements) -> tuple[fl
         begins.append(begin)
         ends.append(announcements.wait_for(port.mac, since=started - port.start_ms / 1000)[0].at)
         assert begin < started
-    return min(begins), max(ends)
+    begin, end = min(begins), max(ends)
+    assert end - begin <= LONGEST_BLACKOUT
+    return begin, end
 
 
 @pytest.mark.parametrize("mode", ["hardware", "software"])
@@ -132,6 +142,43 @@ def test_two_nics(hosts: TwoHosts, domain: DomainXml) -> None:
         assert_sound(second.stop(), dark)
 
 
+def test_two_guests_cross(hosts: TwoHosts, domain: DomainXml) -> None:
+    other = DomainXml.example().rename(2).boot(guest_image(), OTHER_ADDRESS)
+    ways = ((domain, GUEST_ADDRESS, hosts.b), (other, OTHER_ADDRESS, hosts.a))
+    try:
+        for guest, _, destination in ways:
+            hosts.other(destination).define(guest)
+            hosts.other(destination).virsh("start", guest.name)
+        with ExitStack() as ends:
+            announcements = ends.enter_context(Announcements(hosts.a))
+            for _, address, _ in ways:
+                hosts.a.wait_for_ping(address)
+            flows = [ends.enter_context(Traffic(hosts.a, address)) for _, address, _ in ways]
+            for migration in [hosts.begin_migration(guest, to=destination) for guest, _, destination in ways]:
+                migration.succeed()
+            wait_for("one on each", lambda: all(len(host.lent()) == 1 for host in hosts.both), 10)
+            for (guest, _, destination), traffic in zip(ways, flows, strict=True):
+                assert hosts.home(guest) is destination
+                assert destination.port(guest)["state"] == "serving"
+                dark = blackout(hosts.figures(guest, to=destination).ports, announcements)
+                traffic.wait_until_flowing()
+                assert_sound(traffic.stop(), [dark])
+    finally:
+        hosts.remove(other)
+
+
+def test_returns_at_once(hosts: TwoHosts, domain: DomainXml) -> None:
+    hosts.a.start_guest(domain)
+    with Traffic(hosts.a, GUEST_ADDRESS) as traffic, Announcements(hosts.a) as announcements:
+        for destination in (hosts.b, hosts.a):
+            hosts.begin_migration(domain, to=destination).succeed()
+        wait_for("nothing to be left", lambda: not hosts.b.ports_of(domain), 10)
+        assert_moved(hosts, domain, hosts.a)
+        figures = [hosts.port_figures(domain, to=destination) for destination in hosts.both]
+        traffic.wait_until_flowing()
+        assert_sound(traffic.stop(), [blackout(ports, announcements) for ports in figures])
+
+
 def test_aborted_by_its_user(hosts: TwoHosts, domain: DomainXml) -> None:
     hosts.a.start_guest(domain)
     hosts.a.virsh("migrate-setspeed", domain.name, "1")
@@ -141,20 +188,51 @@ def test_aborted_by_its_user(hosts: TwoHosts, domain: DomainXml) -> None:
         wait_for("the port to log", lambda: log_wanted(hosts.a, domain), 10)
         hosts.a.virsh("domjobabort", domain.name)
         assert "abort" in migration.fail()
-        assert_moved(hosts, domain, hosts.a)
-        wait_for("the port to log no more", lambda: not log_wanted(hosts.a, domain), 10)
-        # Neither is the next one any the worse for it.
         hosts.a.virsh("migrate-setspeed", domain.name, "0")
+        # The next one, at once, is none the worse for it.
         hosts.migrate(domain, to=hosts.b)
         assert_moved(hosts, domain, hosts.b)
         ports = hosts.figures(domain, to=hosts.b).ports
+        assert endings(hosts.a, domain)[-2:] == endings(hosts.b, domain)[-2:] == ["failed", "completed"]
         traffic.wait_until_flowing()
         assert_sound(traffic.stop(), [blackout(ports, announcements)])
+
+
+def endings(host: BridgedHost, domain: DomainXml) -> list[str]:
+    """How a domain's migrations from or to a host have ended, by its daemon."""
+    told = host.virt_vdpa("migrations")["migrations"]
+    return [one["status"] for one in told if one["uuid"] == domain.uuid]
 
 
 def log_wanted(host: BridgedHost, domain: DomainXml) -> bool:
     """Whether QEMU has the port log what the VF writes."""
     return bool(host.ask_port(domain, "query-status")["log"]["wanted"])
+
+
+def test_a_guest_that_would_not_fit_stays(hosts: TwoHosts, domain: DomainXml) -> None:
+    a = hosts.a
+    a.start_guest(domain)
+    state = wait_for("the state", lambda: guest_state(a, domain), 20)
+    # The daemon would put right what is not so.
+    a.daemon.stop()
+    try:
+        uso = STATE_FORM.sub(lambda found: f"negotiated='{int(found[1], 16) | 1 << HOST_USO:#x}'", state)
+        words = ["--uri", STATE, "--key", "vdpastate", "--live"]
+        a.virsh("metadata", domain.name, *words, "--set", uso.replace(f' xmlns:vdpastate="{STATE}"', ""))
+        said = hosts.begin_migration(domain, to=hosts.b).fail()
+    finally:
+        a.start_daemon()
+    assert f"libvirt-vdpa: domain '{domain.name}': interface {domain.mac}: VF " in said
+    assert "lacks NET_F_HOST_USO, which the guest has negotiated" in said
+    assert_moved(hosts, domain, a)
+    assert a.ping(count=3) == (3, 3)
+    wait_for("the state to be right again", lambda: guest_state(a, domain) == state, 20)
+
+
+def guest_state(host: BridgedHost, domain: DomainXml) -> str:
+    """What the domain's metadata say that its guest uses; empty while they do not."""
+    done = host.virsh("metadata", domain.name, STATE, check=False)
+    return done.stdout if "negotiated" in done.stdout else ""
 
 
 def test_saved_and_suspended(hosts: TwoHosts, domain: DomainXml) -> None:
