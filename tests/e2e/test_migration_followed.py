@@ -41,7 +41,8 @@ def monitored(domain: DomainXml, *, own: bool) -> DomainXml:
     for found in domain.root.findall(f"{{{QEMU}}}commandline"):
         domain.root.remove(found)
     if own:
-        words = ("-qmp", f"unix:{MONITOR},server=on,wait=off")
+        socket = f"socket,id=vdpamon,path={MONITOR},server=on,wait=off"
+        words = ("-chardev", socket, "-mon", "chardev=vdpamon,mode=control")
         arguments = "".join(f"<q:arg value='{word}'/>" for word in words)
         text = f"<q:commandline xmlns:q='{QEMU}'>{arguments}</q:commandline>"
         domain.root.append(etree.fromstring(text))
