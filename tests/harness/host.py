@@ -202,8 +202,7 @@ class Host:
             # What it had entered the host for has ended; itself, it may be stopped.
             service.popen.kill()
             service.popen.wait()
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, onerror=unless_gone)
 
     def __enter__(self) -> Self:
         try:
@@ -217,6 +216,15 @@ class Host:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+
+
+def unless_gone(_function: object, _path: object, failure: tuple[type, BaseException, object]) -> None:
+    """For `rmtree`: what somebody has removed meanwhile need not be, the rest is removed all the same.
+
+    :raise OSError: what went wrong otherwise.
+    """
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
 
 
 class LibvirtHost(Host):
