@@ -527,6 +527,14 @@ def test_each_page_is_counted_once(device: IfcvfDevice, guest: Guest) -> None:
     assert device.statistics()["logged_pages"] == len(pages)
 
 
+def test_pages_of_used_rings_are_counted_though_nobody_looks(device: IfcvfDevice, guest: Guest) -> None:
+    device.start(FEATURES, guest.rings)
+    device.start_logging(guest.logs[0].bitmap)
+    device.suspend()
+    assert guest.logs[0].take() == guest.used_pages(0, 1)
+    assert device.statistics()["logged_pages"] == len(guest.used_pages(0, 1))
+
+
 def test_nothing_but_statistics_walks_through_the_bitmap(
     device: IfcvfDevice, guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
