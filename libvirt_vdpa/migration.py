@@ -15,15 +15,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 
 import libvirt
 
 from libvirt_vdpa.announce import Announcer
 from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.hypervisor import Hypervisor, HypervisorError
-from libvirt_vdpa.migration_figures import PortFigures, connected, from_libvirt, from_qemu, logs, part, runs
-from libvirt_vdpa.migration_life import ENDS, Action, Happening, MigrationLife, Phase
+from libvirt_vdpa.migration_figures import PortFigures, connected, from_libvirt, from_qemu, runs
+from libvirt_vdpa.migration_judge import LOGGED, Limits, judge, link_is_down
+from libvirt_vdpa.migration_life import ENDS, Action, Happening, Phase
+from libvirt_vdpa.migration_told import Migration, summary
 from libvirt_vdpa.monitor import GuestMonitors
 from libvirt_vdpa.supervisor import Port, Supervisor
 
@@ -42,88 +43,10 @@ STATUSES = {
     "failed": Happening.STOPPED,
     "cancelled": Happening.STOPPED,
 }
-#: Phases in which a port that runs must log.
-LOGGED = (Phase.STARTING, Phase.COPYING)
 #: Phases in which libvirt knows of a job.
 ACTIVE = (*LOGGED, Phase.SWITCHING, Phase.LEAVING, Phase.ENDING)
 #: How the problem of a port begins that has ended a migration.
 ENDED = "migration ended: "
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Times in seconds."""
-
-    #: Between two looks at a migration.
-    poll: float = 0.5
-    #: For a port to answer in one look.
-    answer: float = 1.0
-    #: For a port that runs to log, from when the migration is active or the port is back.
-    log: float = 2.0
-    #: For ports to stop logging when the guest stays.
-    quiet: float = 3.0
-    #: For a port at the destination to be brought back, and what QEMU, which looks for it from time to time,
-    #: has to reach it then; whichever is longer.
-    lost: float = 10.0
-    reconnect: float = 5.0
-    #: Between two tries to end a migration.
-    again: float = 2.0
-    #: For the rings of a guest that has arrived to run.
-    start: float = 0.5
-    #: For libvirt to tell what a hook or the ports have told already, and its figures.
-    grace: float = 2.0
-
-
-class Migration:
-    """One migration of one domain, as this host sees it."""
-
-    def __init__(self, uuid: str, side: str, ports: list[Port]) -> None:
-        """It begins.
-
-        :param side: "source" or "destination".
-        """
-        self.uuid = uuid
-        self.domain = ports[0].record.domain if ports else ""
-        self.side = side
-        self.life = MigrationLife(Phase.SETUP if side == "source" else Phase.INCOMING)
-        #: What libvirt does; at the source "save", "snapshot" and "dump" are migrations to QEMU as well.
-        self.operation: object = None
-        #: Why it has failed, or is being ended.
-        self.reason = ""
-        self.begun = time.time()
-        self.ended: float | None = None
-        self.progress: dict[str, int] = {}
-        self.ports = {port.record.mac: PortFigures(port) for port in ports}
-        #: The guest stands still where it has arrived, as its user wants it.
-        self.paused = False
-        #: libvirt has told the final figures.
-        self.counted = asyncio.Event()
-        #: MAC -> since when, by the caller's clock, the port is not what it has to be.
-        self.waiting_since: dict[str, float] = {}
-        #: MAC -> what is wrong with the port for which we are ending it.
-        self.blamed: dict[str, str] = {}
-        #: MACs of ports that a QEMU had reached.
-        self.reached: set[str] = set()
-
-    @property
-    def phase(self) -> Phase:
-        """Where it is."""
-        return self.life.phase
-
-    def describe(self) -> dict[str, object]:
-        """As events and query-migrations show it."""
-        return {
-            "domain": self.domain,
-            "uuid": self.uuid,
-            "side": self.side,
-            "operation": self.operation,
-            "status": self.phase.value,
-            "reason": self.reason or None,
-            "begun": self.begun,
-            "ended": self.ended,
-            "progress": self.progress,
-            "ports": [dict(figures.latest) for figures in self.ports.values()],
-        }
 
 
 class Migrations:
@@ -414,69 +337,19 @@ class Migrations:
     def _judge(self, migration: Migration) -> None:
         """Draw conclusions from what the ports are doing."""
         ports = self._supervisor.of_domain(migration.uuid)
-        if migration.side == "destination":
-            self._judge_incoming(migration, ports)
-        elif migration.phase in LOGGED or migration.phase is Phase.SWITCHING:
-            self._judge_logs(migration, ports)
-        elif migration.phase is Phase.RETURNING:
-            self._judge_quiet(migration, ports)
-
-    def _judge_logs(self, migration: Migration, ports: list[Port]) -> None:
-        for port in ports:
-            figures = migration.ports.get(port.record.mac)
-            if figures is not None and (problem := figures.log_problem(port)):
-                self._give_up(migration, port, problem)
-                return
-        if migration.phase not in LOGGED:
+        verdict = judge(migration, ports, self._limits, self._clock())
+        if verdict is None:
             return
-        silent = [port for port in ports if not logs(port)]
-        late = self._overdue(migration, silent, lambda _: self._limits.log)
-        if late is not None:
-            self._give_up(migration, late, f"its writes are not marked after {self._limits.log:g} s")
-        elif not migration.waiting_since:
-            self._feed(migration, Happening.LOGGING)
-
-    def _judge_quiet(self, migration: Migration, ports: list[Port]) -> None:
-        loud = [port for port in ports if part(port, "log").get("wanted")]
-        late = self._overdue(migration, loud, lambda _: self._limits.quiet)
-        if late is not None:
-            text = f"still marks its writes {self._limits.quiet:g} s after the migration has ended"
-            logger.error("%s: %s", late.record.label, text)
-            migration.reason += f"; {late.record.mac} {text}"
-        if late is not None or not loud:
-            self._take_down(migration)
-            self._feed(migration, Happening.QUIET)
-
-    def _judge_incoming(self, migration: Migration, ports: list[Port]) -> None:
-        if any(runs(port) for port in ports):
-            self._feed(migration, Happening.RUNS)
-            return
-        reached = migration.reached
-        reached.update(port.record.mac for port in ports if connected(port))
-        away = [p for p in ports if not (connected(p) if p.record.mac in reached else serves_or_starts(p))]
-        late = self._overdue(migration, away, self._lost)
-        if late is not None and migration.phase is Phase.INCOMING:
-            why = late.problem or "QEMU has not come back to it (is there a <reconnect>?)"
-            self._give_up(migration, late, f"not brought back within {self._lost(late):g} s: {why}")
-
-    def _lost(self, port: Port) -> float:
-        """Seconds after which a port at the destination will not be brought back."""
-        return max(self._limits.lost, port.record.reconnect + self._limits.reconnect)
-
-    def _overdue(
-        self, migration: Migration, unready: list[Port], limit: Callable[[Port], float]
-    ) -> Port | None:
-        """Note since when ports are not what they have to be; one that is not for longer than its limit."""
-        now = self._clock()
-        since = {port.record.mac: migration.waiting_since.get(port.record.mac, now) for port in unready}
-        migration.waiting_since = since
-        return next((port for port in unready if now - since[port.record.mac] >= limit(port)), None)
-
-    def _give_up(self, migration: Migration, port: Port, problem: str) -> None:
-        reason = f"interface {port.record.mac}: {problem}"
-        logger.error("domain '%s': the migration is ended: %s", migration.domain, reason)
-        migration.blamed[port.record.mac] = problem
-        self._feed(migration, Happening.PROBLEM, reason)
+        reason = ""
+        if verdict.happening is Happening.PROBLEM:
+            reason = f"interface {verdict.mac}: {verdict.problem}"
+            logger.error("domain '%s': the migration is ended: %s", migration.domain, reason)
+            migration.blamed[verdict.mac] = verdict.problem
+        elif verdict.problem:
+            logger.error("%s/%s: %s", migration.domain, verdict.mac, verdict.problem)
+            migration.reason += f"; {verdict.mac} {verdict.problem}"
+        self._take_down(migration)
+        self._feed(migration, verdict.happening, reason)
 
     # What the table orders
 
@@ -572,13 +445,12 @@ class Migrations:
         the guest, and QEMU here starts no ring; it takes the link up when its back-end comes back.
         """
         for port in self._supervisor.of_domain(migration.uuid):
-            record = port.record
-            if not connected(port) or runs(port) or record.negotiated is None or not record.link_up:
-                continue
-            logger.warning("%s: its guest arrived with the link down; QEMU is to come anew", record.label)
-            self._late.add(record.key)
-            with contextlib.suppress(ControlError):  # the supervisor brings back who does not answer
-                await port.ask("disconnect", {})
+            if link_is_down(port):
+                text = "%s: its guest arrived with the link down; QEMU is to come anew"
+                logger.warning(text, port.record.label)
+                self._late.add(port.record.key)
+                with contextlib.suppress(ControlError):  # the supervisor brings back who does not answer
+                    await port.ask("disconnect", {})
 
     async def _rings(self, migration: Migration) -> None:
         """Wait until the ports of a guest that has arrived run."""
@@ -604,35 +476,3 @@ ACTIONS: dict[Action, Callable[[Migrations, Migration], None]] = {
     Action.WELCOME: Migrations._welcome,
     Action.FINISH: Migrations._finish,
 }
-
-
-def serves_or_starts(port: Port) -> bool:
-    """Whether a port that no QEMU has reached yet is as it should be."""
-    return port.state.value in ("serving", "starting", "idle")
-
-
-def summary(migration: Migration) -> str:
-    """One line for the log."""
-    figures = migration.progress
-    words = [f"{migration.side}: {migration.phase.value}"]
-    if migration.reason:
-        words.append(migration.reason)
-    if migration.operation not in (None, "migration"):
-        words[0] = f"{migration.operation}: {migration.phase.value}"
-    if migration.side == "source" and migration.phase is Phase.COMPLETED:
-        words.append(f"{figures.get('elapsed_ms', '?')} ms, downtime {figures.get('downtime_ms', '?')} ms")
-    for port in migration.ports.values():
-        latest = port.latest
-        if migration.side == "source":
-            words.append(f"{port.mac}: {latest.get('pages', '?')} pages marked ({latest.get('mode')})")
-        else:
-            words.append(f"{port.mac}: started {shown_timing(latest.get('timing'))}")
-    return "; ".join(words)
-
-
-def shown_timing(timing: object) -> str:
-    """How long a port took to start."""
-    start = timing.get("start") if isinstance(timing, Mapping) else None
-    if not isinstance(start, Mapping):
-        return "at an unknown cost"
-    return f"in {start.get('handlers_ms')} ms of its handlers, {start.get('memory_ms')} ms of them for memory"

@@ -8,7 +8,8 @@ from typing import Any, cast
 import libvirt
 
 from libvirt_vdpa.hypervisor import HypervisorError
-from libvirt_vdpa.migration import Limits, Migrations
+from libvirt_vdpa.migration import Migrations
+from libvirt_vdpa.migration_judge import Limits
 from libvirt_vdpa.migration_life import Phase
 from libvirt_vdpa.ports import State
 
