@@ -2,12 +2,14 @@
 
 Each call is made in a thread of its own, with a deadline: setMetadata, for example, waits until a migration
 of the domain has ended (seen with libvirt 9.0), and abortJob must not wait behind it. The connection is the
-one that events.py follows; between two of them every call fails at once.
+one that events.py follows; between two of them every call fails at once. So does one that libvirt has not
+answered the last time, until it has: libvirtd takes no more than a few from us at a time.
 """
 
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -58,6 +60,8 @@ class Hypervisor:
 
     def __init__(self) -> None:
         self._connection: libvirt.virConnect | None = None
+        #: UUID and name of calls that nobody waits for any more -> set when libvirt has answered after all.
+        self._overdue: dict[tuple[str, str], threading.Event] = {}
         #: Whether the connection may change something.
         self.writable = False
 
@@ -134,9 +138,16 @@ class Hypervisor:
         connection = self._connection
         if connection is None:
             raise HypervisorError(f"libvirt is not there for {name}")
+        self._overdue = {key: answered for key, answered in self._overdue.items() if not answered.is_set()}
+        if (uuid, name) in self._overdue:
+            raise HypervisorError(f"libvirt has not answered an earlier {name} yet")
+        answered = threading.Event()
 
         def work() -> T:
-            return call(connection.lookupByUUIDString(uuid))
+            try:
+                return call(connection.lookupByUUIDString(uuid))
+            finally:
+                answered.set()
 
         try:
             async with asyncio.timeout(limit):
@@ -145,6 +156,9 @@ class Hypervisor:
             raise HypervisorError(f"libvirt has not answered {name} within {limit:g} s") from None
         except libvirt.libvirtError as error:
             raise HypervisorError(f"libvirt: {name}: {' '.join(str(error).split())}") from None
+        finally:
+            if not answered.is_set():
+                self._overdue[uuid, name] = answered
 
 
 def destroy_incoming(domain: libvirt.virDomain) -> None:

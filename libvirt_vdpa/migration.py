@@ -73,7 +73,7 @@ class Migrations:
         self._notify = tell
         self._limits = limits or Limits()
         self._clock = clock
-        #: UUID -> the migration that is under way, or was the last.
+        #: UUID -> the migration that is under way, or was the last of a domain that has ports still.
         self._current: dict[str, Migration] = {}
         self._past: deque[Migration] = deque(maxlen=REMEMBERED)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -219,6 +219,7 @@ class Migrations:
         if (uuid, mac) in self._late and runs(port):
             self._late.discard((uuid, mac))
             self._announcer.late(uuid, port)
+        self._forget(uuid)
         if self.migrating(uuid):
             if not self._supervisor.of_domain(uuid):
                 self.ended(uuid)
@@ -428,6 +429,14 @@ class Migrations:
         level = logging.INFO if migration.phase is Phase.COMPLETED else logging.WARNING
         logger.log(level, "domain '%s': migration: %s", migration.domain, summary(migration))
         self._tell(migration)
+        migration.concluded = True
+        self._forget(migration.uuid)
+
+    def _forget(self, uuid: str) -> None:
+        """Keep the last migration of no domain that is gone; `_past` has the last ones of all."""
+        migration = self._current.get(uuid)
+        if migration is not None and migration.concluded and not self._supervisor.of_domain(uuid):
+            del self._current[uuid]
 
     @staticmethod
     async def _within(limit: float, work: Awaitable[object]) -> bool:

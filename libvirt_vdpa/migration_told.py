@@ -27,6 +27,8 @@ class Migration:
         self.reason = ""
         self.begun = time.time()
         self.ended: float | None = None
+        #: All has been said of it.
+        self.concluded = False
         self.progress: dict[str, int] = {}
         self.ports = {port.record.mac: PortFigures(port) for port in ports}
         #: The guest stands still where it has arrived, as its user wants it.

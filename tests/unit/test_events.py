@@ -1,6 +1,7 @@
 """Following libvirt: its test driver has one running domain, in this process and without a daemon."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -243,14 +244,23 @@ def test_a_call_that_hangs_keeps_nobody(domain: libvirt.virDomain, monkeypatch: 
             await listener.until("found", {uuid: None})
             with pytest.raises(HypervisorError, match=r"has not answered setMetadata within 0\.05 s"):
                 await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
+            # No second one is made meanwhile.
+            with pytest.raises(HypervisorError, match="has not answered an earlier setMetadata yet"):
+                await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
             # Others are answered, and events come, while it still hangs.
             assert uuid in await hypervisor.domain_xml(uuid)
             domain.suspend()
             suspended = libvirt.VIR_DOMAIN_EVENT_SUSPENDED
             paused = libvirt.VIR_DOMAIN_EVENT_SUSPENDED_PAUSED
             await listener.until("lifecycle", uuid, suspended, paused)
+            released.set()
+            monkeypatch.undo()
+            while True:
+                with contextlib.suppress(HypervisorError):
+                    await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
+                    break
+                await asyncio.sleep(0.01)
         watcher.stop()
-        released.set()
 
     asyncio.run(run())
 

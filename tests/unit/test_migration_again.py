@@ -173,3 +173,33 @@ class TestFound:
             assert (world.last["side"], world.last["status"]) == ("source", "starting")
 
         run(test)
+
+
+def test_nothing_is_kept_of_a_domain_that_is_gone() -> None:
+    async def test(world: World) -> None:
+        await copying(world)
+        world.qemu("completed")
+        world.libvirt(LEFT)
+        port = world.port
+        world.ports.clear()
+        world.changed(port)
+        world.migrations.job_event(UUID, {"downtime": 60})
+        await world.until(lambda: world.last["progress"].get("downtime_ms") == 60)
+        await world.until(lambda: world.migrations.describe(UUID, MAC) is None)
+        assert statuses(world) == [("source", "completed")]
+
+    run(test)
+
+
+def test_nothing_is_kept_of_a_guest_that_came_and_ended() -> None:
+    async def test(world: World) -> None:
+        world.migrations.incoming(UUID)
+        world.libvirt(RESUMED)
+        await world.looks()
+        assert world.migrations.describe(UUID, MAC) is not None
+        port = world.port
+        world.ports.clear()
+        world.changed(port)
+        assert world.migrations.describe(UUID, MAC) is None
+
+    run(test)
