@@ -276,3 +276,13 @@ class TestNoProcess:
         # The one that failed stays known: its process may run, and its VF must not be lent.
         assert asyncio.run(asyncio.wait_for(run(), 10)) == [State.IDLE, State.RETRYING]
         assert f"{first.path}: the port cannot be adopted" in caplog.text
+
+
+def test_that_its_guest_has_come_is_written_down(tmp_path: Path) -> None:
+    async def run() -> None:
+        port = supervisor().add(dataclasses.replace(record(tmp_path), arriving=True))
+        assert Record.load(port.record.path).arriving
+        port.arrived()
+        assert not Record.load(port.record.path).arriving
+
+    asyncio.run(run())
