@@ -194,7 +194,7 @@ def job_of(domain: libvirt.virDomain) -> dict[str, object]:
         figures: Any = domain.jobStats()  # the binding declares other types than it gives
     except libvirt.libvirtError as error:
         # Any other, of one that waits: it may as well be one that leaves, and libvirt busy.
-        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID and waits(domain):
+        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED and waits(domain):
             return {"side": "destination"}
         raise
     if figures.get("type") == libvirt.VIR_DOMAIN_JOB_NONE:

@@ -38,7 +38,7 @@ class Domain:
         self.destroyed = True
 
 
-ARRIVES = failure(libvirt.VIR_ERR_OPERATION_INVALID)
+ARRIVES = failure(libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
 BUSY = failure(libvirt.VIR_ERR_OPERATION_TIMEOUT)
 LEAVES = {
     "type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED,
