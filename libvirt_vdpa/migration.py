@@ -141,14 +141,16 @@ class Migrations:
                 continue
             self._monitors.follow(uuid)
             self._started.add(uuid)
+            arriving = any(port.record.arriving for port in self._supervisor.of_domain(uuid))
             if job is None:
-                continue
-            if job.get("side") == "destination":
+                if arriving:
+                    self.incoming(uuid)  # if it is here already, its rings or libvirt will tell
+            elif job.get("side") == "destination":
                 self.incoming(uuid)
             # A job that passes over the memory is a migration to QEMU, whatever it is to libvirt.
             elif job.get("side") == "source" or job.get("memory_iteration"):
                 self.monitor_event(uuid, "MIGRATION", {"status": "active"})
-            elif any(port.record.arriving for port in self._supervisor.of_domain(uuid)):
+            elif arriving:
                 self._found_here(uuid)
             elif not job and self.migrating(uuid):
                 self._nothing_is_done(self._current[uuid])

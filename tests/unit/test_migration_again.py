@@ -155,6 +155,18 @@ class TestFound:
 
         run(test)
 
+    def test_a_guest_that_was_to_come_is_followed_though_libvirt_is_busy(self) -> None:
+        async def test(world: World) -> None:
+            world.port.record.arriving = True
+            world.port.stand_still()
+            world.migrations.libvirt_found({UUID: None})
+            assert (world.last["side"], world.last["status"]) == ("destination", "incoming")
+            world.port.status["state"] = "running"
+            world.changed()
+            assert world.announced == [("arrived", [MAC])]
+
+        run(test)
+
     def test_a_snapshot_is_no_failed_migration(self) -> None:
         async def test(world: World) -> None:
             await copying(world)
