@@ -80,12 +80,6 @@ class StateKeeper:
             writer.add_done_callback(tell_failure)
             self._writers[uuid] = writer
 
-    def metadata_changed(self, uuid: str, namespace: str) -> None:
-        """Somebody has changed or removed an element of a domain's metadata; ourselves, most likely."""
-        if namespace == NAMESPACE and uuid not in self._writers:
-            self._written.pop(uuid, None)
-            self.look(uuid)
-
     def _differs(self, uuid: str, ports: list[Port]) -> bool:
         return any(runs(port) for port in ports) and self._wanted(uuid, ports) != self._written.get(uuid)
 

@@ -204,24 +204,6 @@ def test_a_domain_that_has_ended_is_left_alone() -> None:
     run(test)
 
 
-def test_what_somebody_else_removed_is_written_again() -> None:
-    async def test(world: World) -> None:
-        await world.changed()
-        before, world.libvirt.state = world.libvirt.says, ""
-        world.keeper.metadata_changed(UUID, "urn:of:others")
-        await world.settle()
-        assert world.libvirt.writes == 1
-        world.keeper.metadata_changed(UUID, NAMESPACE)
-        await world.settle()
-        assert (world.libvirt.writes, world.libvirt.says) == (2, before)
-        # libvirt tells of that as well.
-        world.keeper.metadata_changed(UUID, NAMESPACE)
-        await world.settle()
-        assert world.libvirt.writes == 2
-
-    run(test)
-
-
 def test_a_failure_that_nobody_expected_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     async def test(world: World) -> None:
         world.libvirt.error = ValueError("odd")  # type: ignore[assignment]
