@@ -54,6 +54,10 @@ class Attempt:
     def set_speed(self, speed: int) -> None:
         self.source.virsh("migrate-setspeed", self.domain.name, str(speed), check=False)
 
+    def hurry_later(self) -> None:
+        """Hold the migration's end up no more by the time that it is looked at."""
+        self.repairs.append(lambda: self.set_speed(FAST))
+
     def status(self, host: BridgedHost) -> dict[str, Any]:
         """What the port on a host says; empty when it does not answer."""
         with suppress(QMPError, OSError):
@@ -93,14 +97,14 @@ def before_logging(attempt: Attempt) -> None:
     attempt.wait_for(
         "port at the destination", lambda: attempt.status(attempt.destination).get("state") == "connected"
     )
+    attempt.hurry_later()
 
 
 def copying(attempt: Attempt) -> None:
     """The source's port logs, and memory is copied slowly."""
     attempt.begin(speed=SLOW)
     attempt.wait_for("logging", lambda: logs(attempt))
-    # Its end is not held up any more by the time that it is looked at.
-    attempt.repairs.append(lambda: attempt.set_speed(FAST))
+    attempt.hurry_later()
 
 
 def switching(attempt: Attempt) -> None:
