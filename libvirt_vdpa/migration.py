@@ -14,11 +14,13 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
 
 import libvirt
 
 from libvirt_vdpa.announce import Announcer
+from libvirt_vdpa.background import Tasks
 from libvirt_vdpa.client import ControlError
 from libvirt_vdpa.hypervisor import Hypervisor, HypervisorError
 from libvirt_vdpa.migration_figures import PortFigures, connected, from_libvirt, from_qemu, runs
@@ -76,7 +78,7 @@ class Migrations:
         #: UUID -> the migration that is under way, or was the last of a domain that has ports still.
         self._current: dict[str, Migration] = {}
         self._past: deque[Migration] = deque(maxlen=REMEMBERED)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         #: UUIDs of domains that libvirt has told to be there: what migrates before that comes here.
         self._started: set[str] = set()
         #: (UUID, MAC) of ports that were not there when their guest arrived.
@@ -84,8 +86,7 @@ class Migrations:
 
     def stop(self) -> None:
         """Let whatever is under way go on without us."""
-        for task in self._tasks:
-            task.cancel()
+        self._tasks.stop()
         self._announcer.stop()
 
     def migrating(self, uuid: str) -> bool:
@@ -468,15 +469,8 @@ class Migrations:
         while not all(runs(port) for port in self._supervisor.of_domain(migration.uuid)):
             await asyncio.sleep(LOOK_INTERVAL)
 
-    def _start(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("following a migration failed", exc_info=error)
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.start(work, "following a migration")
 
 
 ACTIONS: dict[Action, Callable[[Migrations, Migration], None]] = {
