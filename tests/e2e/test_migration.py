@@ -167,6 +167,7 @@ def test_two_guests_cross(hosts: TwoHosts, domain: DomainXml) -> None:
         hosts.remove(other)
 
 
+@pytest.mark.full
 def test_returns_at_once(hosts: TwoHosts, domain: DomainXml) -> None:
     hosts.a.start_guest(domain)
     with Traffic(hosts.a, GUEST_ADDRESS) as traffic, Announcements(hosts.a) as announcements:

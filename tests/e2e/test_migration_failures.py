@@ -233,9 +233,7 @@ SAMPLE = {
     ("copying", "kill_destination_qemu"),
     ("copying", "kill_destination_port"),
     ("copying", "lose_source_back_end"),
-    ("switching", "cut_and_abort"),
     ("switching", "kill_destination_port"),
-    ("after", "kill_destination_daemon"),
 }
 CELLS = [
     pytest.param(phase, event, marks=() if (phase, event) in SAMPLE else pytest.mark.full)
