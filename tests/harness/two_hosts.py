@@ -48,7 +48,10 @@ class BridgedHost(VdpaHost):
         # Only what tests send is to be on the bridge, and at once: no IPv6, no wait for other bridges.
         self.run(["sh", "-c", "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6"])
         options = ["stp_state", "0", "forward_delay", "0", "mcast_snooping", "0"]
-        self.run(["ip", "link", "add", BRIDGE, "type", "bridge", *options])
+        # A bridge without an address of its own takes that of a port: when the TAPs of a killed NIC go, the
+        # other host's migration would be sent to an address that nobody has, for a minute.
+        own = f"02:76:64:00:00:{int(self.ip.rpartition('.')[2]):02x}"
+        self.run(["ip", "link", "add", BRIDGE, "address", own, "type", "bridge", *options])
         self.run(["ip", "link", "set", BRIDGE, "up"])
         self.set_address(BRIDGE, self.address)
 
