@@ -120,6 +120,13 @@ class Engine:
         self.close_doorbells()
         lib.engine_close(self._engine)
 
+    def set_client(self, fd: int | None) -> None:
+        """Stop by oneself when this client's connection is hung up; it stays open until the next call.
+
+        :raise OSError: when it is nothing to wait for.
+        """
+        _check(lib.engine_set_client(self._engine, -1 if fd is None else fd))
+
     def open_doorbells(self, mapped: bool) -> None:
         """Make doorbells that no earlier client has.
 

@@ -70,14 +70,16 @@ def _require(condition: bool, number: int = errno.EINVAL) -> None:
 class Session:
     """What one client does to the VF."""
 
-    def __init__(self, device: Ifcvf, engine: Engine, mapped_doorbells: bool) -> None:
+    def __init__(self, device: Ifcvf, engine: Engine, mapped_doorbells: bool, client_fd: int) -> None:
         """Begin, with doorbells that no client before has spoilt or still holds.
 
+        :param client_fd: the client's connection, which stays open until `close`.
         :raise OSError: when descriptors have run out.
         """
         self._device = device
         self._engine = engine
         engine.open_doorbells(mapped_doorbells)
+        engine.set_client(client_fd)
         self._negotiated = False
         #: ERR and REQ: accepted, never signalled.
         self._other_irqs: dict[int, int] = {}
@@ -125,6 +127,7 @@ class Session:
         self._device.vectors.clear()
         self._engine.unmap_all()
         self._engine.close_doorbells()
+        self._engine.set_client(None)
         for fd in self._other_irqs.values():
             os.close(fd)
         self._other_irqs.clear()
@@ -274,7 +277,7 @@ class VfServer:
         self,
         selector: selectors.BaseSelector,
         path: Path,
-        open_session: Callable[[], Session],
+        open_session: Callable[[int], Session],
         log: Log,
     ) -> None:
         """Listen.
@@ -313,7 +316,7 @@ class VfServer:
             connection.close()
             return
         try:
-            self._session = self._open_session()
+            self._session = self._open_session(connection.fileno())
         except OSError as error:
             self._log(f"a client was turned away: {error.strerror}")
             connection.close()
@@ -384,10 +387,10 @@ class VfServer:
             return
         self._log(reason)
         self._selector.unregister(self._connection)
-        self._connection.close()
-        self._connection = None
         self._session.close()
         self._session = None
+        self._connection.close()
+        self._connection = None
         self._backlog.clear()
         for fd in self._decoder.abandon():
             os.close(fd)

@@ -61,7 +61,7 @@ class Vf:
             self._server = VfServer(
                 selector,
                 spec.socket,
-                lambda: Session(self._device, self._engine, spec.mapped_doorbells),
+                lambda client_fd: Session(self._device, self._engine, spec.mapped_doorbells, client_fd),
                 log,
             )
             undo.callback(self._server.close)

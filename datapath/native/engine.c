@@ -185,7 +185,7 @@ int engine_open(int packet_fd, struct engine **out)
     pthread_mutex_init(&engine->mutex, NULL);
     pthread_cond_init(&engine->no_callers, NULL);
     engine->packet_fd = packet_fd;
-    engine->epoll_fd = engine->wake_fd = engine->fault_fd = -1;
+    engine->epoll_fd = engine->wake_fd = engine->fault_fd = engine->client_fd = -1;
     for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
         engine->queue[i].kick_fd = engine->queue[i].call_fd = -1;
     }
@@ -238,6 +238,25 @@ void engine_close_doorbells(struct engine *engine)
     enter(engine);
     drop_doorbells(engine);
     leave_and_wake(engine);
+}
+
+int engine_set_client(struct engine *engine, int client_fd)
+{
+    int result = 0;
+
+    enter(engine);
+    if (engine->client_fd >= 0) {
+        epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, engine->client_fd, NULL);
+    }
+    engine->client_fd = -1;
+    engine->client_gone = false;
+    if (client_fd >= 0 && watch(engine, client_fd, EPOLLRDHUP | EPOLLET, TOKEN_CLIENT) < 0) {
+        result = -errno;
+    } else {
+        engine->client_fd = client_fd;
+    }
+    leave(engine);
+    return result;
 }
 
 void engine_keep_packets(struct engine *engine, bool keep)

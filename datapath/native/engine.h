@@ -47,6 +47,13 @@ void engine_close(struct engine *engine);
 int engine_open_doorbells(struct engine *engine, int doorbell_fd);
 void engine_close_doorbells(struct engine *engine);
 
+/*
+ * The socket of the client that has the device, which stays the caller's until it is called for another one,
+ * or for -1. When the client hangs up, the device stops before it is told to: what a process had mapped is
+ * taken from a real VF before others can see that the process has died.
+ */
+int engine_set_client(struct engine *engine, int client_fd);
+
 /* While the device does not run, leave what comes on the uplink; without this it is lost, as on most NICs. */
 void engine_keep_packets(struct engine *engine, bool keep);
 

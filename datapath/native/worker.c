@@ -58,7 +58,8 @@ void engine_lose_uplink(struct engine *engine)
 
 bool engine_is_live(const struct engine *engine, unsigned int queue)
 {
-    return engine->running && engine->fault == NULL && engine->queue[queue].programmed;
+    return engine->running && !engine->client_gone && engine->fault == NULL &&
+           engine->queue[queue].programmed;
 }
 
 bool engine_leaves_packets(const struct engine *engine)
@@ -164,6 +165,8 @@ static void handle_event(struct engine *engine, const struct epoll_event *event)
 
     if (token == TOKEN_WAKE) {
         drain_fd(engine->wake_fd);
+    } else if (token == TOKEN_CLIENT) {
+        engine->client_gone = true;
     } else if (token == TOKEN_PACKET) {
         engine->queue[ENGINE_RX].awake |= (event->events & EPOLLIN) != 0;
         engine->queue[ENGINE_TX].awake |= (event->events & EPOLLOUT) != 0;
@@ -179,7 +182,7 @@ static void handle_event(struct engine *engine, const struct epoll_event *event)
 /* Take what has happened, and if `sleep`, wait until something does. */
 static void collect_events(struct engine *engine, bool sleep)
 {
-    struct epoll_event events[ENGINE_QUEUES + 2];
+    struct epoll_event events[TOKENS];
     bool live = engine_is_live(engine, ENGINE_RX) || engine_is_live(engine, ENGINE_TX);
     int longest = live && engine->doorbells != NULL ? NAP_MS : -1;
     int count;
@@ -188,7 +191,7 @@ static void collect_events(struct engine *engine, bool sleep)
     if (sleep) {
         pthread_mutex_unlock(&engine->mutex);
     }
-    count = epoll_wait(engine->epoll_fd, events, ENGINE_QUEUES + 2, sleep ? longest : 0);
+    count = epoll_wait(engine->epoll_fd, events, TOKENS, sleep ? longest : 0);
     if (sleep) {
         pthread_mutex_lock(&engine->mutex);
     }

@@ -22,7 +22,7 @@
 #define MAX_PACKET 65536
 
 /* Tokens of epoll; a queue's own number stands for its kick eventfd. */
-enum { TOKEN_PACKET = ENGINE_QUEUES, TOKEN_WAKE };
+enum { TOKEN_PACKET = ENGINE_QUEUES, TOKEN_WAKE, TOKEN_CLIENT, TOKENS };
 
 struct queue {
     bool programmed;
@@ -47,12 +47,14 @@ struct engine {
     int wake_fd;
     int fault_fd;
     int packet_fd;
+    int client_fd;              /* -1: none */
     uint32_t packet_events;     /* what epoll waits for on packet_fd; 0: not registered */
     bool uplink_lost;
     bool keeps_packets;
     void *doorbells;
 
     bool running;
+    bool client_gone;
     const char *fault;
     unsigned int fault_queue;
     struct queue queue[ENGINE_QUEUES];

@@ -90,6 +90,27 @@ def test_header_and_packet_may_be_cut_anywhere(cuts: tuple[int, ...]) -> None:
         assert b.memory.read(RX_DATA, len(whole)) == header(1) + PACKET
 
 
+def test_it_stops_by_itself_when_the_client_hangs_up() -> None:
+    here, client = socket.socketpair()
+    with bench() as b, here:
+        b.engine.set_client(here.fileno())
+        b.run()
+        b.send(PACKET)
+        assert b.receive_from_wire() == PACKET
+        client.close()
+        for kick in (2, 3):  # the engine has looked at what came before by the time that it counts the second
+            b.send(PACKET)
+            wait_for(lambda kick=kick: b.engine.count(TX).kicks == kick, "a kick")  # type: ignore[misc]
+        assert not readable(b.wire)
+        assert b.engine.stop_queue(TX) == RingState(1, 1)
+        b.engine.reset()
+        b.engine.set_client(None)
+        b.start(TX, b.tx)
+        b.engine.run(True)
+        b.kick(TX)
+        assert b.receive_from_wire() == PACKET
+
+
 def test_indirect_descriptors() -> None:
     with bench() as b:
         b.run()

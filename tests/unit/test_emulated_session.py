@@ -45,6 +45,7 @@ class NoEngine:
 
     def open_doorbells(self, mapped: bool) -> None: ...
     def close_doorbells(self) -> None: ...
+    def set_client(self, fd: int | None) -> None: ...
     def kick(self, index: int) -> None: ...
 
     def set_call(self, index: int, fd: int | None) -> None:
@@ -57,7 +58,7 @@ class NoEngine:
 
 def session(negotiated: bool = True) -> Session:
     engine = cast(Engine, NoEngine())
-    new = Session(Ifcvf(engine, b"\2\0\0\0\0\1", 1500), engine, mapped_doorbells=False)
+    new = Session(Ifcvf(engine, b"\2\0\0\0\0\1", 1500), engine, mapped_doorbells=False, client_fd=-1)
     if negotiated:
         new.handle(Message(0, Command.VERSION, payload=Version().pack()))
     return new

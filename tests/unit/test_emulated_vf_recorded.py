@@ -60,6 +60,8 @@ class NotedEngine:
     def close_doorbells(self) -> None:
         self.doorbells = False
 
+    def set_client(self, fd: int | None) -> None: ...
+
     def kick(self, index: int) -> None:
         self.kicks.append(index)
 
@@ -105,7 +107,7 @@ def reply_to(command: Message, at: int) -> Recorded | None:
 def vf() -> Iterator[Vf]:
     engine = NotedEngine()
     device = Ifcvf(cast(Engine, engine), MAC, MTU)
-    session = Session(device, cast(Engine, engine), mapped_doorbells=False)
+    session = Session(device, cast(Engine, engine), mapped_doorbells=False, client_fd=-1)
     yield Vf(engine, device, session)
     session.close()
 
