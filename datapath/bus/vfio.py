@@ -25,6 +25,7 @@ from pathlib import Path
 from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
 from datapath.bus.sysfs import SYSFS
 from datapath.bus.vfio_container import NODES, Container
+from datapath.descriptors import closed_early
 from datapath.native._native import ffi
 from datapath.native.relay import Doorbell
 from datapath.pci import CONFIG_SIZE, REVISION_AND_CLASS
@@ -59,7 +60,7 @@ class VfioFunction(PciFunction):
         try:
             self._container = Container(address, sysfs=sysfs, nodes=nodes)
             self._resources.callback(self._container.close)
-            self._device = self._container.open_function()
+            self._device = closed_early(self._container.open_function())
             self._resources.callback(os.close, self._device)
             self._info = DeviceInfo.unpack(self._ask(Request.DEVICE_GET_INFO, DeviceInfo().pack()))
             if not self._info.flags & DeviceFlag.PCI:

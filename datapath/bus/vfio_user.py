@@ -23,7 +23,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
-from datapath.descriptors import close_all
+from datapath.descriptors import close_all, closed_early
 from datapath.native._native import ffi
 from datapath.native.relay import Doorbell
 from datapath.pci import CONFIG_SIZE
@@ -82,6 +82,7 @@ class Channel:
         try:
             self._socket.settimeout(deadline)
             self._socket.connect(path)
+            self._socket = socket.socket(fileno=closed_early(self._socket.detach()))
         except OSError as error:
             self._socket.close()
             reason = error.strerror or str(error)

@@ -29,7 +29,7 @@ from datapath.virtio import Feature, Status, bit, feature_names
 from tests.harness.emulated_nic import BIN, EmulatedNic, PortProcess, ask
 from tests.harness.front_end import DRIVER_OK, MEMORY_SIZE, USER, SocketFrontEnd
 from tests.harness.netns import NetworkNamespace
-from tests.harness.processes import wait_for
+from tests.harness.processes import run, wait_for
 from tests.harness.traffic import TX, both_ways, offer_buffers, received, transmit
 from tests.harness.virtqueue import Buffer
 from tests.harness.wire import Wire
@@ -265,6 +265,19 @@ def test_a_port_without_descriptors_turns_front_ends_away(port: PortProcess) -> 
     resource.prlimit(port.pid, resource.RLIMIT_NOFILE, (1024, 1024))
     with closing(SocketFrontEnd.dial(port.socket)) as peer:
         peer.connect()
+
+
+def test_a_killed_port_loses_the_device_before_the_front_end(
+    nic: EmulatedNic, port: PortProcess, front_end: SocketFrontEnd
+) -> None:
+    """By its numbers, see `closed_early`: QEMU must not find a ring that the device still writes to."""
+    front_end.start()
+    folder = Path(f"/proc/{port.pid}/fd")
+    highest = max(folder.iterdir(), key=lambda path: int(path.name))
+    inode = highest.readlink().name.removeprefix("socket:[").removesuffix("]")
+    ends = run(["ss", "-xH", "state", "established"]).stdout.splitlines()
+    (vf,) = (line for line in ends if f"{nic.folder}/.vf0.sock." in line)  # it is bound under another name
+    assert vf.split()[-1] == inode  # that of the other end
 
 
 def test_a_stale_socket_is_replaced(nic: EmulatedNic, tmp_path: Path) -> None:
