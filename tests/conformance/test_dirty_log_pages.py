@@ -16,7 +16,8 @@ import pytest
 from datapath.vhost_user.backend import PROTOCOL_FEATURES
 from datapath.vhost_user.messages import ProtocolFeature
 from datapath.virtio import Feature, bit
-from tests.harness.dirty_pages import PAGE, GuestPages
+from tests.harness.dirty_log import PAGE
+from tests.harness.dirty_pages import GuestPages
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
 from tests.harness.front_end import BUFFERS, RING_STRIDE, VIRTIO, SocketFrontEnd
 from tests.harness.netns import NetworkNamespace

@@ -11,6 +11,7 @@ import pytest
 from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES
 from datapath.vhost_user.messages import LogArea, Request
 from datapath.virtio import NET_HEADER_SIZE
+from tests.harness.dirty_log import PAGE
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
 from tests.harness.front_end import BUFFERS, MEMORY_SIZE, VIRTIO, SocketFrontEnd
 from tests.harness.netns import NetworkNamespace
@@ -18,7 +19,6 @@ from tests.harness.traffic import RX, TX, offer_buffers, received
 from tests.harness.virtqueue import Buffer
 from tests.harness.wire import Wire, frame, number_of
 
-PAGE = 4096
 #: Frames of a turn, each in a page of its own above the receive buffers.
 FRAMES = 60
 OUTGOING = BUFFERS + 64 * PAGE

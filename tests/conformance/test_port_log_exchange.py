@@ -12,6 +12,7 @@ import pytest
 
 from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES
 from datapath.vhost_user.messages import LogArea, Request, VringState
+from tests.harness.dirty_log import PAGE, marked_pages
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
 from tests.harness.front_end import BUFFERS, MEMORY_SIZE, VIRTIO, SocketFrontEnd
 from tests.harness.netns import NetworkNamespace
@@ -19,7 +20,6 @@ from tests.harness.processes import wait_for
 from tests.harness.traffic import RX, TX, offer_buffers, transmit
 from tests.harness.wire import Wire
 
-PAGE = 4096
 SIZE = MEMORY_SIZE // PAGE // 8
 FEATURES = VIRTIO | F_PROTOCOL_FEATURES
 
@@ -61,8 +61,7 @@ def log() -> Iterator[int]:
 
 def marked(log: int) -> set[int]:
     """The addresses of the pages that are marked."""
-    data = os.pread(log, SIZE, 0)
-    return {(8 * at + n) * PAGE for at, byte in enumerate(data) for n in range(8) if byte >> n & 1}
+    return marked_pages(os.pread(log, SIZE, 0))
 
 
 def switch(peer: SocketFrontEnd, on: bool) -> list[int]:

@@ -16,13 +16,13 @@ from datapath.vhost_user.messages import (
     VringState,
     encode_request,
 )
+from tests.harness.dirty_log import PAGE, marked_pages
 from tests.harness.emulated_nic import EmulatedNic, PortProcess, ask
 from tests.harness.front_end import BUFFERS, MEMORY_SIZE, VIRTIO, SocketFrontEnd
 from tests.harness.netns import NetworkNamespace
 from tests.harness.traffic import RX, TX, both_ways, offer_buffers
 from tests.harness.wire import Wire
 
-PAGE = 4096
 #: The bitmap of the front-end's memory, and what lies before it in the same file.
 SIZE, OFFSET = MEMORY_SIZE // PAGE // 8, 4096
 
@@ -70,7 +70,7 @@ def take(log: int) -> set[int]:
     """The addresses of the pages that are marked; they are not afterwards."""
     data = os.pread(log, SIZE, OFFSET)
     os.pwrite(log, bytes(SIZE), OFFSET)
-    return {(8 * at + n) * PAGE for at, byte in enumerate(data) for n in range(8) if byte >> n & 1}
+    return marked_pages(data)
 
 
 def switch(peer: SocketFrontEnd, on: bool) -> None:

@@ -10,6 +10,17 @@ from datapath.vdpa import DirtyBitmap
 PAGE = 4096
 
 
+def marked_pages(bits: bytes, base: int = 0) -> set[int]:
+    """The addresses of the pages whose bits are set, the first bit being that of the page at `base`."""
+    return {
+        base + (8 * at + number) * PAGE
+        for at, byte in enumerate(bits)
+        if byte
+        for number in range(8)
+        if byte >> number & 1
+    }
+
+
 class DirtyLog:
     """A bitmap for `size` bytes of guest memory at `base` (a multiple of 8 pages), and all below."""
 
@@ -28,12 +39,7 @@ class DirtyLog:
         first = self._base // PAGE // 8
         data = self._view[first:]
         self._view[first:] = bytes(len(data))
-        return {
-            self._base + (8 * at + number) * PAGE
-            for at, byte in enumerate(data)
-            for number in range(8)
-            if byte >> number & 1
-        }
+        return marked_pages(data, self._base)
 
     def close(self) -> None:
         """Unmap it; the device must have been told, or closed."""

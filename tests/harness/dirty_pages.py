@@ -15,10 +15,10 @@ import time
 from contextlib import ExitStack
 
 from tests.harness.compiled import compiled
+from tests.harness.dirty_log import PAGE, marked_pages
 from tests.harness.processes import wait_for
 from tests.harness.vhost_user_proxy import VhostUserProxy
 
-PAGE = 4096
 #: virtio 1.3 section 2.7: bytes of a used ring.
 USED_HEAD, USED_ENTRY, USED_EVENT = 4, 8, 2
 
@@ -168,11 +168,11 @@ class GuestPages:
         found = (ctypes.c_uint8 * (self.size // PAGE // 8 + 1))()
         since, size = ctypes.c_uint64(number), ctypes.c_size_t(self.size)
         _library().cells_find(self._memory, size, since, found)
-        return _pages(bytes(found))
+        return marked_pages(bytes(found))
 
     def marked_pages(self) -> set[int]:
         """Offsets of the pages that the log has named since `forget_marked`."""
-        return {page - self.base for page in _pages(bytes(self.marked))}
+        return {page - self.base for page in marked_pages(bytes(self.marked))}
 
     def used_ring_pages(self) -> set[int]:
         """Offsets of the pages that used rings lie in."""
@@ -219,14 +219,3 @@ class GuestPages:
         """Let the memory and the log go."""
         del self._memory
         self._close.close()
-
-
-def _pages(bits: bytes) -> set[int]:
-    """Addresses of the pages whose bits are set."""
-    return {
-        (8 * at + number) * PAGE
-        for at, byte in enumerate(bits)
-        if byte
-        for number in range(8)
-        if byte >> number & 1
-    }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from datapath.native._native import ffi
+from tests.harness.dirty_log import marked_pages
 from tests.harness.shadow_link import BASE, BUFFERS, MEMORY, PAGE, Link, MakeLink
 from tests.harness.virtqueue import (
     DESC_F_INDIRECT,
@@ -40,13 +41,7 @@ class Log:
         """Addresses of the pages marked since the last look."""
         data = os.pread(self.fd, self.size, self._offset)
         self.fill(0)
-        return {
-            (8 * at + bit) * PAGE
-            for at, byte in enumerate(data)
-            if byte
-            for bit in range(8)
-            if byte >> bit & 1
-        }
+        return marked_pages(data)
 
 
 @pytest.fixture

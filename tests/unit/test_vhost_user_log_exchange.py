@@ -13,11 +13,11 @@ from datapath.vhost_user.log_exchange import QUIET, LogExchange
 from datapath.vhost_user.messages import LogArea, ProtocolError, ProtocolFeature, Region, Request, VringState
 from datapath.virtio import bit
 from tests.harness.direct_front_end import DirectFrontEnd
+from tests.harness.dirty_log import PAGE, marked_pages
 from tests.harness.front_end import BUFFERS, MEMORY_SIZE, USER, VIRTIO
 from tests.harness.recording_device import names
 from tests.harness.virtqueue import Buffer
 
-PAGE = 4096
 SIZE, OFFSET = 512, 4096
 #: A log in which all of guest memory counts as written.
 ALL_MARKED = (b"\xff" * (MEMORY_SIZE // PAGE // 8)).ljust(SIZE, b"\0")
@@ -65,8 +65,7 @@ def exchange(peer: DirectFrontEnd, log: int | None, on: bool) -> list[Any]:
 
 def marked(log: int) -> set[int]:
     """The addresses of the pages that are marked."""
-    data = os.pread(log, SIZE, OFFSET)
-    return {(8 * at + n) * PAGE for at, byte in enumerate(data) for n in range(8) if byte >> n & 1}
+    return marked_pages(os.pread(log, SIZE, OFFSET))
 
 
 FAILURES: dict[str, tuple[dict[str, DeviceError], type[Exception], str]] = {
