@@ -2,20 +2,20 @@
 
 QEMU has `vfio-user-pci` from 10.1 on. Where the machine's own is older, one of Debian's backports is fetched
 once into the checkout's cache and runs with its own loader and libraries (38 MB to fetch, 110 MB unpacked;
-seconds on a fast line). Owns that copy and the QEMU process of one guest.
+seconds on a fast line). Owns that copy.
 """
 
 import functools
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
 from tests.harness.cached import made_once
 from tests.harness.debian_packages import unpack
-from tests.harness.guest import CACHE, KERNEL_ARGUMENTS, guest_image
-from tests.harness.processes import HarnessError, Process, run
+from tests.harness.guest import CACHE, KERNEL_ARGUMENTS
+from tests.harness.processes import HarnessError, run
+from tests.harness.qemu_guest import QemuGuest
 
 #: Environment variable that names a QEMU binary, or a script that runs one.
 VARIABLE = "VFIO_USER_QEMU"
@@ -33,8 +33,6 @@ export QEMU_MODULE_DIR="$here/{LIBRARIES}/qemu"
 exec "$here/{LIBRARIES}/ld-linux-x86-64.so.2" --inhibit-cache --library-path "$here/{LIBRARIES}" \\
     "$here/usr/bin/{BINARY}" -L "$here/usr/share/qemu" -L "$here/usr/share/seabios" "$@"
 """
-#: Megabytes of guest memory.
-MEMORY = 192
 
 
 @functools.cache
@@ -84,35 +82,16 @@ def check_vfio_user(qemu: str | Path) -> None:
         raise HarnessError(f"{qemu} has no vfio-user-pci: {(said.stderr or said.stdout).strip()}")
 
 
-class VfioUserGuest(Process):
-    """A running guest with a VF for its NIC, its serial console on a terminal of its own."""
+class VfioUserGuest(QemuGuest):
+    """A running guest with a VF for its NIC."""
 
     def __init__(self, qemu: Path, folder: Path, socket: Path, address: str) -> None:
         """
         :param socket: where the VF is served.
         :param address: the guest's address on the VF, with its prefix length.
         """
-        image = guest_image()
         # Unlike vhost-user under QEMU 7.2, MSI-X works here; the VF has no other interrupt.
         arguments = KERNEL_ARGUMENTS.replace("pci=nomsi ", "")
         device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket)}}
-        self.qmp = folder / "guest.qmp"
-        argv: list[str | Path] = [qemu, "-accel", "tcg", "-nodefaults", "-display", "none"]
-        argv += ["-machine", "q35,memory-backend=ram", "-m", str(MEMORY)]
-        argv += ["-object", f"memory-backend-memfd,id=ram,size={MEMORY}M,share=on"]
-        argv += ["-kernel", image.kernel, "-initrd", image.initrd]
-        argv += ["-append", f"{arguments} vdpa.ip={address}"]
-        argv += ["-serial", "pty", "-qmp", f"unix:{self.qmp},server=on,wait=off"]
-        argv += ["-device", json.dumps(device)]
-        super().__init__(argv, folder / "guest.log")
-
-    @property
-    def terminal(self) -> Path:
-        """The terminal of the serial console, as soon as QEMU has said which."""
-
-        def said() -> re.Match[str] | None:
-            return re.search(r"redirected to (/dev/pts/\d+)", self.log.read_text())
-
-        found = self.wait_for("its terminal", said)
-        assert found is not None
-        return Path(found.group(1))
+        nic = ["-device", json.dumps(device)]
+        super().__init__(qemu, folder, f"{arguments} vdpa.ip={address}", nic)
