@@ -20,7 +20,6 @@ from tests.harness.dirty_log import PAGE
 from tests.harness.dirty_pages import GuestPages
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
 from tests.harness.front_end import BUFFERS, RING_STRIDE, VIRTIO, SocketFrontEnd
-from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import wait_for
 from tests.harness.traffic import RX, TX, both_ways, offer_buffers, received, transmit
 from tests.harness.vhost_user_proxy import VhostUserProxy
@@ -35,36 +34,14 @@ USED_AT = 0x5000 - 4
 BEFORE = 3
 
 
-@pytest.fixture(scope="module")
-def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
-    with (
-        NetworkNamespace() as namespace,
-        EmulatedNic(tmp_path_factory.mktemp("nic"), namespace, 1, "--keep") as running,
-    ):
-        yield running
-
-
-@pytest.fixture
-def wire(nic: EmulatedNic) -> Iterator[Wire]:
-    with closing(Wire(nic.namespace, "vf0")) as made:
-        yield made
-
-
-@pytest.fixture(params=["software", "hardware"])
-def log_mode(request: pytest.FixtureRequest) -> str:
-    mode: str = request.param
-    return mode
-
-
 @pytest.fixture(params=["ifcvf", "virtio"])
 def proxy(
     nic: EmulatedNic, tmp_path: Path, log_mode: str, request: pytest.FixtureRequest
 ) -> Iterator[VhostUserProxy]:
     if (request.param, log_mode) == ("virtio", "hardware"):
         pytest.skip("a virtio function has no log of its own")
-    device = nic.device(0).replace("ifcvf", request.param, 1)
     with (
-        PortProcess(tmp_path, device, f"--log-mode={log_mode}") as port,
+        PortProcess(tmp_path, nic.device(0, request.param), f"--log-mode={log_mode}") as port,
         VhostUserProxy(tmp_path / "proxy.sock", port.socket) as made,
     ):
         yield made

@@ -19,7 +19,6 @@ import pytest
 
 from tests.harness.dirty_pages import GuestPages, Traffic
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
-from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import wait_for
 from tests.harness.testpmd import HEADER_OUT, Testpmd
 from tests.harness.vhost_user_proxy import VhostUserProxy
@@ -71,15 +70,6 @@ CASES = {
     ),
     "transmit alone": Case("txonly", 512),
 }
-
-
-@pytest.fixture(scope="module")
-def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
-    with (
-        NetworkNamespace() as namespace,
-        EmulatedNic(tmp_path_factory.mktemp("nic"), namespace, 1, "--keep") as running,
-    ):
-        yield running
 
 
 class Load:
@@ -160,12 +150,6 @@ class Load:
 
     def close(self) -> None:
         self._close.close()
-
-
-@pytest.fixture(params=["software", "hardware"])
-def log_mode(request: pytest.FixtureRequest) -> str:
-    mode: str = request.param
-    return mode
 
 
 @pytest.fixture(params=CASES)

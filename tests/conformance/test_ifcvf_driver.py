@@ -34,29 +34,17 @@ from tests.harness.wire import Wire
 DEADLINE = 0.3
 
 
-@pytest.fixture(scope="module")
-def namespace() -> Iterator[NetworkNamespace]:
-    with NetworkNamespace() as made:
-        yield made
-
-
 #: Kinds of NIC that every test of the data path meets.
 KINDS = {"eventfd": ["--doorbell=eventfd"], "mapped": ["--doorbell=mapped", "--prefetch=3"]}
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def nic(
-    request: pytest.FixtureRequest, namespace: NetworkNamespace, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, network: NetworkNamespace, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EmulatedNic]:
     folder = tmp_path_factory.mktemp(request.param)
-    with EmulatedNic(folder, namespace, 1, *KINDS[request.param]) as running:
+    with EmulatedNic(folder, network, 1, *KINDS[request.param]) as running:
         yield running
-
-
-@pytest.fixture
-def wire(nic: EmulatedNic) -> Iterator[Wire]:
-    with closing(Wire(nic.namespace, "vf0")) as made:
-        yield made
 
 
 MakeVf = Callable[..., DrivenVf]

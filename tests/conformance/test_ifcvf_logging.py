@@ -9,7 +9,7 @@ import random
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,18 +29,9 @@ ROUNDS = 20_000
 
 
 @pytest.fixture(scope="module")
-def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
-    with (
-        NetworkNamespace() as namespace,
-        EmulatedNic(tmp_path_factory.mktemp("nic"), namespace, 1, "--prefetch=3") as running,
-    ):
+def nic(network: NetworkNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
+    with EmulatedNic(tmp_path_factory.mktemp("nic"), network, 1, "--prefetch=3") as running:
         yield running
-
-
-@pytest.fixture
-def wire(nic: EmulatedNic) -> Iterator[Wire]:
-    with closing(Wire(nic.namespace, "vf0")) as made:
-        yield made
 
 
 @pytest.fixture

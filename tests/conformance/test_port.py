@@ -36,28 +36,9 @@ from tests.harness.wire import Wire
 
 
 @pytest.fixture(scope="module")
-def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
-    with NetworkNamespace() as namespace, EmulatedNic(tmp_path_factory.mktemp("nic"), namespace) as running:
+def nic(network: NetworkNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
+    with EmulatedNic(tmp_path_factory.mktemp("nic"), network) as running:
         yield running
-
-
-@pytest.fixture
-def port(nic: EmulatedNic, tmp_path: Path) -> Iterator[PortProcess]:
-    with PortProcess(tmp_path, nic.device(0)) as running:
-        yield running
-
-
-@pytest.fixture
-def front_end(port: PortProcess) -> Iterator[SocketFrontEnd]:
-    with closing(SocketFrontEnd.dial(port.socket)) as peer:
-        peer.connect()
-        yield peer
-
-
-@pytest.fixture
-def wire(nic: EmulatedNic) -> Iterator[Wire]:
-    with closing(Wire(nic.namespace, "vf0")) as made:
-        yield made
 
 
 PROTOCOLS = {

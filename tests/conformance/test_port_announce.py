@@ -69,13 +69,6 @@ def port(nic: EmulatedNic, tmp_path: Path) -> Iterator[PortProcess]:
         yield running
 
 
-@pytest.fixture
-def front_end(port: PortProcess) -> Iterator[SocketFrontEnd]:
-    with closing(SocketFrontEnd.dial(port.socket)) as peer:
-        peer.connect()
-        yield peer
-
-
 def test_a_request_is_kept_until_rings_run(
     port: PortProcess, front_end: SocketFrontEnd, bridge: socket.socket
 ) -> None:

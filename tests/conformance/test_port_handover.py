@@ -25,11 +25,8 @@ OUTGOING = BUFFERS + 64 * PAGE
 
 
 @pytest.fixture(scope="module")
-def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
-    with (
-        NetworkNamespace() as namespace,
-        EmulatedNic(tmp_path_factory.mktemp("nic"), namespace, 2, "--keep") as running,
-    ):
+def nic(network: NetworkNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
+    with EmulatedNic(tmp_path_factory.mktemp("nic"), network, 2, "--keep") as running:
         yield running
 
 

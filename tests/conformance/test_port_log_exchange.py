@@ -30,25 +30,18 @@ def nic(tmp_path: Path) -> Iterator[EmulatedNic]:
         yield running
 
 
-@pytest.fixture(params=["software", "hardware"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
-def port(nic: EmulatedNic, tmp_path: Path, mode: str) -> Iterator[PortProcess]:
-    with PortProcess(tmp_path, nic.device(0), f"--log-mode={mode}") as running:
+def port(nic: EmulatedNic, tmp_path: Path, log_mode: str) -> Iterator[PortProcess]:
+    with PortProcess(tmp_path, nic.device(0), f"--log-mode={log_mode}") as running:
         yield running
 
 
 @pytest.fixture
-def front_end(port: PortProcess) -> Iterator[SocketFrontEnd]:
+def front_end(front_end: SocketFrontEnd) -> SocketFrontEnd:
     """A front-end whose rings run, and that asks for an answer to everything."""
-    with closing(SocketFrontEnd.dial(port.socket)) as peer:
-        peer.connect()
-        peer.start()
-        peer.need_reply = True
-        yield peer
+    front_end.start()
+    front_end.need_reply = True
+    return front_end
 
 
 @pytest.fixture
@@ -148,7 +141,7 @@ def test_a_front_end_that_leaves_in_the_exchange(
 
 
 def test_how_writes_are_logged_is_told(
-    front_end: SocketFrontEnd, port: PortProcess, mode: str, log: int
+    front_end: SocketFrontEnd, port: PortProcess, log_mode: str, log: int
 ) -> None:
     assert port.status()["log"]["wanted"] is False
     small = SIZE // 2
@@ -156,7 +149,7 @@ def test_how_writes_are_logged_is_told(
     switch(front_end, True)
     told = port.status()["log"]
     reason = f"the dirty log has {small} bytes, guest memory up to {MEMORY_SIZE:#x} needs {SIZE}"
-    assert (told["wanted"], told["mode"], told["problem"]) == (True, mode, reason)
+    assert (told["wanted"], told["mode"], told["problem"]) == (True, log_mode, reason)
     front_end.tell(Request.SET_LOG_BASE, LogArea(SIZE, 0), log)
     assert port.status()["log"]["problem"] is None
     switch(front_end, False)
@@ -165,10 +158,10 @@ def test_how_writes_are_logged_is_told(
 
 
 def test_a_port_that_was_killed_under_load_leaves_nothing_unmarked(
-    nic: EmulatedNic, tmp_path: Path, mode: str, log: int
+    nic: EmulatedNic, tmp_path: Path, log_mode: str, log: int
 ) -> None:
     """Every page in which a frame has arrived is in the log, whoever was to mark it."""
-    option = f"--log-mode={mode}"
+    option = f"--log-mode={log_mode}"
     before = bytearray(MEMORY_SIZE)
     with closing(Wire(nic.namespace, "vf0")) as wire:
         with PortProcess(tmp_path, nic.device(0), option) as first:
@@ -183,7 +176,7 @@ def test_a_port_that_was_killed_under_load_leaves_nothing_unmarked(
             wait_for("the load", lambda: peer.queues[RX].used_index > 20, 10)
             first.signal(signal.SIGSTOP)  # its VF goes on, and nobody marks what that writes
             wire.send(*range(1050, 1150))
-            if mode == "software":
+            if log_mode == "software":
                 wait_for("what is not marked", lambda: pages_written(before, peer) - marked(log), 10)
             first.kill()
         with PortProcess(tmp_path, nic.device(0), option) as second:

@@ -19,7 +19,6 @@ from datapath.vhost_user.messages import (
 from tests.harness.dirty_log import PAGE, marked_pages
 from tests.harness.emulated_nic import EmulatedNic, PortProcess, ask
 from tests.harness.front_end import BUFFERS, MEMORY_SIZE, VIRTIO, SocketFrontEnd
-from tests.harness.netns import NetworkNamespace
 from tests.harness.traffic import RX, TX, both_ways, offer_buffers
 from tests.harness.wire import Wire
 
@@ -27,35 +26,17 @@ from tests.harness.wire import Wire
 SIZE, OFFSET = MEMORY_SIZE // PAGE // 8, 4096
 
 
-@pytest.fixture(scope="module")
-def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
-    with (
-        NetworkNamespace() as namespace,
-        EmulatedNic(tmp_path_factory.mktemp("nic"), namespace, 1, "--keep") as running,
-    ):
-        yield running
-
-
 @pytest.fixture(params=["ifcvf", "virtio"])
 def port(nic: EmulatedNic, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[PortProcess]:
     """A port whose relay marks what its VF writes."""
-    device = nic.device(0).replace("ifcvf", request.param, 1)
-    with PortProcess(tmp_path, device, "--log-mode=software") as running:
+    with PortProcess(tmp_path, nic.device(0, request.param), "--log-mode=software") as running:
         yield running
 
 
 @pytest.fixture
-def front_end(port: PortProcess) -> Iterator[SocketFrontEnd]:
-    with closing(SocketFrontEnd.dial(port.socket)) as peer:
-        peer.connect()
-        peer.start()
-        yield peer
-
-
-@pytest.fixture
-def wire(nic: EmulatedNic) -> Iterator[Wire]:
-    with closing(Wire(nic.namespace, "vf0")) as made:
-        yield made
+def front_end(front_end: SocketFrontEnd) -> SocketFrontEnd:
+    front_end.start()
+    return front_end
 
 
 @pytest.fixture

@@ -27,14 +27,13 @@ DRIVERS = ("ifcvf", "virtio")
 
 
 @pytest.fixture(scope="module", params=["eventfd", "mapped"])
-def nic(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
+def nic(
+    request: pytest.FixtureRequest, network: NetworkNamespace, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EmulatedNic]:
     # A VF that is reset receives nothing for some milliseconds: with --keep it loses nothing either, so that
     # whatever is missing was lost by us.
     options = [f"--doorbell={request.param}", "--prefetch=3", "--keep"]
-    with (
-        NetworkNamespace() as namespace,
-        EmulatedNic(tmp_path_factory.mktemp("nic"), namespace, 1, *options) as running,
-    ):
+    with EmulatedNic(tmp_path_factory.mktemp("nic"), network, 1, *options) as running:
         yield running
 
 
@@ -42,12 +41,6 @@ def nic(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def rounds(request: pytest.FixtureRequest) -> int:
     callspec = request.node.callspec
     return ROUNDS[callspec.params["nic"]]
-
-
-@pytest.fixture
-def wire(nic: EmulatedNic) -> Iterator[Wire]:
-    with closing(Wire(nic.namespace, "vf0")) as made:
-        yield made
 
 
 @pytest.fixture
@@ -71,8 +64,8 @@ def make_vf(nic: EmulatedNic, log: DirtyLog, another_log: DirtyLog) -> Iterator[
     made: list[DrivenVf] = []
 
     def make(driver: str, size: int = 256, start: int = 0) -> DrivenVf:
-        device = nic.device(0).replace("ifcvf", driver, 1)
-        made.append(DrivenVf(open_device(DeviceSpec.parse(device), LogMode.SOFTWARE), size, start))
+        spec = DeviceSpec.parse(nic.device(0, driver))
+        made.append(DrivenVf(open_device(spec, LogMode.SOFTWARE), size, start))
         return made[-1]
 
     yield make

@@ -19,14 +19,8 @@ WINDOW = 32
 
 
 @pytest.fixture(scope="module")
-def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
-    with NetworkNamespace() as namespace, EmulatedNic(tmp_path_factory.mktemp("nic"), namespace) as running:
-        yield running
-
-
-@pytest.fixture
-def port(nic: EmulatedNic, tmp_path: Path) -> Iterator[PortProcess]:
-    with PortProcess(tmp_path, nic.device(0)) as running:
+def nic(network: NetworkNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
+    with EmulatedNic(tmp_path_factory.mktemp("nic"), network) as running:
         yield running
 
 

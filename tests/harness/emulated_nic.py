@@ -63,9 +63,9 @@ class EmulatedNic(Process):
         super().__init__(argv, folder / "nic.log")
         self.wait_for("an answer", lambda: answers(self.control))
 
-    def device(self, vf: int) -> str:
+    def device(self, vf: int, driver: str = "ifcvf") -> str:
         """The device string of a VF."""
-        return f"ifcvf,vfio-user={self.folder}/vf{vf}.sock"
+        return f"{driver},vfio-user={self.folder}/vf{vf}.sock"
 
     def query(self, vf: int) -> dict[str, Any]:
         """What the NIC says of a VF."""
