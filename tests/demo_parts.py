@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 from qemu.qmp import QMPError
 
 from tests.harness.guest import CACHE, guest_image
+from tests.harness.host import PrivateHosts
 from tests.harness.leftovers import Machine
 from tests.harness.processes import HarnessError
 
@@ -33,14 +33,6 @@ class Ending:
     error: str | None = None
 
 
-class Hosts(Protocol):
-    """One private host, or several."""
-
-    def start(self) -> None: ...
-    def end(self) -> None: ...
-    def save_logs(self, folder: Path) -> None: ...
-
-
 class Progress:
     """One line for each step, with the time."""
 
@@ -56,7 +48,7 @@ class Progress:
 
 
 @contextmanager
-def private(hosts: Hosts, ending: Ending, step: Progress, *, keep: bool) -> Iterator[None]:
+def private(hosts: PrivateHosts, ending: Ending, step: Progress, *, keep: bool) -> Iterator[None]:
     """Start private hosts, end them, and look whether that was everything.
 
     :param keep: leave them running, unless something fails.

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import tempfile
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -76,8 +77,40 @@ class HostProcess(Process):
             super().signal(number)
 
 
-class Host:
-    """One private host; as a context manager it is started and ended."""
+class PrivateHosts(ABC):
+    """One private host or several; as a context manager they are started and ended."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start them. Whatever comes of it, `end` must be called.
+
+        :raise HarnessError: when that does not work, such as for want of root.
+        """
+
+    @abstractmethod
+    def end(self) -> None:
+        """End everything in them, and remove it. Idempotent."""
+
+    @abstractmethod
+    def save_logs(self, folder: Path) -> None:
+        """Copy their logs to a folder that outlives them, instead of what is there."""
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+
+class Host(PrivateHosts):
+    """One private host."""
 
     def __init__(self, name: str, *, keep: bool = False, qemu_user: str = "root") -> None:
         """
@@ -97,10 +130,7 @@ class Host:
         self.init_pid = 0
 
     def start(self) -> None:
-        """Make the namespaces. Whatever comes of it, `end` must be called.
-
-        :raise HarnessError: when that does not work, such as for want of root.
-        """
+        """Make the namespaces."""
         if os.geteuid() != 0:
             raise HarnessError("a private host needs root: namespaces, mounts and TAPs")
         self._make_folders()
@@ -182,13 +212,11 @@ class Host:
         os.kill(process.pid, number)
 
     def save_logs(self, folder: Path) -> None:
-        """Copy the host's logs to a folder that outlives it, instead of what is there."""
         shutil.rmtree(folder, ignore_errors=True)
         if self.logs.exists():
             shutil.copytree(self.logs, folder)
 
     def end(self) -> None:
-        """End everything in the host, then remove its folder. Idempotent."""
         if self.init_pid:
             with suppress(ProcessLookupError):
                 os.kill(self.init_pid, signal.SIGKILL)
@@ -203,19 +231,6 @@ class Host:
             service.popen.kill()
             service.popen.wait()
         shutil.rmtree(self.folder, onerror=unless_gone)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.end()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
 
 
 def unless_gone(_function: object, _path: object, failure: tuple[type, BaseException, object]) -> None:

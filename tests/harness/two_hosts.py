@@ -13,11 +13,10 @@ import subprocess
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from tests.harness.domain_xml import DomainXml
-from tests.harness.host import HostProcess
+from tests.harness.host import HostProcess, PrivateHosts
 from tests.harness.processes import run, wait_for
 from tests.harness.vdpa_host import CONFIGURATION, VdpaHost
 
@@ -135,8 +134,8 @@ class MigrationFigures:
     ports: list[PortFigures]
 
 
-class TwoHosts:
-    """The two hosts; as a context manager they are started and ended."""
+class TwoHosts(PrivateHosts):
+    """The two hosts."""
 
     def __init__(self, *, configuration: str = BRIDGED, keep: bool = False) -> None:
         self.a, self.b = (
@@ -146,7 +145,7 @@ class TwoHosts:
         self._migrations = 0
 
     def start(self) -> None:
-        """Start both and plug the cable in. Whatever comes of it, `end` must be called."""
+        """Start both and plug the cable in."""
         for host in self.both:
             host.start()
         # By pids as they are seen here, so only the network namespace is entered.
@@ -159,13 +158,11 @@ class TwoHosts:
             host.virsh("domcapabilities")
 
     def end(self) -> None:
-        """End both. Idempotent."""
         with ExitStack() as ends:
             for host in self.both:
                 ends.callback(host.end)
 
     def save_logs(self, folder: Path) -> None:
-        """Copy the hosts' logs to a folder that outlives them, instead of what is there."""
         shutil.rmtree(folder, ignore_errors=True)
         for host in self.both:
             host.save_logs(folder / host.name)
@@ -252,19 +249,6 @@ class TwoHosts:
     def mend(self) -> None:
         """Plug the cable in again."""
         self.a.run(["ip", "link", "set", CABLE, "up"])
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.end()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
 
 
 def port_figures(mac: str, source: dict[str, Any], destination: dict[str, Any]) -> PortFigures:
