@@ -7,9 +7,8 @@ import socket
 import struct
 import threading
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
+from tests.harness.closeable import Closeable
 from tests.harness.host import Host
 from tests.harness.netns import inside, open_packet_socket
 from tests.harness.processes import wait_for
@@ -48,8 +47,8 @@ def read_announcement(frame: bytes, at: float) -> Announcement | None:
     return Announcement("rarp" if is_rarp else "arp", source.hex(":"), at)
 
 
-class Announcements:
-    """All since it was made; as a context manager it ends."""
+class Announcements(Closeable):
+    """All since it was made."""
 
     def __init__(self, host: Host, link: str = "br0") -> None:
         self._socket = inside(host.network, lambda: open_packet_socket(link))
@@ -97,11 +96,3 @@ class Announcements:
         self._ended.set()
         self._thread.join()
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

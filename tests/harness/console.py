@@ -6,16 +6,15 @@ import select
 import time
 import tty
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from tests.harness.closeable import Closeable
 from tests.harness.processes import HarnessError
 
 #: Seconds after which the shell is greeted again while the guest boots.
 GREETING_INTERVAL = 1.0
 
 
-class Console:
+class Console(Closeable):
     """A guest's console by the PTY that QEMU made for it; one at a time can read it."""
 
     def __init__(self, terminal: Path, *, seconds: float = 60.0) -> None:
@@ -81,11 +80,3 @@ class Console:
     def close(self) -> None:
         """Let the terminal go."""
         os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

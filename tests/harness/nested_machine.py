@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from tests.harness import nested_hardware
 from tests.harness.guest import CACHE, CHECKOUT
@@ -243,9 +243,6 @@ class NestedMachine(Process):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __enter__(self) -> Self:
-        return self
 
 
 def share(tag: str, path: Path, options: str, slot: str) -> list[str]:

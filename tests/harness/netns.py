@@ -11,9 +11,9 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
+from tests.harness.closeable import Closeable
 from tests.harness.processes import HarnessError, run
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def inside(namespace: Path, make: Callable[[], T]) -> T:
     return made[0]
 
 
-class NetworkNamespace:
+class NetworkNamespace(Closeable):
     """A namespace with its loopback down and nothing else in it."""
 
     def __init__(self) -> None:
@@ -98,11 +98,3 @@ class NetworkNamespace:
         """End the namespace."""
         self._holder.kill()
         self._holder.communicate()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

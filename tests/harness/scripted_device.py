@@ -11,8 +11,6 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from datapath.vfio import DeviceFlag, IrqFlag, Region, RegionFlag
 from datapath.vfio_user import (
@@ -29,6 +27,7 @@ from datapath.vfio_user import (
     RegionIoFds,
     Version,
 )
+from tests.harness.closeable import Closeable
 
 BAR_SIZE = 0x3000
 #: Offset of BAR 0 in the descriptor that it is mapped from, and its one mappable area.
@@ -38,7 +37,7 @@ AREA = Area(0x1000, 0x1000)
 Answer = Callable[[Message], Message | bytes | None]
 
 
-class ScriptedDevice:
+class ScriptedDevice(Closeable):
     """What is sent for a command: a message, raw bytes, or nothing at all (None)."""
 
     def __init__(self, path: Path, capabilities: Capabilities | None = None) -> None:
@@ -154,11 +153,3 @@ class ScriptedDevice:
             for fd in message.fds:
                 os.close(fd)
         os.close(self.bar)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

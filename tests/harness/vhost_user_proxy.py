@@ -21,8 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from datapath.descriptors import close_all
 from datapath.vhost_user.backend import F_LOG_ALL
@@ -43,6 +42,7 @@ from datapath.vhost_user.messages import (
     encode_request,
 )
 from datapath.virtio import bit
+from tests.harness.closeable import Closeable
 from tests.harness.processes import HarnessError, wait_for
 
 #: Flag of SET_VRING_ADDR: writes to the used ring are to be logged (QEMU docs/interop/vhost-user.rst).
@@ -76,7 +76,7 @@ class SharedRegion:
     view: mmap.mmap
 
 
-class VhostUserProxy:
+class VhostUserProxy(Closeable):
     """Serves one front-end at a time on a path, each with a connection of its own to the back-end."""
 
     def __init__(self, path: Path, back_end: Path) -> None:
@@ -352,14 +352,6 @@ class VhostUserProxy:
         self._listener.close()
         self.path.unlink(missing_ok=True)
         close_all([self._stop_reader, self._stop_writer])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _shared(region: Region, fd: int) -> SharedRegion:
