@@ -7,7 +7,7 @@ dies within the exchange that starts logging: QEMU before 10.1 does not survive 
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -39,6 +39,8 @@ class Attempt:
         self.migration: Migration | None = None
         #: What brings the hosts back to order, the last first.
         self.repairs: list[Callable[[], object]] = []
+        #: Whether what the source has of the guest may go at any moment.
+        self.leaving = False
         #: Whether the next test may have the same guest.
         self.guest_is_well = False
 
@@ -121,6 +123,7 @@ def after(attempt: Attempt) -> None:
     """The guest runs at the destination, and libvirt may not know yet."""
     attempt.begin(speed=FAST)
     attempt.wait_for("start", lambda: attempt.status(attempt.destination).get("state") == "running")
+    attempt.leaving = True
 
 
 def logs(attempt: Attempt) -> bool:
@@ -150,7 +153,8 @@ def cut_and_abort(attempt: Attempt) -> None:
 
 
 def kill_source_port(attempt: Attempt) -> None:
-    attempt.source.kill(attempt.port_pid(attempt.source))
+    with suppress(ValueError) if attempt.leaving else nullcontext():  # there is none
+        attempt.source.kill(attempt.port_pid(attempt.source))
 
 
 def kill_destination_port(attempt: Attempt) -> None:
@@ -226,6 +230,8 @@ EVENTS = {
 }
 #: Events that have time to happen in one phase only.
 ONLY_IN = {"lose_source_back_end": "copying"}
+#: What ends the guest itself, see `test_guest_that_dies_where_it_has_arrived`.
+FATAL = {("after", "kill_destination_qemu")}
 #: Those of every run; the others only with --full.
 SAMPLE = {
     ("copying", "abort"),
@@ -239,7 +245,7 @@ CELLS = [
     pytest.param(phase, event, marks=() if (phase, event) in SAMPLE else pytest.mark.full)
     for phase in PHASES
     for event in EVENTS
-    if ONLY_IN.get(event, phase) == phase
+    if ONLY_IN.get(event, phase) == phase and (phase, event) not in FATAL
 ]
 #: Events after which a descriptor may be carried out again: who carried it out is dead, and nobody knows.
 UNTIDY = (
@@ -291,6 +297,20 @@ def test_guest_is_well_afterwards(attempt: Attempt, phase: str, event: str) -> N
     attempt.guest_is_well = True
 
 
+@pytest.mark.full
+def test_guest_that_dies_where_it_has_arrived(attempt: Attempt) -> None:
+    """It is lost, or goes on at the source where libvirt did not know of the arrival yet."""
+    after(attempt)
+    kill_destination_qemu(attempt)
+    assert attempt.migration is not None
+    if attempt.migration.wait(END) != 0:
+        assert_one_home(attempt, attempt.source)
+        attempt.guest_is_well = True
+        return
+    for host in attempt.hosts.both:
+        assert_nothing_left(attempt, host)
+
+
 def test_time_out(attempt: Attempt) -> None:
     """virsh suspends the guest when it takes too long, and libvirt resumes it at the destination."""
     with Traffic(attempt.hosts.a, GUEST_ADDRESS) as traffic:
@@ -322,12 +342,16 @@ def assert_truth(attempt: Attempt) -> BridgedHost:
 
 def assert_one_home(attempt: Attempt, home: BridgedHost) -> None:
     """One host has the guest with one VF that does not log, the other has nothing of it."""
-    other = attempt.hosts.other(home)
-    wait_for(
-        f"{other.name} to have nothing of the guest",
-        lambda: not other.lent() and not other.running("virt-vdpa-port", "qemu-system-x86_64"),
-        TIDY,
-    )
+    assert_nothing_left(attempt, attempt.hosts.other(home))
     wait_for("the port to serve", lambda: attempt.status(home).get("state") == "running", TIDY)
     assert len(home.lent()) == 1
     wait_for("the port to log no more", lambda: not attempt.status(home)["log"]["wanted"], TIDY)
+
+
+def assert_nothing_left(attempt: Attempt, host: BridgedHost) -> None:
+    """A host has no VF lent and no process of the guest's."""
+    wait_for(
+        f"{host.name} to have nothing of {attempt.domain.name}",
+        lambda: not host.lent() and not host.running("virt-vdpa-port", "qemu-system-x86_64"),
+        TIDY,
+    )
