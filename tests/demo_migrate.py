@@ -23,9 +23,6 @@ from tests.harness.guest_traffic import Summary, Traffic
 from tests.harness.two_hosts import LONGEST_BLACKOUT, BridgedHost, TwoHosts
 from tests.harness.vdpa_host import GUEST_ADDRESS
 
-#: Seconds before and after, in which a datagram that is lost was on its way.
-MARGIN = 0.05
-
 
 @dataclass
 class Moved:
@@ -46,17 +43,17 @@ class Moved:
     pages: int
     #: From the port's last message of the start to the first word on the bridge of where the guest is now;
     #: negative where that was said as soon as the rings ran.
-    announced_ms: float | None = None
-    announced_by: str | None = None
+    announced_ms: float
+    announced_by: str
+    #: When the NIC at the source stopped, and when the bridges were told where the guest is now, in seconds
+    #: since the epoch, as are when it began and when traffic flowed again.
+    dark: float
+    light: float
+    begun: float
+    over: float = 0.0
     #: Numbered datagrams to the guest that did not come, and the longest time in which none came from it.
     datagrams_lost: int = 0
     gap_ms: float = 0.0
-    #: When the NIC at the source stopped, and when the bridges were told where the guest is now, in seconds
-    #: since the epoch, as are when it began and when traffic flowed again.
-    dark: float = 0.0
-    light: float = 0.0
-    begun: float = 0.0
-    over: float = 0.0
 
     @property
     def ours_ms(self) -> float:
@@ -123,7 +120,8 @@ def migrate(
     hosts.migrate(domain, to=destination)
     figures = hosts.figures(domain, to=destination)
     (port,) = figures.ports
-    moved = Moved(
+    announced = announcements.wait_for(domain.mac, since=port.start_begun)[0]
+    return Moved(
         source=source.name,
         destination=destination.name,
         mode=port.mode,
@@ -132,13 +130,12 @@ def migrate(
         stop_ms=port.stop_ms,
         start_ms=port.start_ms,
         pages=port.pages,
+        announced_ms=round(1000 * (announced.at - port.started), 1),
+        announced_by=announced.kind,
+        dark=port.blackout[0],
+        light=announced.at,
         begun=begun,
     )
-    announced = announcements.wait_for(domain.mac, since=port.started - port.start_ms / 1000)[0]
-    moved.announced_ms = round(1000 * (announced.at - port.started), 1)
-    moved.announced_by = announced.kind
-    moved.dark, moved.light = port.blackout[0], announced.at
-    return moved
 
 
 def account(report: Report, summary: Summary) -> None:
@@ -152,12 +149,11 @@ def account(report: Report, summary: Summary) -> None:
     report.datagrams_doubled = sum(way.doubled for way in ways)
     report.datagrams_altered = sum(way.altered for way in ways)
     report.datagrams_lost = sum(len(way.lost) for way in ways)
-    dark = [(moved.dark - MARGIN, moved.light + MARGIN) for moved in report.migrations]
+    dark = [(moved.dark, moved.light) for moved in report.migrations]
     report.datagrams_lost_outside = sum(len(way.lost_outside(dark)) for way in ways)
     for moved in report.migrations:
         moved.datagrams_lost = sum(moved.begun <= lost.after <= moved.over for lost in summary.to_guest.lost)
-        gaps = [gap.ms for gap in summary.gaps if moved.begun <= gap.begin <= moved.over]
-        moved.gap_ms = max(gaps, default=0.0)
+        moved.gap_ms = summary.longest_gap(moved.begun, moved.over)
 
 
 def table(report: Report) -> str:

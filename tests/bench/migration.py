@@ -1,17 +1,16 @@
 """What a migration costs, and what our share of it is.
 
 The peer is the same guest under the same traffic with an ordinary NIC: virtio-net in QEMU, on a TAP. Each
-kind of guest is migrated back and forth between two private hosts; none has its own announcements, so that
-QEMU has the port send RARP, and itself does for the TAP. Figures are medians and, in brackets, the most.
-What is past its limit is an error.
+kind of guest in turn is migrated there and back between two private hosts; none has its own announcements, so
+that QEMU has the port send RARP, and itself does for the TAP. What is past its limit is an error.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tests.bench.rows import Row, less_is_better, percentile
 from tests.harness.announcements import Announcements
 from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import guest_image
@@ -25,7 +24,11 @@ from tests.harness.vdpa_host import GUEST_ADDRESS
 HANDLERS_LIMIT, RARP_LIMIT = 15, 20
 #: Runs below which a 90th percentile says no more than the most does.
 FEW_RUNS = 10
-KINDS = ("hardware", "software", "TAP")
+TAP = "TAP"
+OURS = ("hardware", "software")
+KINDS = (*OURS, TAP)
+#: There and back; then it is the next kind's turn.
+RUNS_OF_A_GUEST = 2
 
 
 @dataclass(frozen=True)
@@ -47,33 +50,59 @@ class Run:
         return self.stop + self.start
 
 
-def measure(runs: int) -> None:
-    """Print the table.
+@dataclass
+class Found:
+    """All migrations of one kind of guest."""
+
+    runs: list[Run] = field(default_factory=list)
+    #: The longest gap in the guest's traffic of each; milliseconds.
+    gaps: list[float] = field(default_factory=list)
+
+
+def measure(runs: int) -> Iterator[Row | str]:
+    """Rows of both ways of logging beside the TAP, then what is ours alone.
 
     :raise HarnessError: when what is ours takes longer than it may.
     """
-    print(f"{'':<40}" + "".join(f"{kind:>18}" for kind in KINDS))
-    found: dict[str, list[Run]] = {}
-    gaps: dict[str, list[float]] = {}
+    found = {kind: Found() for kind in KINDS}
+    yield "the peer is the same guest with an ordinary TAP NIC"
     with TwoHosts() as hosts:
-        for kind in KINDS:
-            found[kind], gaps[kind] = migrate(hosts, kind, runs)
-    ours = KINDS[:2]
-    show("total time, ms", [[run.total for run in found[kind]] for kind in KINDS])
-    show("downtime by libvirt, ms", [[run.downtime for run in found[kind]] for kind in KINDS])
-    show("longest gap in what the guest sends, ms", [gaps[kind] for kind in KINDS])
-    show("our handlers in the blackout, ms", [[run.handlers for run in found[kind]] for kind in ours])
-    show("  stop at the source", [[run.stop for run in found[kind]] for kind in ours])
-    show("  start at the destination", [[run.start for run in found[kind]] for kind in ours])
-    show("    of it mapping the guest's memory", [[run.memory for run in found[kind]] for kind in ours])
-    show("first RARP after the last message, ms", [[run.rarp for run in found[kind]] for kind in ours])
-    ninetieth = [percentile([run.rarp for run in found[kind]], 90) for kind in ours]
-    print(f"{'  90th percentile':<40}" + "".join(f"{value:>18.1f}" for value in ninetieth))
-    print(f"limits: {HANDLERS_LIMIT} ms for our handlers, {RARP_LIMIT} ms for RARP; {runs} of each kind")
+        for begin in range(0, runs, RUNS_OF_A_GUEST):
+            for kind in KINDS:
+                migrate(hosts, kind, min(RUNS_OF_A_GUEST, runs - begin), found[kind])
+    tap, ours = found[TAP], {kind: found[kind] for kind in OURS}
+    for kind in OURS:
+        yield from beside_tap(kind, found[kind], tap)
+    for kind in OURS:
+        yield from alone(kind, found[kind].runs)
+    yield f"limits: {HANDLERS_LIMIT} ms for our handlers, {RARP_LIMIT} ms for RARP; {runs} of each kind"
     if runs < FEW_RUNS:
-        print(f"with fewer than {FEW_RUNS} of each kind the 90th percentile is the most")
-    if past := past_limits({kind: found[kind] for kind in ours}):
+        yield f"with fewer than {FEW_RUNS} of each kind the 90th percentile is the most"
+    if past := past_limits({kind: each.runs for kind, each in ours.items()}):
         raise HarnessError("; ".join(past))
+
+
+def beside_tap(kind: str, ours: Found, tap: Found) -> Iterator[Row]:
+    """What a guest of any kind has."""
+    for name, times in (
+        ("total time", lambda found: [run.total for run in found.runs]),
+        ("downtime by libvirt", lambda found: [run.downtime for run in found.runs]),
+        ("longest gap in what the guest sends", lambda found: found.gaps),
+    ):
+        yield less_is_better(f"{kind}: {name}", "ms", times(ours), times(tap))
+
+
+def alone(kind: str, runs: Sequence[Run]) -> Iterator[Row | str]:
+    """Our share."""
+    for name, times in (
+        ("our handlers in the blackout", [run.handlers for run in runs]),
+        ("  stop at the source", [run.stop for run in runs]),
+        ("  start at the destination", [run.start for run in runs]),
+        ("    of it mapping the guest's memory", [run.memory for run in runs]),
+        ("first RARP after the last message", [run.rarp for run in runs]),
+    ):
+        yield less_is_better(f"{kind}: {name}", "ms", times)
+    yield f"{kind}: 90th percentile of the first RARP is {percentile([run.rarp for run in runs], 90):.1f} ms"
 
 
 def past_limits(found: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -91,22 +120,19 @@ def past_limits(found: Mapping[str, Sequence[Run]]) -> list[str]:
     return past
 
 
-def migrate(hosts: TwoHosts, kind: str, runs: int) -> tuple[list[Run], list[float]]:
-    """Migrate a guest of one kind so many times; each run, and the longest gap of each."""
+def migrate(hosts: TwoHosts, kind: str, runs: int, found: Found) -> None:
+    """Start a guest of one kind and migrate it so many times."""
     domain = DomainXml.example().boot(guest_image(), GUEST_ADDRESS)
-    domain = domain.with_tap(BRIDGE) if kind == "TAP" else domain.migrating(kind)
+    domain = domain.with_tap(BRIDGE) if kind == TAP else domain.migrating(kind)
     hosts.a.start_guest(domain.override("guest_announce", "bool", "false"))
     try:
         with Traffic(hosts.a, GUEST_ADDRESS) as traffic, Announcements(hosts.a) as announcements:
-            found = list(each(hosts, domain, traffic, announcements, runs))
+            done = list(each(hosts, domain, traffic, announcements, runs))
             summary = traffic.stop()
     finally:
         hosts.remove(domain)
-    gaps = [
-        max((gap.ms for gap in summary.gaps if run.begun <= gap.begin <= run.over), default=0.0)
-        for run in found
-    ]
-    return found, gaps
+    found.runs += done
+    found.gaps += [summary.longest_gap(run.begun, run.over) for run in done]
 
 
 def each(
@@ -126,14 +152,3 @@ def each(
             yield Run(total, downtime, begun, time.time(), *times)
         else:
             yield Run(total, downtime, begun, time.time())
-
-
-def percentile(values: Sequence[float], rank: int) -> float:
-    """The least of the values that `rank` percent of them do not exceed."""
-    return sorted(values)[math.ceil(len(values) * rank / 100) - 1]
-
-
-def show(label: str, columns: Sequence[Sequence[float]]) -> None:
-    """One line: the median of each kind, and the most."""
-    cells = (f"{statistics.median(values):.1f} ({max(values):.1f})" for values in columns)
-    print(f"{label:<40}" + "".join(f"{cell:>18}" for cell in cells))

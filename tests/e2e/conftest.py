@@ -1,4 +1,4 @@
-"""A private host for each module, and the example domain for each test."""
+"""A private host for each module, or two; and the example domain for each test on one."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ import pytest
 from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import guest_image
 from tests.harness.leftovers import Machine
+from tests.harness.two_hosts import TwoHosts
 from tests.harness.vdpa_host import GUEST_ADDRESS, VdpaHost
 
 
@@ -22,6 +23,12 @@ def machine_as_it_was() -> Iterator[None]:
 def host() -> Iterator[VdpaHost]:
     with VdpaHost("e2e") as made:
         made.set_address()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[TwoHosts]:
+    with TwoHosts() as made:
         yield made
 
 

@@ -20,13 +20,6 @@ pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
 MONITOR = "/var/lib/libvirt/qemu/followed.monitor"
 #: MiB/s at which the guest's memory takes a minute and more, and at which it takes no time.
 SLOW, FAST = "1", "10000"
-STATE = "urn:libvirt-vdpa:state:1.0"
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[TwoHosts]:
-    with TwoHosts() as made:
-        yield made
 
 
 @pytest.fixture
@@ -109,7 +102,7 @@ def test_a_log_that_fails_ends_the_migration(hosts: TwoHosts, domain: DomainXml,
 def test_daemons_that_are_restarted_find_it_again(hosts: TwoHosts, domain: DomainXml) -> None:
     a, b = hosts.both
     a.start_guest(monitored(domain, own=False))
-    state = wait_for("the state", lambda: metadata(a, domain), 10)
+    state = wait_for("the state", lambda: a.guest_state(domain), 10)
     migration = begin_slowly(hosts, domain)
     for host in hosts.both:
         host.daemon.kill()
@@ -122,7 +115,7 @@ def test_daemons_that_are_restarted_find_it_again(hosts: TwoHosts, domain: Domai
     assert at_source["progress"]["downtime_ms"] > 0
     assert at_source["ports"][0]["log"]["pages"] > 0
     assert wait_for_status(b, "destination", "completed")["ports"][0]["timing"]["start"]
-    assert metadata(b, domain) == state
+    assert b.guest_state(domain) == state
 
 
 def test_saving_is_no_failed_migration(hosts: TwoHosts, domain: DomainXml, tmp_path: Path) -> None:
@@ -133,9 +126,3 @@ def test_saving_is_no_failed_migration(hosts: TwoHosts, domain: DomainXml, tmp_p
     a.virsh("restore", tmp_path / "image")
     a.wait_for_ping(seconds=20)
     wait_for_status(a, "destination", "completed")
-
-
-def metadata(host: BridgedHost, domain: DomainXml) -> str:
-    """What the daemon has written down of the guest; empty while it has not."""
-    done = host.virsh("metadata", domain.name, STATE, check=False)
-    return done.stdout if "negotiated" in done.stdout else ""

@@ -14,6 +14,8 @@ from tests.harness.kernel import BootImage
 QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 EXAMPLES = CHECKOUT / "xml"
 METADATA = "urn:libvirt-vdpa:domain:1.0"
+#: Of what the daemon writes down of a running guest there.
+STATE = "urn:libvirt-vdpa:state:1.0"
 
 
 class DomainXml:

@@ -25,6 +25,9 @@ DATAGRAMS_PER_SECOND = 200
 BYTES_PER_SECOND = 400_000
 #: Datagrams that must come each way before traffic is called flowing.
 FLOWING = 5
+#: Seconds around an interval in which a lost datagram was under way too: it was not there yet, or the peer
+#: was not scheduled between taking the time and sending.
+MARGIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,13 @@ class Datagrams:
     lost: tuple[Lost, ...]
 
     def lost_outside(self, intervals: list[tuple[float, float]]) -> list[Lost]:
-        """Those that were certainly not sent within any of some intervals."""
+        """Those that were certainly not under way within any of some intervals."""
         return [
             lost
             for lost in self.lost
-            if not any(begin <= lost.before and lost.after <= end for begin, end in intervals)
+            if not any(
+                begin - MARGIN <= lost.before and lost.after <= end + MARGIN for begin, end in intervals
+            )
         ]
 
 
@@ -107,9 +112,9 @@ class Summary:
         """Bytes of the streams that did not come."""
         return self.stream_to_guest.lost + self.stream_from_guest.lost
 
-    @property
-    def longest_gap_ms(self) -> float:
-        return max((gap.ms for gap in self.gaps), default=0.0)
+    def longest_gap(self, begin: float, end: float) -> float:
+        """Milliseconds of the longest gap that began between two times; 0 when none did."""
+        return max((gap.ms for gap in self.gaps if begin <= gap.begin <= end), default=0.0)
 
     def damage(self, *, may_double: bool = False) -> list[str]:
         """What no network may do either: bytes of a stream lost or altered, datagrams doubled or altered.
@@ -215,8 +220,7 @@ class Traffic:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.signal(signal.SIGKILL)
-        self._process.popen.wait()
+        self._process.kill()
 
 
 def read_summary(told: dict[str, Any]) -> Summary:

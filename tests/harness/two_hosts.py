@@ -120,6 +120,11 @@ class PortFigures:
     started: float
 
     @property
+    def start_begun(self) -> float:
+        """When the start was, less what it took: no ring ran earlier."""
+        return self.started - self.start_ms / 1000
+
+    @property
     def blackout(self) -> tuple[float, float]:
         """From the source's first message of the stop to the destination's last one of the start."""
         return self.stopped - self.stop_ms / 1000, self.started

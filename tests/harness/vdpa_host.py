@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness.console import Console
-from tests.harness.domain_xml import DomainXml
+from tests.harness.domain_xml import STATE, DomainXml
 from tests.harness.emulated_nic import BIN, ask
 from tests.harness.guest import CHECKOUT
 from tests.harness.host import HostProcess, LibvirtHost
@@ -124,6 +124,11 @@ class VdpaHost(LibvirtHost):
         """A domain's one port."""
         (port,) = self.ports_of(domain)
         return port
+
+    def guest_state(self, domain: DomainXml) -> str:
+        """What a domain's metadata say that its guest uses; empty while they do not."""
+        done = self.virsh("metadata", domain.name, STATE, check=False)
+        return done.stdout if "negotiated" in done.stdout else ""
 
     def lent(self) -> list[str]:
         """Device strings of the VFs that are not free."""
