@@ -64,17 +64,30 @@ class World:
         self.ports = [self.port]
         self.libvirt = FakeLibvirt()
         self.migrating = False
+        #: How often the keeper has set about writing.
+        self.tries = 0
         self.keeper = self.another_keeper()
 
     def another_keeper(self) -> StateKeeper:
         supervisor = SimpleNamespace(
             of_domain=lambda uuid: self.ports, ports={port.record.key: port for port in self.ports}
         )
-        return StateKeeper(cast(Any, supervisor), cast(Any, self.libvirt), lambda uuid: self.migrating)
+        return StateKeeper(cast(Any, supervisor), cast(Any, self.libvirt), self._asked)
 
-    async def changed(self, *, settled: bool = True) -> None:
+    def _asked(self, _uuid: str) -> bool:
+        self.tries += 1
+        return self.migrating
+
+    async def changed(self) -> None:
         self.keeper.port_changed(cast(Any, self.port))
-        await (self.settle() if settled else asyncio.sleep(0.03))
+        await self.settle()
+
+    async def changed_in_vain(self) -> None:
+        """A change that the keeper has tried to write, and tried again."""
+        self.keeper.port_changed(cast(Any, self.port))
+        async with asyncio.timeout(5):
+            while self.tries < 3:
+                await asyncio.sleep(0.001)
 
     async def settle(self) -> None:
         async with asyncio.timeout(5):
@@ -170,7 +183,7 @@ def test_nothing_is_written_before_a_driver_is_up() -> None:
 def test_nothing_is_written_while_the_domain_migrates() -> None:
     async def test(world: World) -> None:
         world.migrating = True
-        await world.changed(settled=False)
+        await world.changed_in_vain()
         assert world.libvirt.writes == 0
         world.migrating = False
         await world.settle()
@@ -182,7 +195,7 @@ def test_nothing_is_written_while_the_domain_migrates() -> None:
 def test_a_libvirt_that_is_busy_is_tried_again() -> None:
     async def test(world: World) -> None:
         world.libvirt.error = HypervisorError("busy")
-        await world.changed(settled=False)
+        await world.changed_in_vain()
         assert world.libvirt.writes == 0
         world.libvirt.error = None
         await world.settle()
@@ -194,12 +207,12 @@ def test_a_libvirt_that_is_busy_is_tried_again() -> None:
 def test_a_domain_that_has_ended_is_left_alone() -> None:
     async def test(world: World) -> None:
         world.libvirt.error = HypervisorError("no such domain")
-        await world.changed(settled=False)
+        await world.changed_in_vain()
+        (writer,) = world.keeper._writers.values()
         world.ports.clear()
         await world.changed()
-        world.libvirt.error = None
-        await asyncio.sleep(0.01)
-        assert world.libvirt.writes == 0
+        await asyncio.wait([writer], timeout=5)
+        assert writer.cancelled()
 
     run(test)
 
