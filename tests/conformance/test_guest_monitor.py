@@ -1,6 +1,7 @@
 """A guest's own second monitor: how it is found in a domain's XML, and a real QEMU behind it."""
 
 import asyncio
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -126,7 +127,10 @@ def test_events_and_commands(qemu: Path) -> None:
     asyncio.run(run())
 
 
-def test_one_that_is_busy(qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_is_busy(
+    qemu: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(monitor, "MONITOR_LIMIT", 0.1)
     monkeypatch.setattr(monitor, "RETRY_INTERVAL", 0.05)
 
@@ -134,7 +138,9 @@ def test_one_that_is_busy(qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         host = Host(qemu)
         async with ControlClient(qemu):  # the operator's
             host.monitors.follow(UUID)
-            await asyncio.sleep(0.5)
+            async with asyncio.timeout(10):
+                while "; by libvirt meanwhile" not in caplog.text:
+                    await asyncio.sleep(0.01)
             assert not host.monitors.has(UUID)
             # Through libvirt, where the domain may be tainted.
             with pytest.raises(HypervisorError, match="no monitor for us, or it is busy"):
