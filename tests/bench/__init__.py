@@ -1,1 +1,1 @@
-"""What ./bench measures; one module per subject."""
+"""What ./bench measures: one module per topic, and what topics are measured and shown with."""

@@ -21,6 +21,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.rows import Row, more_is_better
 from tests.harness.dirty_pages import GuestPages, Traffic
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
 from tests.harness.netns import NetworkNamespace
@@ -126,39 +127,55 @@ class Rig:
         self._close.close()
 
 
-def median(values: Iterator[float]) -> float:
-    return statistics.median(list(values))
+Samples = Mapping[tuple[str, bool], list[Sample]]
 
 
-def report(direction: str, samples: Mapping[tuple[str, bool], list[Sample]]) -> None:
-    """Print a direction's part of the table."""
+def rows(direction: str, samples: Samples) -> Iterator[Row]:
+    """A direction's packets, through each port with logging off and on."""
+    for mode, logging in itertools.product(MODES, (False, True)):
+        what = f"logged in {mode}" if logging else f"not logged (port for {mode})"
+        rates = [sample.rate for sample in samples[mode, logging]]
+        yield more_is_better(f"{direction}, {what}", "packets/s", rates)
+
+
+def time_spent(direction: str, samples: Samples) -> Iterator[str]:
+    """Where a direction's time goes: percent of a processor, medians."""
+    spenders = list(samples[MODES[0], False][0].cpu)
+    yield f"  {direction + ', percent of a processor':<46}{'of rate off':>12}" + "".join(
+        f"{name:>11}" for name in spenders
+    )
     for mode, logging in itertools.product(MODES, (False, True)):
         taken = samples[mode, logging]
-        rate = median(sample.rate for sample in taken)
-        without = median(sample.rate for sample in samples[mode, False])
-        cpu = "".join(f"{median(sample.cpu[name] for sample in taken):11.0f}" for name in taken[0].cpu)
-        what = mode if logging else f"off ({mode})"
-        print(f"{direction:<10}{what:<16}{rate:>12,.0f}{100 * rate / without:>8.0f} %{cpu}")
+        rate = statistics.median(sample.rate for sample in taken)
+        without = statistics.median(sample.rate for sample in samples[mode, False])
+        cpu = (statistics.median(sample.cpu[name] for sample in taken) for name in spenders)
+        what = f"logged in {mode}" if logging else f"not logged (port for {mode})"
+        yield f"    {what:<44}{100 * rate / without:>10.0f} %" + "".join(f"{used:11.0f}" for used in cpu)
 
 
-def measure(runs: int) -> None:
-    """Print the table."""
-    print(f"packets per second, share of that without logging, CPU in percent; medians of {runs} runs")
-    columns = "".join(f"{name:>11}" for name in ("relay", "VF", "front-end", "control", "sender"))
-    print(f"{'':<10}{'logging':<16}{'packets/s':>12}{'share':>10}{columns}")
+def measure(runs: int) -> Iterator[Row | str]:
+    """Rows of both directions, each followed by where its time goes."""
+    yield "without a peer: what logging takes shows beside the same port without it"
     for direction in DIRECTIONS:
-        with tempfile.TemporaryDirectory(prefix="vdpa-bench-") as path, ExitStack() as stack:
-            folder = Path(path)
-            network = stack.enter_context(NetworkNamespace())
-            nic = stack.enter_context(EmulatedNic(folder / "nic", network, len(MODES)))
-            rigs = {}
-            for vf, mode in enumerate(MODES):
-                (folder / mode).mkdir()
-                rigs[mode] = stack.enter_context(closing(Rig(folder / mode, nic, vf, direction, mode)))
-            samples: dict[tuple[str, bool], list[Sample]] = {
-                key: [] for key in itertools.product(MODES, (False, True))
-            }
-            for _ in range(runs):
-                for mode, logging in samples:
-                    samples[mode, logging].append(rigs[mode].measure(logging))
-            report(direction, samples)
+        samples = take_samples(direction, runs)
+        yield from rows(direction, samples)
+        yield from time_spent(direction, samples)
+
+
+def take_samples(direction: str, runs: int) -> Samples:
+    """Both ports, with logging off and on, in turn."""
+    with tempfile.TemporaryDirectory(prefix="vdpa-bench-") as path, ExitStack() as stack:
+        folder = Path(path)
+        network = stack.enter_context(NetworkNamespace())
+        nic = stack.enter_context(EmulatedNic(folder / "nic", network, len(MODES)))
+        rigs = {}
+        for vf, mode in enumerate(MODES):
+            (folder / mode).mkdir()
+            rigs[mode] = stack.enter_context(closing(Rig(folder / mode, nic, vf, direction, mode)))
+        samples: dict[tuple[str, bool], list[Sample]] = {
+            key: [] for key in itertools.product(MODES, (False, True))
+        }
+        for _ in range(runs):
+            for mode, logging in samples:
+                samples[mode, logging].append(rigs[mode].measure(logging))
+        return samples

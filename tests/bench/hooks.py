@@ -9,9 +9,11 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.bench.interleaved import interleaved
+from tests.bench.rows import Row, less_is_better
 from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import guest_image
 from tests.harness.host import LibvirtHost
@@ -33,13 +35,6 @@ def milliseconds(action: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) * 1000
 
 
-def show(label: str, times: list[float], remark: str = "") -> float:
-    """Print one line and return the median."""
-    median = statistics.median(times)
-    print(f"{label:<44}{median:8.1f} ms   {min(times):7.1f} … {max(times):<7.1f} {len(times):4d}   {remark}")
-    return median
-
-
 def hook_call(domain: DomainXml, operation: str, socket: Path | None = None) -> Callable[[], object]:
     """A call of the hook as libvirt makes it."""
     argv = [str(HOOK), domain.name, operation, SUB_OPERATIONS[operation], "-"]
@@ -55,30 +50,27 @@ def start_and_destroy(host: LibvirtHost, domain: DomainXml) -> float:
     return time_taken
 
 
-def measure(runs: int) -> None:
-    """Print the table."""
+def measure(runs: int) -> Iterator[Row | str]:
+    """The hook by itself, then `virsh start`."""
     ours = DomainXml.example().boot(guest_image(), GUEST_ADDRESS)
     foreign = DomainXml(str(ours)).without_vdpa()
-    print(f"{'':<44}{'median':>11}   {'least … most':<15}  runs")
-    measure_foreign(foreign, runs * CALLS_PER_RUN)
+    yield "the hook's peer is an interpreter that does nothing; virsh start's is DPDK's vhost without a hook"
+    yield measure_foreign(foreign, runs * CALLS_PER_RUN)
     with VdpaHost("bench") as host, LibvirtHost("peer") as peer:
-        measure_ours(host, ours, runs)
-        measure_start(host, peer, ours, runs)
+        yield from measure_ours(host, ours, runs)
+        yield from measure_start(host, peer, ours, runs)
 
 
-def measure_foreign(foreign: DomainXml, calls: int) -> None:
+def measure_foreign(foreign: DomainXml, calls: int) -> Row:
     """The hook for a domain without our metadata, beside an interpreter that does nothing."""
     call = hook_call(foreign, "prepare")
-    hook, interpreter = [], []
-    for _ in range(calls):
-        hook.append(milliseconds(call))
-        interpreter.append(milliseconds(lambda: run(INTERPRETER)))
-    median = show("hook, foreign domain", hook, "limit 20 ms")
-    show("  the interpreter alone", interpreter)
-    print(f"{'  ratio':<44}{median / statistics.median(interpreter):8.2f}")
+    hook, interpreter = interleaved(
+        calls, lambda: milliseconds(call), lambda: milliseconds(lambda: run(INTERPRETER))
+    )
+    return less_is_better("hook, foreign domain (limit 20 ms)", "ms", hook, interpreter)
 
 
-def measure_ours(host: VdpaHost, ours: DomainXml, runs: int) -> None:
+def measure_ours(host: VdpaHost, ours: DomainXml, runs: int) -> Iterator[Row]:
     """The hook's calls in the life of a domain of ours, without libvirt and QEMU around them."""
     socket = Path(f"/proc/{host.init_pid}/root{RUN_FOLDER}/virtvdpad.sock")
     times: dict[str, list[float]] = {operation: [] for operation in SUB_OPERATIONS}
@@ -86,31 +78,33 @@ def measure_ours(host: VdpaHost, ours: DomainXml, runs: int) -> None:
         for operation in SUB_OPERATIONS:
             times[operation].append(milliseconds(hook_call(ours, operation, socket)))
     for operation in SUB_OPERATIONS:
-        show(f"hook, our domain: {operation}", times[operation])
+        yield less_is_better(f"hook, our domain: {operation}", "ms", times[operation])
 
 
-def measure_start(host: VdpaHost, peer: LibvirtHost, ours: DomainXml, runs: int) -> None:
+def measure_start(host: VdpaHost, peer: LibvirtHost, ours: DomainXml, runs: int) -> Iterator[Row | str]:
     """`virsh start` with our hook and port, beside the same start with DPDK's vhost and no hook."""
     theirs = DomainXml(str(ours))
     theirs.root.remove(theirs.element("metadata"))
-    back_end = peer.path(theirs.socket)
+    serve_with_dpdk(peer, theirs)
+    host.define(ours)
+    peer.define(theirs)
+    # The first start on a host asks QEMU for its capabilities.
+    with_us, without = interleaved(
+        runs, lambda: start_and_destroy(host, ours), lambda: start_and_destroy(peer, theirs), warm_up=1
+    )
+    row = less_is_better("virsh start", "ms", with_us, without)
+    yield row
+    added = row.ours.median - statistics.median(without)
+    yield f"hook and port add {added:.1f} ms to virsh start (limit 200 ms)"
+
+
+def serve_with_dpdk(peer: LibvirtHost, domain: DomainXml) -> None:
+    """A back-end for the domain's NIC."""
+    back_end = peer.path(domain.socket)
     back_end.parent.mkdir(parents=True)
     # Interactive and never told to start: it serves the socket and does not poll the rings.
-    device = f"--vdev=net_vhost0,iface={theirs.socket}"
+    device = f"--vdev=net_vhost0,iface={domain.socket}"
     eal = ["--no-huge", "-m", "256", "--no-pci", "--lcores=0@0,1@1", device]
     command = ["dpdk-testpmd", *eal, "--", "--interactive", "--total-num-mbufs=8192"]
     testpmd = peer.spawn("testpmd", command, stdin=subprocess.PIPE)
     testpmd.wait_for("its socket", back_end.exists, 20)
-
-    host.define(ours)
-    peer.define(theirs)
-    # The first start on a host asks QEMU for its capabilities.
-    start_and_destroy(host, ours)
-    start_and_destroy(peer, theirs)
-    with_us, without = [], []
-    for _ in range(runs):
-        with_us.append(start_and_destroy(host, ours))
-        without.append(start_and_destroy(peer, theirs))
-    median = show("virsh start: our hook and port", with_us)
-    peers = show("virsh start: DPDK's vhost, no hook", without)
-    print(f"{'  added':<44}{median - peers:8.1f} ms   ratio {median / peers:.2f}, limit 200 ms")

@@ -8,13 +8,16 @@ into the used ring, which DPDK leaves to its caller, and checks what the device 
 import itertools
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from tests.bench.interleaved import interleaved
 from tests.bench.relay_dpdk import DpdkRelay
 from tests.bench.relay_ours import OurRelay
+from tests.bench.rows import Row, less_is_better
 from tests.bench.used_entries import LENGTH, check
 from tests.harness.processes import HarnessError
 from tests.harness.virtqueue import Virtqueue
@@ -49,27 +52,19 @@ def sample(relay: UsedRelay, batch: int, log: bool) -> float:
     return statistics.median(times)
 
 
-def column(times: Iterable[float]) -> str:
-    """Median, least and most."""
-    values = sorted(times)
-    return f"{statistics.median(values):8.1f}   {values[0]:5.1f} … {values[-1]:<5.1f}"
-
-
-def measure(runs: int) -> None:
-    """Print the table."""
+def measure(runs: int) -> Iterator[Row | str]:
+    """A row for each size of a batch, with and without a log."""
     with tempfile.TemporaryDirectory(prefix="vdpa-bench-") as folder, ExitStack() as stack:
-        relays: list[UsedRelay] = []
-        for kind in (OurRelay, DpdkRelay):
-            relays.append(kind(Path(folder)))
-            stack.callback(relays[-1].close)
-        print(f"nanoseconds per used entry: median, least … most of {runs} runs")
-        print(f"{'log':<4}{'batch':>5}" + "".join(f"   {relay.name:<34}" for relay in relays) + "ratio")
+        ours: UsedRelay = OurRelay(Path(folder))
+        stack.callback(ours.close)
+        peer: UsedRelay = DpdkRelay(Path(folder))
+        stack.callback(peer.close)
+        yield f"{ours.name}, beside {peer.name}; nanoseconds for a used entry"
         for log, batch in itertools.product((False, True), BATCHES):
-            for relay in relays:
-                relay.log(log)
+            for each in (ours, peer):
+                each.log(log)
             # The first sample of each kind meets cold caches.
-            samples = [[sample(relay, batch, log) for relay in relays] for _ in range(runs + 1)][1:]
-            times = list(zip(*samples, strict=True))
-            ratio = statistics.median(times[0]) / statistics.median(times[1])
-            columns = "".join(f"   {column(each):<34}" for each in times)
-            print(f"{'on' if log else 'off':<4}{batch:>5}{columns}{ratio:5.2f}")
+            times = interleaved(
+                runs, partial(sample, ours, batch, log), partial(sample, peer, batch, log), warm_up=1
+            )
+            yield less_is_better(f"log {'on' if log else 'off'}, {batch} entries a call", "ns", *times)

@@ -36,6 +36,7 @@ class DpdkRelay:
         os.environ["RUNTIME_DIRECTORY"] = str(folder)
         words = [self._ffi.new("char[]", word.encode()) for word in EAL]
         # It binds this thread to one processor, where the other relay is measured too.
+        self._processors = os.sched_getaffinity(0)
         self._ask("dpdk_begin", words, len(words))
         self._path = str(folder / "dpdk.sock").encode()
         self._ask("dpdk_serve", self._path)
@@ -94,3 +95,4 @@ class DpdkRelay:
         self._lib.dpdk_end(self._path)
         self._log_view.close()
         os.close(self._log)
+        os.sched_setaffinity(0, self._processors)
