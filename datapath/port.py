@@ -38,6 +38,9 @@ from datapath.vhost_user.marking import LogStatus
 from datapath.vhost_user.messages import ProtocolError
 from datapath.vhost_user.timing import Timing
 
+#: Seconds between looks at a link that is down while no ring runs: a VF does not interrupt then.
+LINK_INTERVAL = 0.5
+
 #: What `--print-capabilities` prints (QEMU docs/interop/vhost-user.json, VHostUserBackendCapabilities).
 CAPABILITIES = {"type": "net"}
 
@@ -66,6 +69,10 @@ class Port:
         self._connections = 0
         self._quit = False
         self._failure: str | None = None
+        #: "up" or "down"; None when the VF does not say.
+        self._link: str | None = None
+        #: When to look at it by ourselves, by the monotonic clock.
+        self._look_at_link_at: float | None = None
         self._uplink = uplink
         self._announcer = Announcer(uplink, self._announced, options.mac)
         self._timing = Timing()
@@ -82,6 +89,7 @@ class Port:
             self._control = ControlServer(selector, options.control, commands)
             # Whoever watches the port is not to believe it stuck while a large guest's memory is pinned.
             device.call_meanwhile(self._control.serve_waiting)
+        self._look_at_link()
 
     def run(self, endpoint: Endpoint) -> int:
         """Serve the front-ends that an endpoint brings, until the end; the exit code."""
@@ -95,6 +103,8 @@ class Port:
                 self._poll_endpoint(0)
             if self._uplink is not None:
                 self._uplink.poll()
+            if self._look_at_link_at is not None and time.monotonic() >= self._look_at_link_at:
+                self._look_at_link()
             if self._connection is not None and self._connection.backend.exchange.deadline is not None:
                 self._attempt(self._connection.backend.exchange.check)
         return 0 if self._failure is None else 1
@@ -104,7 +114,7 @@ class Port:
 
         :param polled: when the endpoint wants its turn.
         """
-        times = [polled]
+        times = [polled, self._look_at_link_at]
         if self._connection is not None:
             times.append(self._connection.backend.exchange.deadline)
         if self._uplink is not None:
@@ -219,7 +229,24 @@ class Port:
             self._suffer(DeviceError(f"{self._device.name} needs a reset: {reason}"))
         elif event is DeviceEvent.CONFIG_CHANGED:
             # QEMU's virtio-net takes no configuration changes from a back-end (it masks CONFIG).
-            self._log(f"{self._device.name}: device configuration changed")
+            self._look_at_link()
+
+    def _look_at_link(self) -> None:
+        """See whether the VF has a link, and tell when that has changed."""
+        self._look_at_link_at = None
+        try:
+            up = self._device.link_up()
+        except DeviceError:
+            return  # one that is lost tells by its event, or at its next use
+        link = None if up is None else "up" if up else "down"
+        if link != self._link:
+            if (self._link, link) != (None, "up"):
+                self._log(f"{self._device.name}: its link is {link}")
+            self._link = link
+            if self._control is not None:
+                self._control.event("PORT_LINK", {"link": link})
+        if link == "down" and self._state != "running":
+            self._look_at_link_at = time.monotonic() + LINK_INTERVAL
 
     def _suffer(self, error: DeviceError) -> None:
         """The device has failed by itself; a front-end that begins or ends to log is told afterwards."""
@@ -276,9 +303,11 @@ class Port:
     def _enter(self, state: str, reason: str | None = None) -> None:
         if state == self._state:
             return
-        self._state = state
+        before, self._state = self._state, state
         if self._control is not None:
             self._control.event("PORT_STATE", {"state": state, "reason": reason})
+        if "running" in (before, state):
+            self._look_at_link()
 
     def _query_status(self, _arguments: Arguments) -> dict[str, object]:
         backend = self._connection.backend if self._connection is not None else None
@@ -295,6 +324,7 @@ class Port:
             "features_offered": self._device.features & self._options.features,
             "features_acked": acked,
             "feature_names": virtio.feature_names(acked),
+            "link": self._link,
             "queue_pairs": self._device.queue_pairs,
             "max_queue_size": self._device.max_queue_size,
             "shadowed": self._device.shadowed,

@@ -225,6 +225,10 @@ class VdpaDevice(abc.ABC):
     def take_event(self) -> DeviceEvent | None:
         """The next event, or None when there is none. Does not wait for one, and does not raise."""
 
+    def link_up(self) -> bool | None:
+        """Whether the VF's link is up now; None when it does not say."""
+        return None
+
     @abc.abstractmethod
     def statistics(self) -> dict[str, int]:
         """Counters by name, since the device was opened.

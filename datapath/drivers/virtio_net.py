@@ -363,6 +363,10 @@ class VirtioNetDevice(VdpaDevice):
             return DeviceEvent.NEEDS_RESET
         return DeviceEvent.CONFIG_CHANGED if self._config_fd in ready else None
 
+    def link_up(self) -> bool | None:
+        self._check_present()
+        return self._registers.link_up() if self._device_features & bit(Feature.NET_F_STATUS) else None
+
     def statistics(self) -> dict[str, int]:
         numbers = self._paths.statistics()
         for name, number in self._log.statistics().items():

@@ -12,7 +12,7 @@ from datapath.bus.pci import VirtioStructure, virtio_structures
 from datapath.native.relay import Doorbell
 from datapath.vdpa import DeviceError, DeviceLostError, Ring
 from datapath.vfio import Region
-from datapath.virtio import NO_VECTOR, Common, NetConfig, PciCapability, Status
+from datapath.virtio import NET_S_LINK_UP, NO_VECTOR, Common, NetConfig, PciCapability, Status
 
 #: Seconds between two looks at a register that is waited for.
 POLL_INTERVAL = 0.001
@@ -182,6 +182,12 @@ class VirtioRegisters:
         if self._device.length < NetConfig.MTU + 2:
             return None
         return self._function.read(*self._place(self._device, NetConfig.MTU), 2)
+
+    def link_up(self) -> bool | None:
+        """The link status in the device configuration; only of a device that offers NET_F_STATUS."""
+        if self._device.length < NetConfig.STATUS + 2:
+            return None
+        return bool(self._function.read(*self._place(self._device, NetConfig.STATUS), 2) & NET_S_LINK_UP)
 
     # Inside
 
