@@ -63,23 +63,23 @@ def begin_to_log(peer: SocketFrontEnd, log: int) -> None:
 @pytest.mark.parametrize("mode", ["software", "hardware"])
 @pytest.mark.parametrize("status_first", [True, False], ids=["qemu-7.2", "qemu-8.1"])
 def test_nothing_is_lost_or_doubled(nic: EmulatedNic, tmp_path: Path, mode: str, status_first: bool) -> None:
-    log = os.memfd_create("log")
-    os.ftruncate(log, MEMORY_SIZE // PAGE // 8)
     option = f"--log-mode={mode}"
     with (
+        os.fdopen(os.memfd_create("log"), "wb") as log,
         PortProcess(tmp_path, nic.device(0), option, name="here") as here,
         PortProcess(tmp_path, nic.device(1), option, name="there") as there,
         closing(SocketFrontEnd.dial(here.socket)) as peer,
         closing(Wire(nic.namespace, "vf0")) as wire,
         closing(Wire(nic.namespace, "vf1")) as other,
     ):
+        log.truncate(MEMORY_SIZE // PAGE // 8)
         wires, ports = (wire, other), (here, there)
         peer.connect()
         peer.start()
         offer_buffers(peer, 48)
         gone: list[int] = []
         for turn in range(6):
-            begin_to_log(peer, log)
+            begin_to_log(peer, log.fileno())
             transmit_many(peer, FRAMES * turn)
             wires[turn % 2].send(20000 + turn)
             assert received(peer) == 20000 + turn
@@ -94,7 +94,6 @@ def test_nothing_is_lost_or_doubled(nic: EmulatedNic, tmp_path: Path, mode: str,
             peer.queues[TX].wait_used(peer.queues[TX].avail_index - peer.queues[TX].seen)
             gone += seen(wires[1 - turn % 2])
         assert gone == list(range(FRAMES * 6))
-    os.close(log)
 
 
 def test_what_the_guest_had_accepted_is_for_a_front_end_that_never_knew(

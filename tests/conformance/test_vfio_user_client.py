@@ -384,7 +384,7 @@ def test_commands_of_the_device_are_refused(device: ScriptedDevice, function: Vf
         bytes(16),
         struct.pack("=HHIII", 1, 9, 0xFFFFFFFF, 1, 0),
         struct.pack("=HHIII", 1, 9, 15, 1, 0),
-        os.urandom(16),
+        bytes(range(0x77, 0x87)),
     ],
 )
 def test_nonsense_ends_the_connection(

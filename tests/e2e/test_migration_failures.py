@@ -258,12 +258,6 @@ UNTIDY = (
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[TwoHosts]:
-    with TwoHosts() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def shared() -> DomainXml:
     return DomainXml.example().boot(guest_image(), GUEST_ADDRESS)
 
