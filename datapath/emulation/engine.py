@@ -49,6 +49,32 @@ class QueueCounters:
     interrupts: int
 
 
+class Uplink(Protocol):
+    """Where the packets of a VF come from and go to."""
+
+    @property
+    def fd(self) -> int:
+        """A non-blocking descriptor that gives and takes one packet at a time."""
+
+    @property
+    def has_header(self) -> bool:
+        """Whether a header stands before each frame, as on a TAP with IFF_VNET_HDR."""
+
+    def accept(self, features: int) -> None:
+        """Leave to the driver from now on what it has accepted: checksums, segmentation."""
+
+
+@dataclass(frozen=True)
+class PlainUplink:
+    """A datagram socket, or anything else that takes and gives frames alone."""
+
+    fd: int
+    has_header: bool = False
+
+    def accept(self, features: int) -> None:
+        """Nothing can be left to the driver."""
+
+
 class QueueEngine(Protocol):
     """What moves the packets of a VF."""
 
@@ -70,11 +96,14 @@ class QueueEngine(Protocol):
     def run(self, on: bool) -> None:
         """Whether programmed queues move packets."""
 
+    def accept(self, features: int) -> None:
+        """The features that the driver has accepted: which checksums and segments may be left to whom."""
+
     def set_log(self, on: bool, base: int, end: int) -> None:
         """Whether pages that packets are written to are marked in the bitmap at DMA addresses base … end."""
 
     def reset(self) -> None:
-        """No queue, no fault, no log."""
+        """No queue, no feature, no fault, no log."""
 
 
 def _doorbell_pages() -> int:
@@ -93,18 +122,20 @@ def _check(result: int) -> None:
 
 
 class Engine:
-    """The engine behind one packet descriptor; `close` ends its thread."""
+    """The engine at one uplink; `close` ends its thread."""
 
-    def __init__(self, packet_fd: int, prefetch: int = 0, keep: bool = False) -> None:
+    def __init__(self, uplink: Uplink, prefetch: int = 0, keep: bool = False) -> None:
         """Start.
 
-        :param packet_fd: a non-blocking TAP or datagram socket; stays the caller's, open until `close`.
+        :param uplink: stays the caller's, open until `close`.
         :param prefetch: receive descriptors to fetch ahead of need.
         :param keep: leave what comes on the uplink while nobody receives.
         :raise OSError: when the system has no more descriptors or threads.
         """
         handle = ffi.new("struct engine **")
-        _check(lib.engine_open(packet_fd, handle))
+        native = {"packet_fd": uplink.fd, "header": uplink.has_header}
+        _check(lib.engine_open(ffi.new("struct engine_uplink *", native), handle))
+        self._uplink = uplink
         self._engine = handle[0]
         lib.engine_keep_packets(self._engine, keep)
         self._prefetch = prefetch
@@ -199,11 +230,16 @@ class Engine:
     def run(self, on: bool) -> None:
         lib.engine_run(self._engine, on)
 
+    def accept(self, features: int) -> None:
+        lib.engine_set_features(self._engine, features)
+        self._uplink.accept(features)
+
     def set_log(self, on: bool, base: int, end: int) -> None:
         lib.engine_set_log(self._engine, on, base, end)
 
     def reset(self) -> None:
         lib.engine_reset(self._engine)
+        self._uplink.accept(0)
 
     def fault(self) -> str | None:
         """What the driver did wrong, if it did; the engine stands still until `reset`."""

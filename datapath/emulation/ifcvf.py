@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datapath.emulation.engine import QUEUES, Engine
 from datapath.emulation.msix import MsixVectors
 from datapath.emulation.pci import ConfigSpace, Identity, Structure
-from datapath.emulation.virtio_net import VirtioNet
+from datapath.emulation.virtio_net import FEATURES, VirtioNet
 from datapath.pci import CONFIG_SIZE, PciCommand
 from datapath.vdpa import RingState
 from datapath.vfio import Region
@@ -99,9 +99,9 @@ class LiveMigration:
 class IfcvfNet(VirtioNet):
     """The virtio device of an IFCVF, whose queues begin and end at the state in BAR 4."""
 
-    def __init__(self, engine: Engine, vectors: MsixVectors, mac: bytes, mtu: int) -> None:
+    def __init__(self, engine: Engine, vectors: MsixVectors, mac: bytes, mtu: int, features: int) -> None:
         self.migration = LiveMigration()
-        super().__init__(engine, vectors, mac, mtu)
+        super().__init__(engine, vectors, mac, mtu, features)
 
     def reset(self) -> None:
         self.migration.reset()
@@ -137,10 +137,10 @@ def _nothing(_offset: int, _data: bytes) -> None:
 class Ifcvf:
     """One IFCVF as PCI sees it: configuration space, BARs, MSI-X, reset."""
 
-    def __init__(self, engine: Engine, mac: bytes, mtu: int) -> None:
+    def __init__(self, engine: Engine, mac: bytes, mtu: int, features: int = FEATURES) -> None:
         self._engine = engine
         self.vectors = MsixVectors(VECTORS)
-        self.net = IfcvfNet(engine, self.vectors, mac, mtu)
+        self.net = IfcvfNet(engine, self.vectors, mac, mtu, features)
         self._config = ConfigSpace(IDENTITY, BARS)
         self._config.msix_capability(VECTORS, MSIX_TABLE, MSIX_PENDING)
         self._config.virtio_capability(PciCapability.COMMON, COMMON)

@@ -17,10 +17,18 @@ from pathlib import Path
 from datapath.control import Arguments, CommandError, ControlServer
 from datapath.emulation.tap import TapError
 from datapath.emulation.vf import Vf, VfSpec
+from datapath.emulation.virtio_net import FEATURES, offered
 from datapath.loop import dispatch, ended_by_signals
+from datapath.virtio import Feature, bit
 
 PROGRAM = "virt-vdpa-nic"
 MAX_VFS = 64
+#: What a NIC may be without, by the specification's names less their prefixes; never VERSION_1.
+FEATURE_NAMES = {
+    feature.name.removeprefix("NET_").removeprefix("F_").lower(): feature
+    for feature in Feature
+    if FEATURES & bit(feature) and feature is not Feature.F_VERSION_1
+}
 
 
 def log(text: str) -> None:
@@ -114,6 +122,16 @@ def _vfs(text: str) -> int:
     return int(text)
 
 
+def _features(text: str) -> int:
+    names = text.split(",")
+    for name in names:
+        if name not in FEATURE_NAMES:
+            raise argparse.ArgumentTypeError(
+                f"'{name}' is no feature that can be withheld; those are {', '.join(FEATURE_NAMES)}"
+            )
+    return sum(bit(FEATURE_NAMES[name]) for name in set(names))
+
+
 def _fill(given: list[str], pattern: str, count: int) -> list[str]:
     """Names for `count` VFs: those given, a single pattern with %d expanded, then the default pattern."""
     if len(given) == 1 and "%d" in given[0]:
@@ -157,6 +175,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="leave frames in the TAP while nobody receives; without it they are lost, as on most NICs",
     )
+    parser.add_argument(
+        "--without",
+        type=_features,
+        default=0,
+        metavar="NAME[,NAME...]",
+        help="features not to offer, such as csum,guest_tso4; those that need them are not offered either",
+    )
     parser.add_argument("--control", type=Path, metavar="PATH", help="control socket (default: DIR/control)")
     options = parser.parse_args(arguments)
     for name, given in (("--mac", options.mac), ("--tap", options.tap)):
@@ -180,6 +205,7 @@ def _spec(options: argparse.Namespace, index: int) -> VfSpec:
         mapped_doorbells=options.doorbell == "mapped",
         prefetch=options.prefetch,
         keep=options.keep,
+        features=offered(options.without),
     )
 
 

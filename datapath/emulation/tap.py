@@ -1,19 +1,30 @@
 """A TAP interface: the uplink of an emulated VF (Linux Documentation/networking/tuntap.rst).
 
-Not persistent: it vanishes with the descriptor.
+Not persistent: it vanishes with the descriptor. Before each frame stands a virtio header of 12 bytes, by
+which the kernel and the VF's driver leave checksums and segmentation to each other.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
 import struct
 
+from datapath.virtio import NET_HEADER_SIZE, Feature, bit
+
 # linux/if_tun.h and linux/sockios.h
-TUNSETIFF = 0x400454CA
-IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
+TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETVNETLE = 0x400454CA, 0x400454D0, 0x400454D8, 0x400454DC
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 #: Make a new interface, or fail: one of that name may be a persistent TAP of somebody else's.
 IFF_TUN_EXCL = 0x8000
+#: What the reader of a TAP can take: TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN.
+OFFLOADS = {
+    Feature.NET_F_GUEST_CSUM: 0x01,
+    Feature.NET_F_GUEST_TSO4: 0x02,
+    Feature.NET_F_GUEST_TSO6: 0x04,
+    Feature.NET_F_GUEST_ECN: 0x08,
+}
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFMTU = 0x8913, 0x8914, 0x8922
 SIOCGIFINDEX, SIOCBRADDIF = 0x8933, 0x89A2
 IFF_UP = 0x1
@@ -25,13 +36,57 @@ class TapError(Exception):
     """A TAP that cannot be had; the text says which, why, and what to do."""
 
 
-def open_tap(name: str, mtu: int, bridge: str | None = None) -> int:
-    """Make a TAP, set it up, put it into a bridge. Returns its non-blocking descriptor.
+class Tap:
+    """A TAP that is up, and maybe in a bridge. Its descriptor does not block."""
 
-    :raise TapError: when it cannot be made.
-    """
-    if not 0 < len(name.encode()) <= MAX_NAME or "/" in name:
-        raise TapError(f"TAP {name}: an interface name has 1 to {MAX_NAME} bytes and no '/'")
+    has_header = True
+
+    def __init__(self, name: str, mtu: int, bridge: str | None = None) -> None:
+        """Make it.
+
+        :raise TapError: when it cannot be made.
+        """
+        if not 0 < len(name.encode()) <= MAX_NAME or "/" in name:
+            raise TapError(f"TAP {name}: an interface name has 1 to {MAX_NAME} bytes and no '/'")
+        self._offloads = 0
+        with contextlib.ExitStack() as undo:
+            self.fd = _open(name)
+            undo.callback(os.close, self.fd)
+            try:
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+                    _set_up(control, name, mtu)
+            except OSError as error:
+                raise _refused(name, error) from error
+            if bridge is not None:
+                _enslave(name, bridge)
+            undo.pop_all()
+
+    def accept(self, features: int) -> None:
+        """Have the kernel hand over unfinished what a driver with these features finishes itself."""
+        offloads = sum(flag for feature, flag in OFFLOADS.items() if features & bit(feature))
+        if offloads == self._offloads:
+            return
+        try:
+            fcntl.ioctl(self.fd, TUNSETOFFLOAD, offloads)
+        except OSError as error:
+            if error.errno != errno.EBADFD:  # somebody has removed the interface
+                raise
+        self._offloads = offloads
+
+    def send(self, frame: bytes) -> None:
+        """Let a frame out as it is.
+
+        :raise OSError: when the TAP takes no more.
+        """
+        os.write(self.fd, bytes(NET_HEADER_SIZE) + frame)
+
+    def close(self) -> None:
+        """Remove the interface."""
+        os.close(self.fd)
+
+
+def _open(name: str) -> int:
+    """The descriptor of a new TAP."""
     with contextlib.ExitStack() as undo:
         try:
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -41,16 +96,18 @@ def open_tap(name: str, mtu: int, bridge: str | None = None) -> int:
             ) from error
         undo.callback(os.close, fd)
         try:
-            flags = IFF_TAP | IFF_NO_PI | IFF_TUN_EXCL
+            flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_TUN_EXCL
             fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-                _set_up(control, name, mtu)
+            fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", NET_HEADER_SIZE))
+            fcntl.ioctl(fd, TUNSETVNETLE, struct.pack("i", 1))
         except OSError as error:
-            raise TapError(f"TAP {name}: {error.strerror}; it needs CAP_NET_ADMIN and a free name") from error
-        if bridge is not None:
-            _enslave(name, bridge)
+            raise _refused(name, error) from error
         undo.pop_all()
     return fd
+
+
+def _refused(name: str, error: OSError) -> TapError:
+    return TapError(f"TAP {name}: {error.strerror}; it needs CAP_NET_ADMIN and a free name")
 
 
 def _set_up(control: socket.socket, name: str, mtu: int) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from datapath.emulation.engine import QUEUES, Engine
 from datapath.emulation.ifcvf import Ifcvf
 from datapath.emulation.server import Session, VfServer
-from datapath.emulation.tap import open_tap
+from datapath.emulation.tap import Tap
+from datapath.emulation.virtio_net import FEATURES
 
 DRIVER = "ifcvf"
 #: Largest packet without its Ethernet header, in bytes; of the TAP as well.
@@ -37,6 +38,8 @@ class VfSpec:
     prefetch: int = 0
     #: Whether frames that nobody receives wait in the TAP, rather than being lost.
     keep: bool = False
+    #: Feature mask to offer.
+    features: int = FEATURES
 
 
 class Vf:
@@ -51,11 +54,11 @@ class Vf:
         self._spec = spec
         self._log = log
         with contextlib.ExitStack() as undo:
-            self._tap_fd = open_tap(spec.tap, MTU, spec.bridge)
-            undo.callback(os.close, self._tap_fd)
-            self._engine = Engine(self._tap_fd, spec.prefetch, spec.keep)
+            self._tap = Tap(spec.tap, MTU, spec.bridge)
+            undo.callback(self._tap.close)
+            self._engine = Engine(self._tap, spec.prefetch, spec.keep)
             undo.callback(self._engine.close)
-            self._device = Ifcvf(self._engine, spec.mac, MTU)
+            self._device = Ifcvf(self._engine, spec.mac, MTU, spec.features)
             selector.register(self._engine.fault_fd, selectors.EVENT_READ, self._fault)
             undo.callback(selector.unregister, self._engine.fault_fd)
             self._server = VfServer(
@@ -85,7 +88,7 @@ class Vf:
             raise ValueError(f"{len(frame)} bytes are no frame for an MTU of {MTU}")
         if not self._device.net.link_up:
             raise OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
-        os.write(self._tap_fd, frame)
+        self._tap.send(frame)
 
     def describe(self) -> dict[str, object]:
         """What query-devices tells about it."""

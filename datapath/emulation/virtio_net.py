@@ -2,7 +2,7 @@
 
 Owns the common configuration, the device configuration and the ISR byte: features, status, queues and
 their vectors. What moves packets is the engine; where the registers lie, and PCI, is the function's.
-Offers no offloads and no control queue, though there is a queue in its place, as with an IFCVF.
+Offers no control queue, though there is a queue in its place, as with an IFCVF.
 """
 
 import struct
@@ -15,15 +15,36 @@ from datapath.emulation.msix import MsixVectors
 from datapath.vdpa import RingState
 from datapath.virtio import NET_S_LINK_UP, NO_VECTOR, Common, Feature, Status, bit
 
-FEATURES = (
-    bit(Feature.F_VERSION_1)
-    | bit(Feature.F_INDIRECT_DESC)
-    | bit(Feature.F_EVENT_IDX)
-    | bit(Feature.NET_F_MAC)
-    | bit(Feature.NET_F_STATUS)
-    | bit(Feature.NET_F_MTU)
-    | bit(Feature.NET_F_MRG_RXBUF)
+#: All that there is to offer.
+FEATURES = sum(
+    bit(feature)
+    for feature in (
+        Feature.NET_F_CSUM,
+        Feature.NET_F_GUEST_CSUM,
+        Feature.NET_F_MTU,
+        Feature.NET_F_MAC,
+        Feature.NET_F_GUEST_TSO4,
+        Feature.NET_F_GUEST_TSO6,
+        Feature.NET_F_GUEST_ECN,
+        Feature.NET_F_HOST_TSO4,
+        Feature.NET_F_HOST_TSO6,
+        Feature.NET_F_HOST_ECN,
+        Feature.NET_F_MRG_RXBUF,
+        Feature.NET_F_STATUS,
+        Feature.F_INDIRECT_DESC,
+        Feature.F_EVENT_IDX,
+        Feature.F_VERSION_1,
+    )
 )
+#: What a feature needs one of to be offered (section 5.1.3.1), what is needed before what needs it.
+NEEDS = {
+    Feature.NET_F_GUEST_TSO4: bit(Feature.NET_F_GUEST_CSUM),
+    Feature.NET_F_GUEST_TSO6: bit(Feature.NET_F_GUEST_CSUM),
+    Feature.NET_F_GUEST_ECN: bit(Feature.NET_F_GUEST_TSO4) | bit(Feature.NET_F_GUEST_TSO6),
+    Feature.NET_F_HOST_TSO4: bit(Feature.NET_F_CSUM),
+    Feature.NET_F_HOST_TSO6: bit(Feature.NET_F_CSUM),
+    Feature.NET_F_HOST_ECN: bit(Feature.NET_F_HOST_TSO4) | bit(Feature.NET_F_HOST_TSO6),
+}
 #: Bits of the ISR byte (section 4.1.4.5); queue interrupts need MSI-X here and set none.
 ISR_CONFIG = 2
 
@@ -31,6 +52,15 @@ ISR_CONFIG = 2
 COMMON = struct.Struct("<IIIIHHBBHHHHHQQQ")
 #: The device configuration: MAC, status, pairs, MTU.
 NET_CONFIG = struct.Struct("<6sHHH")
+
+
+def offered(without: int) -> int:
+    """All features but these, and but those that need them."""
+    features = FEATURES & ~without
+    for feature, needed in NEEDS.items():
+        if not features & needed:
+            features &= ~bit(feature)
+    return features
 
 
 @dataclass
@@ -48,12 +78,15 @@ class Queue:
 class VirtioNet:
     """One virtio network device as its registers show it."""
 
-    def __init__(self, engine: QueueEngine, vectors: MsixVectors, mac: bytes, mtu: int) -> None:
-        """A device in reset, with its link up."""
+    def __init__(
+        self, engine: QueueEngine, vectors: MsixVectors, mac: bytes, mtu: int, features: int
+    ) -> None:
+        """A device in reset, with its link up, that offers these features."""
         self._engine = engine
         self._vectors = vectors
         self._mac = mac
         self._mtu = mtu
+        self._features = features
         self._link_up = True
         self._bus_master = False
         self._generation = 0
@@ -125,7 +158,7 @@ class VirtioNet:
         queue = self._queues[self._queue_select] if exists else Queue(size=0)
         fields = COMMON.pack(
             self._device_features_select,
-            self._word(FEATURES, self._device_features_select),
+            self._word(self._features, self._device_features_select),
             self._driver_features_select,
             self._word(self._driver_features, self._driver_features_select),
             self._config_vector,
@@ -228,11 +261,13 @@ class VirtioNet:
         status = Status(value & ~Status.DEVICE_NEEDS_RESET) | self.status
         if not self.status & Status.FEATURES_OK and not self._features_acceptable():
             status &= ~Status.FEATURES_OK
+        if status & Status.DRIVER_OK and not self.status & Status.DRIVER_OK:
+            self._engine.accept(self._driver_features & self._features)
         self.status = status
         self._update_running()
 
     def _features_acceptable(self) -> bool:
-        return not self._driver_features & ~FEATURES and bool(
+        return not self._driver_features & ~self._features and bool(
             self._driver_features & bit(Feature.F_VERSION_1)
         )
 

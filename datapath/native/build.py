@@ -23,6 +23,7 @@ UNITS = (
     "relay",
     "forwarder",
     "ring",
+    "offload",
     "worker",
     "packets",
     "engine",

@@ -174,7 +174,7 @@ static void release(struct engine *engine)
     free(engine);
 }
 
-int engine_open(int packet_fd, struct engine **out)
+int engine_open(const struct engine_uplink *uplink, struct engine **out)
 {
     struct engine *engine = calloc(1, sizeof(*engine));
     int result;
@@ -184,7 +184,8 @@ int engine_open(int packet_fd, struct engine **out)
     }
     pthread_mutex_init(&engine->mutex, NULL);
     pthread_cond_init(&engine->no_callers, NULL);
-    engine->packet_fd = packet_fd;
+    engine->packet_fd = uplink->packet_fd;
+    engine->header = uplink->header;
     engine->epoll_fd = engine->wake_fd = engine->fault_fd = engine->client_fd = -1;
     for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
         engine->queue[i].kick_fd = engine->queue[i].call_fd = -1;
@@ -325,8 +326,8 @@ static void drop_packet(struct engine *engine)
     if (engine_leaves_packets(engine)) {
         return;
     }
-    engine->queue[ENGINE_RX].count.dropped += engine->packet_length > 0;
-    engine->packet_length = 0;
+    engine->queue[ENGINE_RX].count.dropped += engine->frame_length > 0;
+    engine->frame_length = 0;
 }
 
 struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue)
@@ -365,6 +366,13 @@ void engine_run(struct engine *engine, bool on)
     leave_and_wake(engine);
 }
 
+void engine_set_features(struct engine *engine, uint64_t features)
+{
+    enter(engine);
+    engine->features = features;
+    leave(engine);
+}
+
 void engine_set_log(struct engine *engine, bool on, uint64_t base, uint64_t end)
 {
     enter(engine);
@@ -383,6 +391,7 @@ void engine_reset(struct engine *engine)
         }
     }
     drop_packet(engine);
+    engine->features = 0;
     engine->fault = NULL;
     engine->log.on = false;
     drain_fd(engine->fault_fd);

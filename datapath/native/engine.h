@@ -35,8 +35,14 @@ struct engine_counters {
     uint64_t interrupts;
 };
 
-/* packet_fd: non-blocking; the caller keeps it open until engine_close(). */
-int engine_open(int packet_fd, struct engine **engine);
+/* Where packets come from and go to. */
+struct engine_uplink {
+    int packet_fd;              /* non-blocking; the caller keeps it open until engine_close() */
+    bool header;                /* each frame has a struct virtio_net_hdr_v1 before it, as on a TAP with
+                                   IFF_VNET_HDR; else it is alone, and nothing can be left to the other side */
+};
+
+int engine_open(const struct engine_uplink *uplink, struct engine **engine);
 void engine_close(struct engine *engine);
 
 /*
@@ -93,10 +99,16 @@ void engine_set_call(struct engine *engine, unsigned int queue, int call_fd);
  */
 void engine_run(struct engine *engine, bool on);
 
+/*
+ * The features of virtio that the driver has accepted, of which those count that let packets be left without
+ * checksum, or unsegmented. What the driver sends against them is dropped, and so is what it could not take.
+ */
+void engine_set_features(struct engine *engine, uint64_t features);
+
 /* Set bits for pages that packets are written to; the rings themselves are not logged. */
 void engine_set_log(struct engine *engine, bool on, uint64_t base, uint64_t end);
 
-/* Take out both queues, forget a fault, log no more, do not run. Mappings and call descriptors stay. */
+/* Take out both queues, forget a fault and features, log no more, do not run. Mappings and call descriptors stay. */
 void engine_reset(struct engine *engine);
 
 /* What was wrong and in which queue; NULL if nothing was. */

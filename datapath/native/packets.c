@@ -12,19 +12,6 @@
 
 /* Packets that one queue moves before the other, or a waiting caller, has its turn. */
 #define BATCH 64
-#define NET_HEADER_SIZE 12
-
-/* Section 5.1.6: what stands before every packet. Without offloads only num_buffers is not 0. */
-struct net_header {
-    uint8_t flags;
-    uint8_t gso_type;
-    uint16_t header_length;
-    uint16_t gso_size;
-    uint16_t checksum_start;
-    uint16_t checksum_offset;
-    uint16_t num_buffers;
-};
-_Static_assert(sizeof(struct net_header) == NET_HEADER_SIZE, "virtio_net_hdr_v1");
 
 /* Interrupt the driver for what was given back, if it wants that. */
 static void interrupt_for(struct engine *engine, unsigned int index)
@@ -65,7 +52,7 @@ static void scatter(struct engine *engine, const struct ring_chain *chain, size_
     }
 }
 
-enum delivery { DELIVERED, NO_BUFFERS, TOO_LONG, BAD_RING };
+enum delivery { DELIVERED, NO_BUFFERS, UNFIT, BAD_RING };
 
 /*
  * Put the packet at hand into as many buffers as it takes (section 5.1.6.4). The first one's part comes
@@ -73,9 +60,9 @@ enum delivery { DELIVERED, NO_BUFFERS, TOO_LONG, BAD_RING };
  */
 static enum delivery deliver(struct engine *engine, struct ring *ring, bool mergeable)
 {
-    struct net_header header = { 0 };
+    struct packet *packet = &engine->packet;
     unsigned int buffers = 1;
-    size_t first, done;
+    size_t whole = NET_HEADER_SIZE + engine->frame_length, first, done;
 
     if (ring_available(ring) == 0) {
         return ring->error ? BAD_RING : NO_BUFFERS;
@@ -87,14 +74,13 @@ static enum delivery deliver(struct engine *engine, struct ring *ring, bool merg
         ring->error = "a receive buffer is shorter than the packet header";
         return BAD_RING;
     }
-    first = engine->first.bytes - NET_HEADER_SIZE;
-    first = first < engine->packet_length ? first : engine->packet_length;
-    engine->used[0] = (struct ring_element){ engine->first.head, NET_HEADER_SIZE + first };
-    for (done = first; done < engine->packet_length; buffers++) {
-        size_t part = engine->packet_length - done;
+    first = engine->first.bytes < whole ? engine->first.bytes : whole;
+    engine->used[0] = (struct ring_element){ engine->first.head, first };
+    for (done = first; done < whole; buffers++) {
+        size_t part = whole - done;
 
         if (!mergeable || buffers == ring->setup.size) {
-            return TOO_LONG;
+            return UNFIT;
         }
         if (buffers >= ring_available(ring)) {
             return ring->error ? BAD_RING : NO_BUFFERS;
@@ -103,55 +89,72 @@ static enum delivery deliver(struct engine *engine, struct ring *ring, bool merg
             return BAD_RING;
         }
         part = part < engine->chain.bytes ? part : engine->chain.bytes;
-        scatter(engine, &engine->chain, 0, engine->packet + done, part);
+        scatter(engine, &engine->chain, 0, (uint8_t *)packet + done, part);
         engine->used[buffers] = (struct ring_element){ engine->chain.head, part };
         done += part;
     }
-    header.num_buffers = htole16(buffers);
-    scatter(engine, &engine->first, 0, &header, sizeof(header));
-    scatter(engine, &engine->first, sizeof(header), engine->packet, first);
+    packet->header.num_buffers = htole16(buffers);
+    scatter(engine, &engine->first, 0, packet, first);
     ring_use(ring, engine->used, buffers);
     return DELIVERED;
+}
+
+/* Read the next packet from the uplink. Returns its bytes, 0 when there is none. */
+static size_t read_packet(struct engine *engine)
+{
+    struct packet *packet = &engine->packet;
+    void *to = engine->header ? (void *)packet : packet->frame;
+    ssize_t length;
+
+    packet->header = (struct virtio_net_hdr_v1){ 0 };
+    do {
+        length = read(engine->packet_fd, to, engine->header ? sizeof(*packet) : sizeof(packet->frame));
+    } while (length < 0 && errno == EINTR);
+    if (length > 0) {
+        return length;
+    }
+    if (length == 0 || errno != EAGAIN) {
+        engine_lose_uplink(engine);
+    }
+    return 0;
 }
 
 /* See that a packet is at hand. */
 static bool fetch_packet(struct engine *engine)
 {
-    ssize_t length;
+    size_t header = engine->header ? NET_HEADER_SIZE : 0;
 
-    if (engine->packet_length > 0) {
-        return true;
+    while (engine->frame_length == 0 && !engine->uplink_lost) {
+        size_t length = read_packet(engine);
+
+        if (length == 0) {
+            return false;
+        }
+        if (length > header) {
+            engine->frame_length = length - header;
+        }
     }
-    if (engine->uplink_lost) {
-        return false;
-    }
-    do {
-        length = read(engine->packet_fd, engine->packet, sizeof(engine->packet));
-    } while (length < 0 && errno == EINTR);
-    if (length > 0) {
-        engine->packet_length = length;
-        return true;
-    }
-    if (length == 0 || errno != EAGAIN) {
-        engine_lose_uplink(engine);
-    }
-    return false;
+    return engine->frame_length > 0;
 }
 
 static void receive_one(struct engine *engine, struct queue *queue)
 {
-    enum delivery result = deliver(engine, &queue->ring, queue->ring.setup.mergeable);
+    enum delivery result = UNFIT;
 
+    /* One that fills its place may have been longer. */
+    if (engine->frame_length < MAX_FRAME && offload_receive(&engine->packet.header, engine->features)) {
+        result = deliver(engine, &queue->ring, queue->ring.setup.mergeable);
+    }
     queue->held = result == NO_BUFFERS;
     switch (result) {
     case DELIVERED:
         queue->count.packets++;
-        queue->count.bytes += engine->packet_length;
-        engine->packet_length = 0;
+        queue->count.bytes += engine->frame_length;
+        engine->frame_length = 0;
         break;
-    case TOO_LONG:
+    case UNFIT:
         queue->count.dropped++;
-        engine->packet_length = 0;
+        engine->frame_length = 0;
         break;
     case NO_BUFFERS:
         break;
@@ -189,7 +192,7 @@ bool packets_receive(struct engine *engine)
     for (; moved < BATCH && fetch_packet(engine); moved++) {
         if (!live) {            /* nobody receives: what comes is lost, as on any NIC */
             queue->count.dropped++;
-            engine->packet_length = 0;
+            engine->frame_length = 0;
             continue;
         }
         receive_one(engine, queue);
@@ -205,48 +208,82 @@ bool packets_receive(struct engine *engine)
 
 /* --- transmit: driver to uplink --- */
 
-/* Leave the first bytes of a chain out. Returns how many segments at its start are to be passed over. */
-static unsigned int skip(struct ring_chain *chain, size_t bytes)
+/* Take the header off the front of a chain. Returns how many segments are left out after that. */
+static unsigned int take_header(struct ring_chain *chain, struct virtio_net_hdr_v1 *header)
 {
+    size_t done = 0;
     unsigned int i = 0;
 
-    while (i < chain->segments && bytes >= chain->segment[i].iov_len) {
-        bytes -= chain->segment[i].iov_len;
-        i++;
-    }
-    if (i < chain->segments) {
-        chain->segment[i].iov_base = (uint8_t *)chain->segment[i].iov_base + bytes;
-        chain->segment[i].iov_len -= bytes;
+    while (done < NET_HEADER_SIZE) {
+        struct iovec *segment = &chain->segment[i];
+        size_t left = NET_HEADER_SIZE - done;
+        size_t part = left < segment->iov_len ? left : segment->iov_len;
+
+        memcpy((uint8_t *)header + done, segment->iov_base, part);
+        done += part;
+        segment->iov_base = (uint8_t *)segment->iov_base + part;
+        segment->iov_len -= part;
+        i += segment->iov_len == 0;
     }
     return i;
+}
+
+/*
+ * Write the frame that a chain holds from a segment on, after `header` if the uplink wants one. Returns the bytes
+ * of the frame or a negative errno.
+ */
+static ssize_t write_frame(struct engine *engine, struct ring_chain *chain, unsigned int from,
+                           struct virtio_net_hdr_v1 *header)
+{
+    unsigned int segments = chain->segments - from;
+    struct iovec *first = &chain->segment[from];
+    size_t before = 0;
+    ssize_t sent;
+
+    if (engine->header) {
+        if (from == 0) {
+            memmove(first + 1, first, segments * sizeof(*first));
+        } else {
+            first--;
+        }
+        *first = (struct iovec){ .iov_base = header, .iov_len = NET_HEADER_SIZE };
+        before = NET_HEADER_SIZE;
+        segments++;
+    }
+    do {
+        sent = writev(engine->packet_fd, first, segments);
+    } while (sent < 0 && errno == EINTR);
+    return sent < 0 ? -errno : sent - (ssize_t)before;
 }
 
 /* Send the chain at hand. False: not now, or never (fault). */
 static bool transmit_one(struct engine *engine, struct queue *queue)
 {
     struct ring_chain *chain = &engine->chain;
+    size_t length = chain->bytes - NET_HEADER_SIZE;
+    struct virtio_net_hdr_v1 header;
     unsigned int from;
-    ssize_t sent = -1;
+    ssize_t sent = -EINVAL;
 
     if (chain->bytes < NET_HEADER_SIZE) {
         engine_break(engine, ENGINE_TX, "a transmit buffer is shorter than the packet header");
         return false;
     }
-    from = skip(chain, NET_HEADER_SIZE);
-    if (from < chain->segments && chain->bytes <= MAX_PACKET && !engine->uplink_lost) {
-        do {
-            sent = writev(engine->packet_fd, chain->segment + from, chain->segments - from);
-        } while (sent < 0 && errno == EINTR);
-        if (sent < 0 && errno == EAGAIN) {
-            queue->held = true;
-            return false;
-        }
-        if (sent < 0 && errno == EFAULT) {
-            engine_break(engine, ENGINE_TX, "memory has gone under a transmit buffer");
-            return false;
-        }
+    /* A copy: the driver must not change what has been looked at. */
+    from = take_header(chain, &header);
+    if (length > 0 && length < MAX_FRAME && !engine->uplink_lost &&
+        offload_transmit(&header, engine->features, length) && (engine->header || offload_is_plain(&header))) {
+        sent = write_frame(engine, chain, from, &header);
     }
-    if (sent < 0) {             /* not a packet, or no uplink: the driver need not know */
+    if (sent == -EAGAIN) {
+        queue->held = true;
+        return false;
+    }
+    if (sent == -EFAULT) {
+        engine_break(engine, ENGINE_TX, "memory has gone under a transmit buffer");
+        return false;
+    }
+    if (sent < 0) {             /* nothing that can be sent, or no uplink: the driver need not know */
         queue->count.dropped++;
     } else {
         queue->count.packets++;

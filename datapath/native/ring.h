@@ -40,8 +40,11 @@ struct ring_state {
 #define RING_MAX_SIZE 1024
 /* cffi: end */
 
-/* Memory pieces of one chain: mappings may split descriptors, and writev() takes no more (UIO_MAXIOV). */
-#define RING_MAX_SEGMENTS 1024
+/*
+ * Memory pieces of one chain: mappings may split descriptors, and writev() takes no more (UIO_MAXIOV) with a header
+ * before them.
+ */
+#define RING_MAX_SEGMENTS 1023
 
 struct ring {
     struct ring_setup setup;
@@ -70,7 +73,7 @@ struct ring_chain {
     uint16_t head;
     size_t bytes;
     unsigned int segments;
-    struct iovec segment[RING_MAX_SEGMENTS];
+    struct iovec segment[RING_MAX_SEGMENTS + 1];    /* the last stays free: room to put a header before all */
     uint64_t iova[RING_MAX_SEGMENTS];
 };
 

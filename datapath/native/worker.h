@@ -13,16 +13,24 @@
 
 #include "dma.h"
 #include "engine.h"
+#include "offload.h"
 #include "ring.h"
 
 /* cffi: begin */
 /* cffi: end */
 
-/* Largest packet, more than an uplink takes or gives. */
-#define MAX_PACKET 65536
+/* Largest frame, more than an uplink takes or gives: 65535 bytes of IP payload and their headers. */
+#define MAX_FRAME 65664
 
 /* Tokens of epoll; a queue's own number stands for its kick eventfd. */
 enum { TOKEN_PACKET = ENGINE_QUEUES, TOKEN_WAKE, TOKEN_CLIENT, TOKENS };
+
+/* As it lies in a driver's buffers, and on an uplink with headers. */
+struct packet {
+    struct virtio_net_hdr_v1 header;
+    uint8_t frame[MAX_FRAME];
+};
+_Static_assert(offsetof(struct packet, frame) == NET_HEADER_SIZE, "one piece of memory");
 
 struct queue {
     bool programmed;
@@ -47,6 +55,7 @@ struct engine {
     int wake_fd;
     int fault_fd;
     int packet_fd;
+    bool header;                /* packet_fd has a header before each frame */
     int client_fd;              /* -1: none */
     uint32_t packet_events;     /* what epoll waits for on packet_fd; 0: not registered */
     bool uplink_lost;
@@ -54,6 +63,7 @@ struct engine {
     void *doorbells;
 
     bool running;
+    uint64_t features;          /* accepted by the driver */
     bool client_gone;
     const char *fault;
     unsigned int fault_queue;
@@ -66,8 +76,8 @@ struct engine {
     bool worked;
     unsigned int serving;
 
-    size_t packet_length;       /* of the received packet that waits in `packet`; 0 if none does */
-    uint8_t packet[MAX_PACKET];
+    size_t frame_length;        /* of the received packet that waits in `packet`; 0 if none does */
+    struct packet packet;
     struct ring_chain first;
     struct ring_chain chain;
     struct ring_element used[RING_MAX_SIZE];

@@ -371,7 +371,8 @@ UNGUARDED = """
 import ctypes, mmap, os
 from datapath.native._native import ffi, lib
 handle = ffi.new("struct engine **")
-assert lib.engine_open(os.eventfd(0, os.EFD_NONBLOCK), handle) == 0
+uplink = ffi.new("struct engine_uplink *", {"packet_fd": os.eventfd(0, os.EFD_NONBLOCK)})
+assert lib.engine_open(uplink, handle) == 0
 fd = os.memfd_create("x")
 os.ftruncate(fd, 4096)
 memory = mmap.mmap(fd, 4096)
@@ -406,7 +407,8 @@ def test_no_engine_without_descriptors() -> None:
         handle = ffi.new("struct engine **")
         resource.setrlimit(resource.RLIMIT_NOFILE, (first_refused, limit[1]))
         try:
-            assert lib.engine_open(-1, handle) == -errno.EMFILE
+            uplink = ffi.new("struct engine_uplink *", {"packet_fd": -1})
+            assert lib.engine_open(uplink, handle) == -errno.EMFILE
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
         assert open_descriptors() == before

@@ -8,9 +8,8 @@ from tests.harness.processes import run
 from tests.harness.sanitizers import NATIVE, SANITIZERS, build
 
 SOURCE = Path(__file__).parent / "native" / "engine_stress.c"
-UNITS = [
-    NATIVE / f"{unit}.c" for unit in ("guard", "interrupt", "dma", "ring", "packets", "worker", "engine")
-]
+NAMES = ("guard", "interrupt", "dma", "ring", "offload", "packets", "worker", "engine")
+UNITS = [NATIVE / f"{unit}.c" for unit in NAMES]
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)

@@ -19,6 +19,7 @@ NEEDED = ("datapath", "tests/__init__.py", "tests/harness", "setup.py", "setup.c
 TESTS = (
     "tests/conformance/test_engine.py",
     "tests/conformance/test_engine_hostile.py",
+    "tests/conformance/test_engine_offloads.py",
     "tests/unit/conftest.py",
     "tests/unit/test_notify_relay.py",
     "tests/unit/test_shadow_ring.py",

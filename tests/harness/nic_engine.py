@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datapath.emulation.engine import Engine, QueueSetup
+from datapath.emulation.engine import Engine, PlainUplink, QueueSetup
 from datapath.vdpa import RingState
 from tests.harness.virtqueue import Buffer, MemfdMemory, Virtqueue
 
@@ -87,7 +87,7 @@ class Bench:
         readable, _, _ = select.select([self.wire], [], [], DEADLINE)
         if not readable:
             raise TimeoutError("no packet came out")
-        return self.wire.recv(65536)
+        return self.wire.recv(1 << 17)
 
     def offer(self, *sizes: int) -> list[int]:
         """Make receive buffers available, each a page of its own; returns their addresses."""
@@ -118,8 +118,12 @@ def bench(
     mapped_doorbells: bool = False,
     event_idx: bool = False,
     mergeable: bool = True,
+    has_header: bool = False,
 ) -> Iterator[Bench]:
-    """An engine whose memory is mapped at 0 and whose queues are laid out but not yet programmed."""
+    """An engine whose memory is mapped at 0 and whose queues are laid out but not yet programmed.
+
+    :param has_header: whether a header stands before each frame on the wire, too.
+    """
     with contextlib.ExitStack() as stack:
         wire, uplink = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         stack.enter_context(wire)
@@ -130,7 +134,7 @@ def bench(
         rx, tx = (Virtqueue(memory, at, size, start) for at in (RX_RING, TX_RING))
         stack.callback(rx.close)
         stack.callback(tx.close)
-        engine = Engine(uplink.fileno(), prefetch)
+        engine = Engine(PlainUplink(uplink.fileno(), has_header), prefetch)
         stack.callback(engine.close)
         engine.open_doorbells(mapped_doorbells)
         engine.map(0, MEMORY_SIZE, memory.fd, 0, writable=True)

@@ -11,7 +11,7 @@ import pytest
 from datapath.bus.pci import PciIds, virtio_structures
 from datapath.emulation.engine import MAX_QUEUE_SIZE, Engine, QueueSetup
 from datapath.emulation.ifcvf import BARS, REGION_SIZES, VECTORS, Ifcvf, ring_state_offset
-from datapath.emulation.virtio_net import FEATURES
+from datapath.emulation.virtio_net import FEATURES, offered
 from datapath.pci import PciCommand
 from datapath.vdpa import RingState
 from datapath.vfio import Region
@@ -33,6 +33,7 @@ class NotedEngine:
         self.calls: dict[int, int | None] = {}
         self.state = RingState(0, 0)
         self.refuse = False
+        self.features = 0
 
     def start_queue(self, index: int, setup: QueueSetup) -> None:
         if self.refuse:
@@ -52,21 +53,25 @@ class NotedEngine:
     def run(self, on: bool) -> None:
         self.running = on
 
+    def accept(self, features: int) -> None:
+        self.features = features
+
     def set_log(self, on: bool, base: int, end: int) -> None:
         self.log = (on, base, end)
 
     def reset(self) -> None:
         self.queues.clear()
         self.running = False
+        self.features = 0
         self.log = (False, 0, 0)
 
 
 class Function:
     """The function with shorter words for register accesses."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int = FEATURES) -> None:
         self.engine = NotedEngine()
-        self.device = Ifcvf(cast(Engine, self.engine), MAC, MTU)
+        self.device = Ifcvf(cast(Engine, self.engine), MAC, MTU, features)
         self.command(PciCommand.MEMORY | PciCommand.MASTER)
 
     def command(self, value: PciCommand) -> None:
@@ -211,7 +216,7 @@ def test_features_are_offered_in_two_words(function: Function) -> None:
         (ACCEPTABLE, True),
         (FEATURES, True),
         (bit(Feature.F_EVENT_IDX), False),
-        (ACCEPTABLE | bit(Feature.NET_F_CSUM), False),
+        (ACCEPTABLE | bit(Feature.NET_F_GUEST_UFO), False),
         (ACCEPTABLE | bit(Feature.F_RING_PACKED), False),
     ],
 )
@@ -399,3 +404,33 @@ def test_any_access_is_answered(function: Function, width: int) -> None:
             assert len(function.device.read(region, offset, width)) == width
     for offset in range(Common.SIZE - width + 1):
         function.set_common(offset, width, 1)
+
+
+def test_the_engine_hears_what_was_accepted_until_the_reset(function: Function) -> None:
+    features = ACCEPTABLE | bit(Feature.NET_F_GUEST_CSUM) | bit(Feature.NET_F_GUEST_TSO4)
+    function.negotiate(features)
+    assert function.engine.features == 0
+    function.set_common(Common.DEVICE_STATUS, 1, function.status | Status.DRIVER_OK)
+    assert function.engine.features == features
+    function.set_common(Common.DEVICE_STATUS, 1, 0)
+    assert function.engine.features == 0
+
+
+@pytest.mark.parametrize(
+    ("without", "gone"),
+    [
+        (Feature.NET_F_CSUM, ["HOST_TSO4", "HOST_TSO6", "HOST_ECN"]),
+        (Feature.NET_F_GUEST_CSUM, ["GUEST_TSO4", "GUEST_TSO6", "GUEST_ECN"]),
+        (Feature.NET_F_GUEST_TSO4, []),
+        (Feature.NET_F_MRG_RXBUF, []),
+    ],
+)
+def test_what_needs_a_feature_goes_with_it(without: Feature, gone: list[str]) -> None:
+    missing = FEATURES & ~offered(bit(without))
+    assert missing == bit(without) | sum(bit(Feature[f"NET_F_{name}"]) for name in gone)
+
+
+def test_what_is_withheld_is_neither_offered_nor_taken() -> None:
+    function = Function(offered(bit(Feature.NET_F_CSUM)))
+    assert not function.common(Common.DEVICE_FEATURE, 4) & bit(Feature.NET_F_CSUM)
+    assert not function.negotiate(ACCEPTABLE | bit(Feature.NET_F_CSUM)) & Status.FEATURES_OK

@@ -14,13 +14,16 @@ import pytest
 from datapath.emulation.engine import QUEUES, Engine, QueueSetup
 from datapath.emulation.ifcvf import VECTORS, Ifcvf
 from datapath.emulation.server import CAPABILITIES, Session
+from datapath.emulation.virtio_net import offered
 from datapath.vdpa import RingState
 from datapath.vfio_user import HEADER, Command, Decoder, Message, RegionAccess, Version
+from datapath.virtio import Feature, bit
 from tests.harness.recordings import Recorded, recording
 
 BOOT = recording("vfio_user/qemu_boots_on_vf")
-#: As in the recording.
+#: As in the recording, which was made without offloads.
 MAC, MTU = bytes.fromhex("020000000001"), 1500
+FEATURES_THEN = offered(bit(Feature.NET_F_CSUM) | bit(Feature.NET_F_GUEST_CSUM))
 GUEST_MEMORY = 192 << 20
 #: Where the data of a REGION_READ's reply begins.
 DUMP_AT = HEADER.size + RegionAccess.LAYOUT.size
@@ -34,6 +37,7 @@ class NotedEngine:
     maps: dict[int, tuple[int, bool]] = field(default_factory=dict)
     calls: dict[int, int | None] = field(default_factory=dict)
     running: bool = False
+    features: int = 0
     doorbells: bool = False
     doorbell_fd: int | None = None
     kicks: list[int] = field(default_factory=list)
@@ -71,6 +75,9 @@ class NotedEngine:
     def run(self, on: bool) -> None:
         self.running = on
 
+    def accept(self, features: int) -> None:
+        self.features = features
+
     def set_log(self, on: bool, base: int, end: int) -> None:
         assert not on
 
@@ -106,7 +113,7 @@ def reply_to(command: Message, at: int) -> Recorded | None:
 @pytest.fixture
 def vf() -> Iterator[Vf]:
     engine = NotedEngine()
-    device = Ifcvf(cast(Engine, engine), MAC, MTU)
+    device = Ifcvf(cast(Engine, engine), MAC, MTU, FEATURES_THEN)
     session = Session(device, cast(Engine, engine), mapped_doorbells=False, client_fd=-1)
     yield Vf(engine, device, session)
     session.close()

@@ -1,0 +1,317 @@
+"""Checksums and segmentation that guests leave to the emulated NIC, and it to them, on real packets.
+
+Two guests behind ports, their VFs in one bridge: what the first leaves undone, the kernel does or the second
+has agreed to. A packet socket on the first VF's TAP sees what comes out of it.
+"""
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from datapath.vhost_user.messages import Request
+from datapath.virtio import NET_HEADER_SIZE, Feature, bit
+from tests.harness.emulated_nic import EmulatedNic, PortProcess, ask
+from tests.harness.front_end import BUFFERS, VIRTIO, SocketFrontEnd
+from tests.harness.netns import SOL_PACKET, NetworkNamespace
+from tests.harness.offloads import (
+    ACK,
+    CWR,
+    GSO_NONE,
+    NEEDS_CSUM,
+    TCP,
+    UDP,
+    IpPacket,
+    NetHeader,
+    checksum_is_right,
+    is_ours,
+    payload_of,
+    tcp_flags,
+)
+from tests.harness.virtqueue import Buffer
+
+RX, TX = 0, 1
+#: linux/if_packet.h: frames come and go with a virtio header of 10 bytes before them.
+PACKET_VNET_HDR, SHORT_HEADER = 15, 10
+SEGMENT = 1448
+LARGE = bytes(range(250)) * 80
+CSUM = VIRTIO | bit(Feature.NET_F_CSUM)
+GUEST_CSUM = VIRTIO | bit(Feature.NET_F_GUEST_CSUM)
+TSO = {4: CSUM | bit(Feature.NET_F_HOST_TSO4), 6: CSUM | bit(Feature.NET_F_HOST_TSO6)}
+GUEST_TSO = {
+    4: GUEST_CSUM | bit(Feature.NET_F_GUEST_TSO4),
+    6: GUEST_CSUM | bit(Feature.NET_F_GUEST_TSO6),
+}
+MERGED = bit(Feature.NET_F_MRG_RXBUF)
+#: A chain of the receive ring that holds any packet, in memory that the transmit ring's packet leaves free.
+BUFFER_SIZE = 0x11000
+BUFFER_COUNT = 12
+
+
+class Guest:
+    """One guest on a port: its driver accepts what the test says."""
+
+    def __init__(self, port: PortProcess) -> None:
+        self.peer = SocketFrontEnd.dial(port.socket)
+        self.peer.connect()
+        self._next = 0
+        self._used: list[tuple[int, int]] = []
+
+    @property
+    def offered(self) -> int:
+        """Features that the port offers."""
+        features: int = self.peer.tell(Request.GET_FEATURES)
+        return features
+
+    def start(self, features: int) -> None:
+        """Run, with one large receive buffer per packet."""
+        self.peer.start(features)
+        for _ in range(BUFFER_COUNT - 1):
+            self._offer()
+
+    def send(self, packet: IpPacket, header: NetHeader) -> None:
+        """Transmit and wait until the device is done with it."""
+        data = header.pack() + packet.frame
+        at = BUFFERS + BUFFER_COUNT * BUFFER_SIZE
+        self.peer.memory.write(at, data)
+        self.peer.queues[TX].add(Buffer(at, len(data)))
+        self.peer.queues[TX].kick()
+        self.peer.queues[TX].wait_used()
+
+    def receive(self) -> tuple[NetHeader, bytes]:
+        """The next frame of ours, and its header."""
+        while True:
+            if not self._used:
+                self._used += self.peer.queues[RX].wait_used()
+            head, length = self._used.pop(0)
+            place = self.peer.queues[RX].descriptors + 16 * head
+            at = int.from_bytes(self.peer.memory.read(place, 8), "little")
+            data = self.peer.memory.read(at, length)
+            self._offer()
+            if is_ours(data[NET_HEADER_SIZE:]):
+                return NetHeader.unpack(data), data[NET_HEADER_SIZE:]
+
+    def receive_payload(self, size: int) -> list[tuple[NetHeader, bytes]]:
+        """The next frames, until they have carried so many bytes."""
+        frames: list[tuple[NetHeader, bytes]] = []
+        while sum(len(payload_of(frame)) for _, frame in frames) < size:
+            frames.append(self.receive())
+        return frames
+
+    def close(self) -> None:
+        self.peer.close()
+
+    def _offer(self) -> None:
+        at = BUFFERS + BUFFER_SIZE * (self._next % BUFFER_COUNT)
+        self._next += 1
+        self.peer.queues[RX].add(Buffer(at, BUFFER_SIZE, writable=True))
+        self.peer.queues[RX].kick()
+
+
+@dataclass
+class Pair:
+    """Two guests whose VFs share a bridge."""
+
+    nic: EmulatedNic
+    sender: Guest
+    receiver: Guest
+
+    def dropped(self) -> int:
+        count: int = self.nic.query(0)["tx_dropped"]
+        return count
+
+
+@contextmanager
+def bridged(folder: Path, *options: str) -> Iterator[tuple[EmulatedNic, list[PortProcess]]]:
+    """A NIC whose VFs are in a bridge, and a port on each."""
+    with ExitStack() as stack:
+        network = stack.enter_context(NetworkNamespace())
+        network.run("ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+        network.run("ip", "link", "set", "br0", "up")
+        nic = stack.enter_context(EmulatedNic(folder / "nic", network, 2, "--bridge=br0", *options))
+        ports = [stack.enter_context(PortProcess(folder, nic.device(vf), name=f"port{vf}")) for vf in (0, 1)]
+        yield nic, ports
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmulatedNic, list[PortProcess]]]:
+    with bridged(tmp_path_factory.mktemp("offloads")) as running:
+        yield running
+
+
+@pytest.fixture
+def pair(switch: tuple[EmulatedNic, list[PortProcess]]) -> Iterator[Pair]:
+    nic, ports = switch
+    with closing(Guest(ports[0])) as sender, closing(Guest(ports[1])) as receiver:
+        yield Pair(nic, sender, receiver)
+
+
+@contextmanager
+def watched(nic: EmulatedNic, link: str) -> Iterator[socket.socket]:
+    """A packet socket that sees the header of each frame, of 10 bytes."""
+    with nic.namespace.packet_socket(link) as listener:
+        listener.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        yield listener
+
+
+def seen(listener: socket.socket) -> tuple[NetHeader, bytes]:
+    """The next frame of ours that came out of the VF."""
+    while True:
+        data, address = listener.recvfrom(1 << 17)
+        if is_ours(data[SHORT_HEADER:]) and address[2] != socket.PACKET_OUTGOING:
+            return NetHeader.unpack(data[:SHORT_HEADER] + bytes(2)), data[SHORT_HEADER:]
+
+
+def tcp(version: int, flags: int = ACK) -> IpPacket:
+    return IpPacket(version, TCP, LARGE, flags)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_large_frame_leaves_in_one_piece(pair: Pair, version: int) -> None:
+    packet = tcp(version)
+    header = packet.net_header(SEGMENT)
+    pair.sender.start(TSO[version])
+    with watched(pair.nic, "vf0") as listener:
+        pair.sender.send(packet, header)
+        kernels, frame = seen(listener)
+    assert frame == packet.frame
+    assert (kernels.flags, kernels.gso_type, kernels.gso_size) == (NEEDS_CSUM, header.gso_type, SEGMENT)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("accepted", ["nothing", "checksum alone", "the other version"])
+def test_who_does_not_take_large_frames_gets_segments(pair: Pair, version: int, accepted: str) -> None:
+    """The kernel cuts them, and computes checksums for a guest that does not."""
+    features = {"nothing": VIRTIO, "checksum alone": GUEST_CSUM, "the other version": GUEST_TSO[10 - version]}
+    packet = tcp(version)
+    pair.sender.start(TSO[version])
+    pair.receiver.start(features[accepted])
+    pair.sender.send(packet, packet.net_header(SEGMENT))
+    frames = pair.receiver.receive_payload(len(LARGE))
+    assert b"".join(payload_of(frame) for _, frame in frames) == LARGE
+    assert {len(payload_of(frame)) for _, frame in frames[:-1]} == {SEGMENT}
+    for header, frame in frames:
+        assert header.gso_type == GSO_NONE
+        if accepted == "nothing":
+            assert header == NetHeader(buffers=1)
+            assert checksum_is_right(frame)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_who_takes_large_frames_gets_them_whole(pair: Pair, version: int) -> None:
+    packet = tcp(version)
+    pair.sender.start(TSO[version])
+    pair.receiver.start(GUEST_TSO[version])
+    pair.sender.send(packet, packet.net_header(SEGMENT))
+    header, frame = pair.receiver.receive()
+    assert frame == packet.frame
+    given = packet.net_header(SEGMENT)
+    assert (header.flags, header.gso_type, header.gso_size) == (given.flags, given.gso_type, SEGMENT)
+    assert (header.checksum_start, header.checksum_offset) == (given.checksum_start, given.checksum_offset)
+
+
+def test_a_large_frame_in_merged_buffers(pair: Pair) -> None:
+    packet = tcp(4)
+    pair.sender.start(TSO[4])
+    peer = pair.receiver.peer
+    peer.start(GUEST_TSO[4] | MERGED)
+    places = [BUFFERS + 2048 * number for number in range(16)]
+    for at in places:
+        peer.queues[RX].add(Buffer(at, 2048, writable=True))
+    peer.queues[RX].kick()
+    pair.sender.send(packet, packet.net_header(SEGMENT))
+    used = peer.queues[RX].wait_used(10)
+    data = b"".join(peer.memory.read(at, length) for at, (_, length) in zip(places, used, strict=False))
+    assert NetHeader.unpack(data).buffers == len(used) == 10
+    assert data[NET_HEADER_SIZE:] == packet.frame
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_congestion_marks(pair: Pair, accepts: bool) -> None:
+    """CWR belongs into the first segment only (RFC 3168): a guest must know that to be given the whole."""
+    ecn = bit(Feature.NET_F_GUEST_ECN)
+    packet = tcp(4, ACK | CWR)
+    pair.sender.start(TSO[4] | bit(Feature.NET_F_HOST_ECN))
+    pair.receiver.start(GUEST_TSO[4] | (ecn if accepts else 0))
+    pair.sender.send(packet, packet.net_header(SEGMENT))
+    frames = pair.receiver.receive_payload(len(LARGE))
+    assert (len(frames) == 1) is accepts
+    if accepts:
+        assert frames[0][0].gso_type == packet.net_header(SEGMENT).gso_type
+    else:
+        assert [tcp_flags(frame) & CWR for _, frame in frames] == [CWR] + [0] * (len(frames) - 1)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("accepts", [True, False])
+def test_a_partial_checksum(pair: Pair, version: int, accepts: bool) -> None:
+    packet = IpPacket(version, UDP, b"a datagram of odd length.")
+    assert not checksum_is_right(packet.frame)
+    pair.sender.start(CSUM)
+    pair.receiver.start(GUEST_CSUM if accepts else VIRTIO)
+    pair.sender.send(packet, packet.net_header())
+    header, frame = pair.receiver.receive()
+    if accepts:
+        assert header == replace(packet.net_header(), buffers=1)
+        assert frame == packet.frame
+    else:
+        assert header == NetHeader(buffers=1)
+        assert payload_of(frame) == packet.payload
+        assert checksum_is_right(frame)
+
+
+@pytest.mark.parametrize(
+    ("features", "gso_size"), [(VIRTIO, 0), (CSUM, SEGMENT), (TSO[6], SEGMENT)], ids=["csum", "tso", "tso4"]
+)
+def test_what_the_guest_did_not_accept_does_not_leave(pair: Pair, features: int, gso_size: int) -> None:
+    before = pair.dropped()
+    packet = tcp(4) if gso_size else IpPacket(4, UDP, b"a datagram")
+    pair.sender.start(features)
+    with watched(pair.nic, "vf0") as listener:
+        pair.sender.send(packet, packet.net_header(gso_size))
+        assert pair.dropped() == before + 1
+        plain = IpPacket(4, UDP, b"the next one")
+        pair.sender.send(plain, NetHeader())
+        assert seen(listener)[1] == plain.frame
+
+
+def test_another_driver_gets_what_it_takes(switch: tuple[EmulatedNic, list[PortProcess]]) -> None:
+    """From a guest that takes large frames to one that does not (its firmware, say), and back."""
+    _, ports = switch
+    packet = tcp(4)
+    with closing(Guest(ports[0])) as sender:
+        sender.start(TSO[4])
+        for features, whole in ((GUEST_TSO[4], True), (VIRTIO, False), (GUEST_TSO[4], True)):
+            with closing(Guest(ports[1])) as receiver:
+                receiver.start(features)
+                sender.send(packet, packet.net_header(SEGMENT))
+                assert (len(receiver.receive_payload(len(LARGE))) == 1) is whole
+            ports[1].wait_state("waiting")
+
+
+def test_frames_that_are_sent_for_a_guest_have_no_header(pair: Pair) -> None:
+    packet = IpPacket(4, UDP, b"sent by the NIC itself")
+    pair.receiver.start(VIRTIO)
+    ask(pair.nic.control, "vf-send", vf=0, frame=packet.frame.hex())
+    assert pair.receiver.receive() == (NetHeader(buffers=1), packet.frame)
+
+
+def test_a_nic_without(tmp_path: Path) -> None:
+    """What --without withholds is not offered, and the kernel does what the guests cannot be given."""
+    withheld = ("guest_tso4", "host_ecn", "mrg_rxbuf")
+    with (
+        bridged(tmp_path, f"--without={','.join(withheld)}") as (_, ports),
+        closing(Guest(ports[0])) as sender,
+        closing(Guest(ports[1])) as receiver,
+    ):
+        kept = ("GUEST_ECN", "HOST_TSO4", "GUEST_TSO6", "CSUM", "GUEST_CSUM")
+        assert all(sender.offered & bit(Feature[f"NET_F_{name}"]) for name in kept)
+        assert not any(sender.offered & bit(Feature[f"NET_F_{name.upper()}"]) for name in withheld)
+        packet = tcp(4)
+        sender.start(TSO[4])
+        receiver.start(GUEST_TSO[4] & receiver.offered)
+        sender.send(packet, packet.net_header(SEGMENT))
+        assert len(receiver.receive_payload(len(LARGE))) == len(LARGE) // SEGMENT + 1
