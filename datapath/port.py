@@ -21,6 +21,7 @@ from datapath import virtio
 from datapath.announce import Announcer, parse_mac
 from datapath.control import Arguments, CommandError, ControlServer
 from datapath.endpoint import Connector, Endpoint, EndpointError, Listener, NoMoreFrontEndsError, from_fd
+from datapath.features import BACKEND_TYPE
 from datapath.loop import dispatch, ended_by_signals
 from datapath.port_options import PROGRAM, parse_arguments
 from datapath.uplink import Uplink, UplinkError, open_uplink
@@ -42,7 +43,7 @@ from datapath.vhost_user.timing import Timing
 LINK_INTERVAL = 0.5
 
 #: What `--print-capabilities` prints (QEMU docs/interop/vhost-user.json, VHostUserBackendCapabilities).
-CAPABILITIES = {"type": "net"}
+CAPABILITIES = {"type": BACKEND_TYPE}
 
 
 class Port:

@@ -12,7 +12,9 @@ from datapath.bus.function import PciFunction
 from datapath.bus.pci import PciIds
 from datapath.drivers.dirty_logging import LogRefusedError, LogRegisters
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
+from datapath.drivers.virtio_net_features import BESIDE, common
 from datapath.drivers.virtio_registers import wait_until
+from datapath.features import Column, Row, Way, no, partly, yes
 from datapath.vdpa import DeviceError, DeviceSpec, LogMode, Ring, RingState
 from datapath.vfio import Region
 
@@ -22,6 +24,39 @@ IDS = frozenset(
         PciIds(0x1AF4, 0x1041, 0x8086, 0x001A),  # N3000
         PciIds(0x1AF4, 0x1000, 0x8086, 0x0001),  # C5000X-PL, F2000X-PL
     )
+)
+
+#: A guest announces itself when its front-end tells it to, and says by the control queue that it has.
+ANNOUNCED = "tests/e2e/test_migration.py::test_bridges_are_told[arp]"
+#: Shows it without: the front-end was told to keep the bit back.
+UNANNOUNCED = "tests/e2e/test_migration.py::test_bridges_are_told[rarp]"
+LOGGED = "tests/conformance/test_ifcvf_logging.py::test_the_vf_marks_buffers_and_we_the_used_rings"
+
+FEATURES = Column(
+    "ifcvf",
+    "virtio-net VFs of Intel FPGA and IPU cards",
+    {
+        **common("ifcvf"),
+        Row.MAC: yes(ANNOUNCED, note="the guest's is the domain's; a VF that filters wants the same"),
+        Row.CTRL_VQ: yes(
+            ANNOUNCED, note="the front-end serves it; the VF's own is never set up", way=Way.PROMISED
+        ),
+        Row.GUEST_ANNOUNCE: yes(ANNOUNCED, UNANNOUNCED, way=Way.PROMISED),
+        Row.MQ: partly("up to 32 pairs where the VF has them; shown with one only"),
+        Row.LOG_ALL: yes(
+            LOGGED,
+            "tests/conformance/test_port_logging.py::test_just_what_was_written_is_marked",
+            note="by the VF, or by the relay",
+            way=Way.PROMISED,
+        ),
+        Row.PACKED: no("the registers that keep a ring's state have no room for its wrap counters"),
+        Row.LINUX_VFIO: partly(
+            "no such card was at hand, and QEMU has none; the bus and what IFCVF has of virtio are shown"
+            " with the driver virtio",
+            "tests/nested/test_port_over_vfio.py::test_a_front_end_passes_frames_both_ways",
+        ).but_emulated("it is reached by vfio-user"),
+    },
+    BESIDE,
 )
 
 #: Seconds that queues have to finish what they have fetched, once disabled. DPDK waits 0.1 s for each.
@@ -108,6 +143,7 @@ class IfcvfLog(LogRegisters):
 class IfcvfDevice(VirtioNetDevice):
     """An IFCVF VF, idle or running."""
 
+    FEATURES = FEATURES
     HAS_RING_STATE = True
     MAX_PAIRS = 32  # IFCVF_MAX_QUEUES of DPDK
 

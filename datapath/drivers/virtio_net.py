@@ -31,6 +31,7 @@ from datapath.drivers.dma_addresses import DmaAddresses
 from datapath.drivers.guest_regions import GuestRegions
 from datapath.drivers.ring_paths import RingPaths, interrupt_guest
 from datapath.drivers.virtio_registers import VirtioRegisters
+from datapath.features import Column, Way
 from datapath.vdpa import (
     DeviceError,
     DeviceEvent,
@@ -45,56 +46,6 @@ from datapath.vdpa import (
 )
 from datapath.vfio import Irq
 from datapath.virtio import NO_VECTOR, Feature, Status, bit
-
-#: Features of the data path: the business of guest and function alone, so a driver can pass them on.
-#: Left out are those that need more of the driver (ACCESS_PLATFORM, RING_PACKED, NOTIFICATION_DATA,
-#: NOTIF_CONFIG_DATA, RING_RESET, SR_IOV), or more of the shadow ring (IN_ORDER: a device may then leave
-#: used entries out, section 2.7.9), and commands of the control queue, which the front-end serves itself and
-#: the function never sees (CTRL_RX, CTRL_VLAN, CTRL_MAC_ADDR, offloads, RSS).
-CARRIED = sum(
-    bit(feature)
-    for feature in (
-        Feature.NET_F_CSUM,
-        Feature.NET_F_GUEST_CSUM,
-        Feature.NET_F_MTU,
-        Feature.NET_F_MAC,
-        Feature.NET_F_GUEST_TSO4,
-        Feature.NET_F_GUEST_TSO6,
-        Feature.NET_F_GUEST_ECN,
-        Feature.NET_F_GUEST_UFO,
-        Feature.NET_F_HOST_TSO4,
-        Feature.NET_F_HOST_TSO6,
-        Feature.NET_F_HOST_ECN,
-        Feature.NET_F_HOST_UFO,
-        Feature.NET_F_MRG_RXBUF,
-        Feature.NET_F_STATUS,
-        Feature.NET_F_CTRL_VQ,
-        Feature.NET_F_MQ,
-        Feature.F_ANY_LAYOUT,
-        Feature.F_INDIRECT_DESC,
-        Feature.F_EVENT_IDX,
-        Feature.F_VERSION_1,
-        Feature.F_ORDER_PLATFORM,
-        Feature.NET_F_HOST_USO,
-    )
-)
-
-#: What the driver agrees to without asking the guest: DMA addresses that an IOMMU translates are the
-#: addresses that the function is given here, whether the guest knows of an IOMMU or not (section 6.1).
-OWN = bit(Feature.F_ACCESS_PLATFORM)
-
-#: Promised on the front-end's behalf, which owns the control queue and the link status it shows (QEMU),
-#: and the two vhost bits. Never written to the function unless it has them itself.
-PROMISED = sum(
-    bit(feature)
-    for feature in (
-        Feature.NET_F_STATUS,
-        Feature.NET_F_CTRL_VQ,
-        Feature.NET_F_GUEST_ANNOUNCE,
-        Feature.VHOST_F_LOG_ALL,
-        Feature.VHOST_USER_F_PROTOCOL_FEATURES,
-    )
-)
 
 CONFIG_VECTOR = 0
 
@@ -123,6 +74,8 @@ def take_hold(kind: type[Device], spec: DeviceSpec, log_mode: LogMode) -> Device
 class VirtioNetDevice(VdpaDevice):
     """A virtio-net function, idle or running."""
 
+    #: What the driver has declared; the features that are offered follow from it.
+    FEATURES: ClassVar[Column]
     #: Whether the function keeps ring state: its rings begin anywhere, and stop and start one by one.
     HAS_RING_STATE: ClassVar[bool]
     #: Most queue pairs that the driver runs.
@@ -149,7 +102,8 @@ class VirtioNetDevice(VdpaDevice):
         if not self._device_features & bit(Feature.F_VERSION_1):
             raise DeviceError(f"{name}: is a legacy virtio device (no VERSION_1); only virtio 1.x is driven")
         self.queue_pairs = self._count_pairs()
-        self.features = self._device_features & CARRIED | PROMISED
+        self.features = self._device_features & self.FEATURES.mask(Way.CARRIED)
+        self.features |= self.FEATURES.mask(Way.PROMISED)
         self.max_queue_size = min(
             self._registers.max_queue_size(queue) for queue in range(2 * self.queue_pairs)
         )
@@ -496,7 +450,8 @@ class VirtioNetDevice(VdpaDevice):
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._config_fd)  # what the device said of the run before
         self._registers.acknowledge()
-        self._registers.accept_features(self._features | self._device_features & OWN)
+        agreed = self._device_features & self.FEATURES.mask(Way.AGREED)
+        self._registers.accept_features(self._features | agreed)
         self._set_calls(rings)
         self._registers.set_config_vector(CONFIG_VECTOR)
         self._use_rings(rings)

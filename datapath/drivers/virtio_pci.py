@@ -15,9 +15,39 @@ from datapath.bus.function import PciFunction
 from datapath.bus.pci import MODERN_NET, PciIds
 from datapath.drivers.dirty_logging import LogRegisters
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
+from datapath.drivers.virtio_net_features import BESIDE, common
 from datapath.drivers.virtio_registers import wait_until
+from datapath.features import Column, Row, Way, no, yes
 from datapath.vdpa import DeviceError, DeviceSpec, LogMode, Ring, RingState
 from datapath.virtio import PCI_TRANSITIONAL_NET, PCI_VENDOR
+
+#: A guest announces itself when its front-end tells it to, and says by the control queue that it has.
+ANNOUNCED = "tests/e2e/test_plain_virtio.py::test_a_guest_announces_itself"
+
+FEATURES = Column(
+    "virtio",
+    "any modern virtio-net PCI function",
+    {
+        **common("virtio"),
+        Row.MAC: yes(ANNOUNCED, note="the guest's is the domain's; a function that filters wants the same"),
+        Row.CTRL_VQ: yes(
+            ANNOUNCED, note="the front-end serves it; the function's own is never set up", way=Way.PROMISED
+        ),
+        Row.GUEST_ANNOUNCE: yes(ANNOUNCED, way=Way.PROMISED),
+        Row.MQ: no("more pairs want VIRTIO_NET_CTRL_MQ on the function's own control queue"),
+        Row.LOG_ALL: yes(
+            "tests/conformance/test_shadow_rings.py::test_what_the_function_and_the_relay_write_is_marked",
+            note="by the relay: virtio has no dirty log",
+            way=Way.PROMISED,
+        ),
+        Row.PACKED: no("the relay, which goes on where a reset has stopped a ring, knows split rings only"),
+        Row.LINUX_VFIO: yes(
+            "tests/nested/test_port_over_vfio.py::test_a_front_end_passes_frames_both_ways",
+            "tests/nested/test_virtio_over_vfio.py::test_frames_pass_both_ways",
+        ),
+    },
+    BESIDE,
+)
 
 #: Seconds that the function has to send what it was given, before it is reset.
 DRAIN_TIME = 0.05
@@ -26,6 +56,7 @@ DRAIN_TIME = 0.05
 class VirtioPciDevice(VirtioNetDevice):
     """A virtio-net function, idle or running."""
 
+    FEATURES = FEATURES
     HAS_RING_STATE = False
     MAX_PAIRS = 1  # more want VIRTIO_NET_CTRL_MQ on the function's own control queue (section 5.1.6.5.5)
 

@@ -42,23 +42,10 @@ from datapath.vhost_user.messages import (
     encode_reply,
     request_name,
 )
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
 from datapath.vhost_user.timing import Timing
 from datapath.vhost_user.vring import VRING_F_LOG, Vring
 
-#: Never 14 (INBAND_NOTIFICATIONS) or 17 (XEN_MMAP): QEMU accepts and does not implement them.
-PROTOCOL_FEATURES = sum(
-    virtio.bit(feature)
-    for feature in (
-        ProtocolFeature.MQ,
-        ProtocolFeature.LOG_SHMFD,
-        ProtocolFeature.RARP,
-        ProtocolFeature.REPLY_ACK,
-        ProtocolFeature.NET_MTU,
-        ProtocolFeature.BACKEND_REQ,
-        ProtocolFeature.CONFIGURE_MEM_SLOTS,
-        ProtocolFeature.STATUS,
-    )
-)
 F_PROTOCOL_FEATURES = virtio.bit(virtio.Feature.VHOST_USER_F_PROTOCOL_FEATURES)
 F_VERSION_1 = virtio.bit(virtio.Feature.F_VERSION_1)
 F_LOG_ALL = virtio.bit(virtio.Feature.VHOST_F_LOG_ALL)

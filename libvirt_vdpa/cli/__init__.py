@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from libvirt_vdpa.cli import binding, devices, query, xml
+from libvirt_vdpa.cli import binding, devices, features, query, xml
 from libvirt_vdpa.config import RUN_FOLDER, SOCKET_NAME
 
 
@@ -24,6 +24,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print what the daemon answers")
         command.set_defaults(run=run)
     add_function_commands(commands)
+    summary = "show what each driver can do, and which test shows it"
+    able = commands.add_parser("features", help=summary, description=summary)
+    form = able.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print all that is declared, for programs")
+    form.add_argument("--markdown", action="store_true", help="print docs/features.md")
+    able.set_defaults(run=features.show)
     files = commands.add_parser("xml", help="domain XML").add_subparsers(metavar="COMMAND", required=True)
     check = files.add_parser("check", help="say what is wrong with a domain, and in which line")
     check.add_argument("file", type=Path, metavar="FILE", help="domain XML; '-' reads standard input")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from datapath.vhost_user.backend import PROTOCOL_FEATURES
 from datapath.vhost_user.messages import ProtocolFeature
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
 from datapath.virtio import Feature, bit
 from tests.harness.dirty_log import PAGE
 from tests.harness.dirty_pages import GuestPages

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from datapath.vhost_user.backend import PROTOCOL_FEATURES
 from datapath.vhost_user.messages import (
     HEADER,
     LAYOUTS,
@@ -25,6 +24,7 @@ from datapath.vhost_user.messages import (
     VringState,
     encode_request,
 )
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
 from datapath.virtio import Feature, Status, bit, feature_names
 from tests.harness.emulated_nic import BIN, EmulatedNic, PortProcess, ask
 from tests.harness.front_end import DRIVER_OK, MEMORY_SIZE, USER, SocketFrontEnd

@@ -1,10 +1,12 @@
 """A guest on a VF that is driven as any virtio-net function is: without ring state, so that its rings are
 shadowed whenever they do not begin at 0."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from tests.harness.announcements import Announcements
 from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import guest_image
 from tests.harness.processes import wait_for
@@ -40,6 +42,17 @@ def test_a_guest_that_boots_has_its_own_rings(host: VdpaHost, guest: DomainXml) 
     assert host.port(guest)["device"].startswith("virtio,vfio-user=/")
     assert not shadowed(host, guest)
     assert host.ping(count=5) == (5, 5)
+
+
+def test_a_guest_announces_itself(host: VdpaHost, guest: DomainXml) -> None:
+    """As after a migration: the front-end asks it to, and the guest says by the control queue that it has."""
+    assert "NET_F_GUEST_ANNOUNCE" in host.port(guest)["features"]
+    with Announcements(host, "vdpa0") as announcements:
+        for _ in range(2):  # only who has heard of the first is asked again
+            begun = time.time()
+            host.virsh("qemu-monitor-command", guest.name, "--hmp", "announce_self")
+            announcements.wait_for(guest.mac, since=begun, kind="arp")
+        assert not announcements.of(guest.mac, kind="rarp"), "the front-end had no need to"
 
 
 def test_a_paused_guest_goes_on_through_the_relay(host: VdpaHost, guest: DomainXml) -> None:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES, PROTOCOL_FEATURES, Backend
+from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES, Backend
 from datapath.vhost_user.messages import Message, Request, decode_reply
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
 from datapath.vhost_user.timing import Timing
 from tests.harness.front_end import VIRTIO, FrontEnd, duplicates
 from tests.harness.recording_device import RecordingDevice

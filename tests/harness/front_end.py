@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datapath.vhost_user.backend import F_PROTOCOL_FEATURES, PROTOCOL_FEATURES
+from datapath.vhost_user.backend import F_PROTOCOL_FEATURES
 from datapath.vhost_user.messages import (
     HEADER,
     LAYOUTS,
@@ -27,6 +27,7 @@ from datapath.vhost_user.messages import (
     decode_reply,
     encode_request,
 )
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
 from datapath.virtio import Feature, Status, bit
 from tests.harness.virtqueue import MemfdMemory, Virtqueue
 

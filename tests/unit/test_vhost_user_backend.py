@@ -10,7 +10,7 @@ import pytest
 
 from datapath.native._native import ffi
 from datapath.vdpa import DeviceError, RingState
-from datapath.vhost_user.backend import F_PROTOCOL_FEATURES, PROTOCOL_FEATURES, Backend
+from datapath.vhost_user.backend import F_PROTOCOL_FEATURES, Backend
 from datapath.vhost_user.messages import (
     LogArea,
     Message,
@@ -23,6 +23,7 @@ from datapath.vhost_user.messages import (
     VringState,
     decode_reply,
 )
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
 from datapath.virtio import Feature, bit
 from tests.harness.direct_front_end import DirectFrontEnd
 from tests.harness.front_end import MEMORY_SIZE, USER, VIRTIO

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datapath.vdpa import DeviceError, DirtyBitmap
-from datapath.vhost_user.backend import F_PROTOCOL_FEATURES, PROTOCOL_FEATURES, Backend
+from datapath.vhost_user.backend import F_PROTOCOL_FEATURES, Backend
 from datapath.vhost_user.messages import (
     LAYOUTS,
     LogArea,
@@ -24,6 +24,7 @@ from datapath.vhost_user.messages import (
     VringState,
     decode_reply,
 )
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
 from datapath.virtio import bit
 from tests.harness.front_end import DRIVER_OK, USER, VIRTIO
 from tests.harness.recording_device import RecordingDevice

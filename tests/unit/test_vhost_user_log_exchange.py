@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from datapath.vdpa import DeviceError, DeviceLostError, Ring
-from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES, PROTOCOL_FEATURES
+from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES
 from datapath.vhost_user.log_exchange import QUIET, LogExchange
 from datapath.vhost_user.messages import LogArea, ProtocolError, ProtocolFeature, Region, Request, VringState
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
 from datapath.virtio import bit
 from tests.harness.direct_front_end import DirectFrontEnd
 from tests.harness.dirty_log import PAGE, marked_pages

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from datapath.vdpa import RingState
-from datapath.vhost_user.backend import PROTOCOL_FEATURES, Backend
+from datapath.vhost_user.backend import Backend
 from datapath.vhost_user.messages import (
     HEADER,
     Decoder,
@@ -25,6 +25,7 @@ from datapath.vhost_user.messages import (
     encode_reply,
     encode_request,
 )
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
 from tests.harness.recording_device import RecordingDevice, names
 from tests.harness.recordings import Recorded, Recording, recording, recordings
 

@@ -1,0 +1,99 @@
+"""What the drivers of `virtio_net` have in common of their columns in the feature table.
+
+A function that is plainly virtio does by itself what it has offered and the guest has accepted: the driver
+passes such features on and is not asked again. Kept back are, besides what the cells say, features that need
+more of the driver (NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET, SR_IOV), and commands of the control
+queue, which the front-end serves itself and the function never sees (CTRL_GUEST_OFFLOADS, RSS).
+"""
+
+from collections.abc import Mapping
+
+from datapath.features import Cell, Row, Way, no, partly, yes
+from datapath.virtio import Feature
+
+UNSHOWN = "passed on to a VF that has it; no test has seen a packet of that kind yet"
+HERE = "tests/conformance/test_features.py"
+
+#: Features that have no row. STATUS is promised, because the front-end owns the link status that it shows.
+BESIDE: Mapping[Feature, Way] = {
+    Feature.NET_F_STATUS: Way.PROMISED,
+    Feature.VHOST_USER_F_PROTOCOL_FEATURES: Way.PROMISED,
+    Feature.NET_F_HOST_USO: Way.CARRIED,
+    Feature.F_ORDER_PLATFORM: Way.CARRIED,
+}
+
+
+def common(driver: str) -> dict[Row, Cell]:
+    """The cells that the drivers share.
+
+    :param driver: whose tests are meant, by its name, which is their parameter.
+    """
+    return {**_packets(), **_rings(driver), **_platforms(driver), **_documents(driver)}
+
+
+def _packets() -> dict[Row, Cell]:
+    offloads = (
+        Row.CSUM,
+        Row.GUEST_CSUM,
+        Row.GUEST_TSO4,
+        Row.GUEST_TSO6,
+        Row.ECN,
+        Row.HOST_TSO4,
+        Row.HOST_TSO6,
+    )
+    return {
+        **dict.fromkeys(offloads, partly(UNSHOWN)),
+        Row.UFO: partly(UNSHOWN).but_emulated("it has none: Linux makes no such packets any more"),
+        Row.GSO: no("virtio 1.0 has taken the bit away; TSO and UFO have bits of their own"),
+        Row.CTRL_RX: no("the front-end serves the control queue, and the VF never hears of a filter"),
+        Row.MTU: partly(
+            "the front-end advises the guest; one larger than the VF's is refused, but libvirt's <mtu>"
+            " does not give the front-end any",
+            "tests/e2e/test_start_and_end.py::test_mtu_of_the_nic",
+        ),
+    }
+
+
+def _rings(driver: str) -> dict[Row, Cell]:
+    return {
+        Row.VERSION_1: yes(f"{HERE}::test_a_guest_of_virtio_1[{driver}]"),
+        Row.MRG_RXBUF: yes(f"{HERE}::test_a_packet_fills_several_buffers[{driver}]"),
+        Row.ANY_LAYOUT: yes(
+            f"{HERE}::test_header_and_packet_are_cut_anywhere[{driver}]",
+            note="VERSION_1 implies it; the bit itself is for older guests",
+        ),
+        Row.INDIRECT_DESC: yes(f"{HERE}::test_indirect_descriptors[{driver}]"),
+        Row.EVENT_IDX: yes(f"{HERE}::test_interrupts_come_where_the_guest_wants_them[{driver}]"),
+        Row.IN_ORDER: no("a device may then leave used entries out, and a shadow ring wants each"),
+        # DMA addresses that an IOMMU translates are the addresses that the function is given here, whether
+        # the guest knows of an IOMMU or not (virtio 1.3 section 6.1).
+        Row.IOMMU_PLATFORM: partly(
+            "agreed on with a VF that insists; guests are not offered an IOMMU of their own", way=Way.AGREED
+        ),
+        Row.QUEUE_STATISTICS: partly(
+            "notifications of each ring, and used entries while the relay has them; a VF has no counters",
+            f"{HERE}::test_numbers_of_each_ring[{driver}]",
+        ),
+    }
+
+
+def _platforms(driver: str) -> dict[Row, Cell]:
+    unbuilt = no("never built or run there")
+    return {
+        Row.BSD_NIC_UIO: no("Linux only"),
+        Row.OTHER_KDRV: no("vfio-pci only: without an IOMMU's protection a guest would own its host"),
+        Row.ARMV7: unbuilt,
+        Row.ARMV8: unbuilt,
+        Row.POWER8: unbuilt,
+        Row.X86_32: unbuilt,
+        Row.X86_64: yes(f"{HERE}::test_frames_pass_on_x86_64[{driver}]"),
+    }
+
+
+def _documents(driver: str) -> dict[Row, Cell]:
+    documents = "tests/unit/test_features.py"
+    return {
+        Row.USAGE_DOC: yes(f"{documents}::test_its_use_is_described[{driver}]"),
+        Row.DESIGN_DOC: yes(f"{documents}::test_its_design_is_described[{driver}]"),
+        Row.PERF_DOC: no("not written yet"),
+    }
