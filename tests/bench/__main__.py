@@ -13,7 +13,7 @@ from typing import NoReturn, TextIO
 
 from qemu.qmp import QMPError
 
-from tests.bench import dirty_logging, hooks, kick, machine, migration, relay, setup, table
+from tests.bench import dirty_logging, hooks, kick, machine, migration, relay, scale, setup, table
 from tests.bench.rows import Measure, Row
 from tests.harness.processes import HarnessError
 
@@ -37,6 +37,7 @@ TOPICS: Mapping[str, Topic] = {
         "packets per second while dirty pages are logged, and where the time goes", dirty_logging.measure
     ),
     "hooks": Topic("what the hook takes, and virsh start beside DPDK's vhost without a hook", hooks.measure),
+    "scale": Topic("what ports cost when there are many", scale.measure, 1),
     "migration": Topic("a live migration beside that of a guest with a TAP NIC", migration.measure),
 }
 
