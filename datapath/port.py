@@ -241,8 +241,6 @@ class Port:
             return  # one that is lost tells by its event, or at its next use
         link = None if up is None else "up" if up else "down"
         if link != self._link:
-            if (self._link, link) != (None, "up"):
-                self._log(f"{self._device.name}: its link is {link}")
             self._link = link
             if self._control is not None:
                 self._control.event("PORT_LINK", {"link": link})

@@ -27,6 +27,7 @@ from libvirt_vdpa.hypervisor import Hypervisor
 from libvirt_vdpa.inventory import Holder, Inventory, InventoryError, Vf
 from libvirt_vdpa.kernel import Kernel
 from libvirt_vdpa.lifecycle import Lifecycle, LifecycleError, holder_of
+from libvirt_vdpa.links import Links
 from libvirt_vdpa.migration import Migrations
 from libvirt_vdpa.monitor import GuestMonitors
 from libvirt_vdpa.ports import Record
@@ -69,6 +70,7 @@ class Daemon:
             lambda description: self._api.event("MIGRATION", description),
         )
         self._states = StateKeeper(self._supervisor, self._hypervisor, self._migrations.migrating)
+        self._links = Links(self._hypervisor.domain_xml, self._monitors.execute, self._migrations.migrating)
         self._lifecycle = Lifecycle(config, self._inventory, self._supervisor, self._refresh_devices)
         self._lifecycle.migrations = self._migrations
         self._nics = [
@@ -104,6 +106,7 @@ class Daemon:
             watcher.stop()
         self._migrations.stop()
         self._states.stop()
+        self._links.stop()
         self._monitors.stop()
         await self._api.stop()
         await self._host_pools.stop()
@@ -137,6 +140,7 @@ class Daemon:
     def _port_changed(self, port: Port) -> None:
         self._migrations.port_changed(port)
         self._states.port_changed(port)
+        self._links.port_changed(port)
         self._api.event("PORT_STATE_CHANGE", self._describe(port))
 
     def _monitor_event(self, uuid: str, name: str, data: Mapping[str, object]) -> None:
@@ -259,6 +263,7 @@ def describe(port: Port) -> dict[str, object]:
         "problem": port.problem,
         "session": status.get("state"),
         "front_end": status.get("front_end", False),
+        "link": status.get("link"),
         "features": status.get("feature_names", []),
         "queue_pairs": status.get("queue_pairs"),
         "rings": status.get("rings", []),

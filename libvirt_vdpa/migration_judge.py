@@ -128,6 +128,7 @@ def overdue(
 
 
 def link_is_down(port: Port) -> bool:
-    """Whether QEMU reaches a port that its guest has a driver for, and does not use it."""
+    """Whether QEMU reaches a port that its guest has a driver for, and does not use it for no good reason."""
     record = port.record
-    return connected(port) and not runs(port) and record.negotiated is not None and record.link_up
+    idle = connected(port) and not runs(port) and record.negotiated is not None
+    return idle and record.link_up and port.status.get("link") != "down"

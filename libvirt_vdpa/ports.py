@@ -26,7 +26,7 @@ from enum import Enum
 from pathlib import Path
 
 #: Layout of the record; another number is not understood.
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 #: Folder, in the run folder, of what is for root alone: records and control sockets, by domain.
 PORTS_FOLDER = "ports"
 
@@ -217,8 +217,10 @@ class Record:
     negotiated: int | None = None
     #: Whether it was made for a guest that is to come from another host, and has not yet.
     arriving: bool = False
-    #: Whether the guest is to see a link.
+    #: Whether the guest is to see a link, as the operator wants it.
     link_up: bool = True
+    #: Whether it sees none, though it is to, because its VF has none.
+    link_cut: bool = False
     #: Seconds after which QEMU looks for a port that has gone; 0: it does not.
     reconnect: int = 0
     #: Who marks the pages that the VF writes while the guest migrates: a LogMode's value.

@@ -131,6 +131,12 @@ class Port:
             self.record = replace(self.record, arriving=False)
             self._save()
 
+    def note_link(self, link_up: bool, *, cut: bool) -> None:
+        """Whether the operator wants the guest to see a link, and whether it is kept from it. Idempotent."""
+        if (self.record.link_up, self.record.link_cut) != (link_up, cut):
+            self.record = replace(self.record, link_up=link_up, link_cut=cut)
+            self._save()
+
     async def query_status(self) -> dict[str, object]:
         """Ask the process how it is.
 
@@ -279,12 +285,15 @@ class Port:
         self.feed(Event.DIED)
 
     def _heard(self, name: str, data: dict[str, object]) -> None:
-        """An event of the process: whether a front-end is there, whether writes are marked, who announced."""
+        """An event of the process: whether a front-end or a link is there, whether writes are marked …"""
         if name == "PORT_STATE":
             state, reason = data.get("state"), data.get("reason")
             logger.info("%s: %s%s", self.record.label, state, f" ({reason})" if reason else "")
             self.status["state"] = state
             self.status["front_end"] = state in CONNECTED
+        elif name == "PORT_LINK":
+            logger.info("%s: the VF's link is %s", self.record.label, data.get("link"))
+            self.status["link"] = data.get("link")
         elif name in STATUS_OF_EVENT:
             known = self.status.get(STATUS_OF_EVENT[name])
             self.status[STATUS_OF_EVENT[name]] = {**(known if isinstance(known, dict) else {}), **data}

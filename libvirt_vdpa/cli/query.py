@@ -43,7 +43,7 @@ def ports_text(answer: dict[str, Any]) -> str:
             port["domain"],
             port["mac"],
             port["state"],
-            port["session"],
+            f"{port['session']}, no link" if port["link"] == "down" else port["session"],
             migration_text(port["migration"]),
             port["device"],
             port["pid"],

@@ -47,11 +47,15 @@ def link_down(port: FakePort) -> None:
     port.record.link_up = False
 
 
+def cable_out(port: FakePort) -> None:
+    port.status["link"] = "down"
+
+
 def away(port: FakePort) -> None:
     port.status["front_end"] = False
 
 
-@pytest.mark.parametrize("reason", [no_driver, link_down, away])
+@pytest.mark.parametrize("reason", [no_driver, link_down, cable_out, away])
 def test_what_is_as_it_should_be_stays(reason: Callable[[FakePort], None]) -> None:
     async def test(world: World) -> None:
         reason(world.port)

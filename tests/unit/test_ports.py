@@ -11,6 +11,7 @@ import pytest
 
 from libvirt_vdpa.ports import (
     ADOPTION,
+    RECORD_VERSION,
     TRANSITIONS,
     Action,
     Event,
@@ -151,7 +152,7 @@ def test_record_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 1}, "not a record of version 2"),
+        ({"version": 1}, f"not a record of version {RECORD_VERSION}"),
         ({"pid": "12"}, "'pid' has the wrong type"),
         ({"features": 1.5}, "'features' has the wrong type"),
         ({"announce_rounds": "3"}, "'announce_rounds' has the wrong type"),
