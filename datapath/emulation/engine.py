@@ -124,16 +124,17 @@ def _check(result: int) -> None:
 class Engine:
     """The engine at one uplink; `close` ends its thread."""
 
-    def __init__(self, uplink: Uplink, prefetch: int = 0, keep: bool = False) -> None:
+    def __init__(self, uplink: Uplink, prefetch: int = 0, keep: bool = False, mtu: int = 0) -> None:
         """Start.
 
         :param uplink: stays the caller's, open until `close`.
         :param prefetch: receive descriptors to fetch ahead of need.
         :param keep: leave what comes on the uplink while nobody receives.
+        :param mtu: largest packet to pass, in bytes without its Ethernet header; 0 is no limit.
         :raise OSError: when the system has no more descriptors or threads.
         """
         handle = ffi.new("struct engine **")
-        native = {"packet_fd": uplink.fd, "header": uplink.has_header}
+        native = {"packet_fd": uplink.fd, "header": uplink.has_header, "mtu": mtu}
         _check(lib.engine_open(ffi.new("struct engine_uplink *", native), handle))
         self._uplink = uplink
         self._engine = handle[0]

@@ -16,13 +16,15 @@ from pathlib import Path
 
 from datapath.control import Arguments, CommandError, ControlServer
 from datapath.emulation.tap import TapError
-from datapath.emulation.vf import Vf, VfSpec
+from datapath.emulation.vf import MTU, Vf, VfSpec
 from datapath.emulation.virtio_net import FEATURES, offered
 from datapath.loop import dispatch, ended_by_signals
 from datapath.virtio import Feature, bit
 
 PROGRAM = "virt-vdpa-nic"
 MAX_VFS = 64
+#: The smallest that a device may advise (virtio 1.3 section 5.1.4.1), and that of jumbo frames.
+MTU_RANGE = range(68, 9000 + 1)
 #: What a NIC may be without, by the specification's names less their prefixes; never VERSION_1.
 FEATURE_NAMES = {
     feature.name.removeprefix("NET_").removeprefix("F_").lower(): feature
@@ -122,6 +124,14 @@ def _vfs(text: str) -> int:
     return int(text)
 
 
+def _mtu(text: str) -> int:
+    if not text.isdecimal() or int(text) not in MTU_RANGE:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a number of bytes from {MTU_RANGE[0]} to {MTU_RANGE[-1]}"
+        )
+    return int(text)
+
+
 def _features(text: str) -> int:
     names = text.split(",")
     for name in names:
@@ -176,6 +186,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="leave frames in the TAP while nobody receives; without it they are lost, as on most NICs",
     )
     parser.add_argument(
+        "--mtu",
+        type=_mtu,
+        default=MTU,
+        metavar="BYTES",
+        help=f"largest packet that passes, and that the VFs advise guests of (default: {MTU})",
+    )
+    parser.add_argument(
         "--without",
         type=_features,
         default=0,
@@ -205,6 +222,7 @@ def _spec(options: argparse.Namespace, index: int) -> VfSpec:
         mapped_doorbells=options.doorbell == "mapped",
         prefetch=options.prefetch,
         keep=options.keep,
+        mtu=options.mtu,
         features=offered(options.without),
     )
 

@@ -15,7 +15,7 @@ from datapath.emulation.tap import Tap
 from datapath.emulation.virtio_net import FEATURES
 
 DRIVER = "ifcvf"
-#: Largest packet without its Ethernet header, in bytes; of the TAP as well.
+#: Largest packet without its Ethernet header, in bytes, if nothing else is said (RFC 894).
 MTU = 1500
 #: Bytes of an Ethernet frame before its packet.
 ETHERNET_HEADER = 14
@@ -38,6 +38,8 @@ class VfSpec:
     prefetch: int = 0
     #: Whether frames that nobody receives wait in the TAP, rather than being lost.
     keep: bool = False
+    #: Largest packet without its Ethernet header, in bytes; of the TAP as well.
+    mtu: int = MTU
     #: Feature mask to offer.
     features: int = FEATURES
 
@@ -54,11 +56,11 @@ class Vf:
         self._spec = spec
         self._log = log
         with contextlib.ExitStack() as undo:
-            self._tap = Tap(spec.tap, MTU, spec.bridge)
+            self._tap = Tap(spec.tap, spec.mtu, spec.bridge)
             undo.callback(self._tap.close)
-            self._engine = Engine(self._tap, spec.prefetch, spec.keep)
+            self._engine = Engine(self._tap, spec.prefetch, spec.keep, spec.mtu)
             undo.callback(self._engine.close)
-            self._device = Ifcvf(self._engine, spec.mac, MTU, spec.features)
+            self._device = Ifcvf(self._engine, spec.mac, spec.mtu, spec.features)
             selector.register(self._engine.fault_fd, selectors.EVENT_READ, self._fault)
             undo.callback(selector.unregister, self._engine.fault_fd)
             self._server = VfServer(
@@ -84,8 +86,9 @@ class Vf:
         :raise ValueError: when it is no Ethernet frame that the wire takes.
         :raise OSError: when the cable is out, or the TAP takes no more.
         """
-        if not ETHERNET_HEADER <= len(frame) <= ETHERNET_HEADER + MTU:
-            raise ValueError(f"{len(frame)} bytes are no frame for an MTU of {MTU}")
+        mtu = self._spec.mtu
+        if not ETHERNET_HEADER <= len(frame) <= ETHERNET_HEADER + mtu:
+            raise ValueError(f"{len(frame)} bytes are no frame for an MTU of {mtu}")
         if not self._device.net.link_up:
             raise OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
         self._tap.send(frame)
@@ -99,6 +102,7 @@ class Vf:
             "tap": self._spec.tap,
             "driver": DRIVER,
             "queue_pairs": QUEUES // 2,
+            "mtu": self._spec.mtu,
             "state": self._state(),
             "failure": self._device.net.failure,
             "rx_packets": receive.packets,

@@ -186,6 +186,7 @@ int engine_open(const struct engine_uplink *uplink, struct engine **out)
     pthread_cond_init(&engine->no_callers, NULL);
     engine->packet_fd = uplink->packet_fd;
     engine->header = uplink->header;
+    engine->mtu = uplink->mtu;
     engine->epoll_fd = engine->wake_fd = engine->fault_fd = engine->client_fd = -1;
     for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
         engine->queue[i].kick_fd = engine->queue[i].call_fd = -1;

@@ -40,6 +40,7 @@ struct engine_uplink {
     int packet_fd;              /* non-blocking; the caller keeps it open until engine_close() */
     bool header;                /* each frame has a struct virtio_net_hdr_v1 before it, as on a TAP with
                                    IFF_VNET_HDR; else it is alone, and nothing can be left to the other side */
+    uint16_t mtu;               /* largest packet on the wire, without its Ethernet header; 0: no limit */
 };
 
 int engine_open(const struct engine_uplink *uplink, struct engine **engine);

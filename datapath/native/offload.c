@@ -2,6 +2,10 @@
 #include "offload.h"
 
 #include <endian.h>
+#include <linux/if_ether.h>
+
+/* Bytes of the tag of IEEE 802.1Q, which the MTU does not count. */
+#define VLAN_TAG 4
 
 /* What may be left to the receiving side, by the feature bits of one direction. */
 struct rights {
@@ -86,4 +90,15 @@ bool offload_receive(struct virtio_net_hdr_v1 *header, uint64_t features)
 
     header->flags &= known;
     return may_pass(header, &rights);
+}
+
+bool offload_fits(const struct virtio_net_hdr_v1 *header, uint16_t mtu, size_t frame_bytes)
+{
+    if (mtu == 0) {
+        return true;
+    }
+    if (header->gso_type != VIRTIO_NET_HDR_GSO_NONE) {
+        return le16toh(header->gso_size) <= mtu;
+    }
+    return frame_bytes <= (size_t)mtu + ETH_HLEN + VLAN_TAG;
 }

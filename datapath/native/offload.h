@@ -29,4 +29,10 @@ bool offload_transmit(struct virtio_net_hdr_v1 *header, uint64_t features, size_
 /* The same for a header of the uplink's and a driver who has accepted `features` (section 5.1.6.4.1). */
 bool offload_receive(struct virtio_net_hdr_v1 *header, uint64_t features);
 
+/*
+ * Whether the wire takes a frame: it is not longer than the MTU, its Ethernet header and a VLAN tag, or is going
+ * to be cut into segments that are not (section 5.1.4.2). An MTU of 0 is none.
+ */
+bool offload_fits(const struct virtio_net_hdr_v1 *header, uint16_t mtu, size_t frame_bytes);
+
 #endif

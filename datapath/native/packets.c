@@ -137,12 +137,20 @@ static bool fetch_packet(struct engine *engine)
     return engine->frame_length > 0;
 }
 
+/* Whether the packet at hand is one for the driver. One that fills its place may have been longer. */
+static bool may_deliver(struct engine *engine)
+{
+    struct virtio_net_hdr_v1 *header = &engine->packet.header;
+
+    return engine->frame_length < MAX_FRAME && offload_receive(header, engine->features) &&
+           offload_fits(header, engine->mtu, engine->frame_length);
+}
+
 static void receive_one(struct engine *engine, struct queue *queue)
 {
     enum delivery result = UNFIT;
 
-    /* One that fills its place may have been longer. */
-    if (engine->frame_length < MAX_FRAME && offload_receive(&engine->packet.header, engine->features)) {
+    if (may_deliver(engine)) {
         result = deliver(engine, &queue->ring, queue->ring.setup.mergeable);
     }
     queue->held = result == NO_BUFFERS;
@@ -256,6 +264,13 @@ static ssize_t write_frame(struct engine *engine, struct ring_chain *chain, unsi
     return sent < 0 ? -errno : sent - (ssize_t)before;
 }
 
+/* Whether a frame can be sent as its header wants it. */
+static bool may_send(const struct engine *engine, struct virtio_net_hdr_v1 *header, size_t length)
+{
+    return length > 0 && length < MAX_FRAME && offload_transmit(header, engine->features, length) &&
+           offload_fits(header, engine->mtu, length) && (engine->header || offload_is_plain(header));
+}
+
 /* Send the chain at hand. False: not now, or never (fault). */
 static bool transmit_one(struct engine *engine, struct queue *queue)
 {
@@ -271,8 +286,7 @@ static bool transmit_one(struct engine *engine, struct queue *queue)
     }
     /* A copy: the driver must not change what has been looked at. */
     from = take_header(chain, &header);
-    if (length > 0 && length < MAX_FRAME && !engine->uplink_lost &&
-        offload_transmit(&header, engine->features, length) && (engine->header || offload_is_plain(&header))) {
+    if (!engine->uplink_lost && may_send(engine, &header, length)) {
         sent = write_frame(engine, chain, from, &header);
     }
     if (sent == -EAGAIN) {

@@ -56,6 +56,7 @@ struct engine {
     int fault_fd;
     int packet_fd;
     bool header;                /* packet_fd has a header before each frame */
+    uint16_t mtu;               /* 0: no limit */
     int client_fd;              /* -1: none */
     uint32_t packet_events;     /* what epoll waits for on packet_fd; 0: not registered */
     bool uplink_lost;

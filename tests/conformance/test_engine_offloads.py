@@ -214,6 +214,18 @@ def test_the_driver_gets_nothing_unfinished_that_it_did_not_accept(features: int
         assert receive(b, PLAIN, b"good") == PLAIN[:10] + b"\x01\0good"
 
 
+@pytest.mark.parametrize(("gso_size", "passes"), [(1000, True), (1001, False)])
+def test_segments_obey_the_mtu_and_what_they_are_cut_from_does_not(gso_size: int, passes: bool) -> None:
+    with bench(has_header=True, mtu=1000) as b:
+        b.engine.accept(TSO4)
+        b.run()
+        large = bytes(20000)
+        transmit(b, gso(TCPV4, size=gso_size), large)
+        assert b.engine.count(TX).dropped == (0 if passes else 1)
+        if passes:
+            assert b.receive_from_wire() == gso(TCPV4, size=gso_size) + large
+
+
 def test_a_reset_takes_the_features_back() -> None:
     with bench(has_header=True) as b:
         b.engine.accept(TSO4)

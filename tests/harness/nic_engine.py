@@ -119,6 +119,7 @@ def bench(
     event_idx: bool = False,
     mergeable: bool = True,
     has_header: bool = False,
+    mtu: int = 0,
 ) -> Iterator[Bench]:
     """An engine whose memory is mapped at 0 and whose queues are laid out but not yet programmed.
 
@@ -134,7 +135,7 @@ def bench(
         rx, tx = (Virtqueue(memory, at, size, start) for at in (RX_RING, TX_RING))
         stack.callback(rx.close)
         stack.callback(tx.close)
-        engine = Engine(PlainUplink(uplink.fileno(), has_header), prefetch)
+        engine = Engine(PlainUplink(uplink.fileno(), has_header), prefetch, mtu=mtu)
         stack.callback(engine.close)
         engine.open_doorbells(mapped_doorbells)
         engine.map(0, MEMORY_SIZE, memory.fd, 0, writable=True)

@@ -50,7 +50,7 @@ class NetHeader:
 def ones_sum(data: bytes) -> int:
     """The ones' complement sum of 16-bit words (RFC 1071), not inverted."""
     words = struct.unpack(f">{(len(data) + 1) // 2}H", data + bytes(len(data) % 2))
-    total = sum(words)
+    total: int = sum(words)
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total
