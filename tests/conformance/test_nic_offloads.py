@@ -61,9 +61,12 @@ class Pair:
         return count
 
 
-@pytest.fixture(scope="module")
-def switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmulatedNic, list[PortProcess]]]:
-    with bridged(tmp_path_factory.mktemp("offloads")) as running:
+@pytest.fixture(scope="module", params=["ifcvf", "virtio"])
+def switch(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[EmulatedNic, list[PortProcess]]]:
+    """Two ports, with each driver."""
+    with bridged(tmp_path_factory.mktemp("offloads"), driver=request.param) as running:
         yield running
 
 

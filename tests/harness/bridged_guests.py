@@ -85,12 +85,17 @@ class Guest:
 
 
 @contextmanager
-def bridged(folder: Path, *options: str) -> Iterator[tuple[EmulatedNic, list[PortProcess]]]:
+def bridged(
+    folder: Path, *options: str, driver: str = "ifcvf"
+) -> Iterator[tuple[EmulatedNic, list[PortProcess]]]:
     """A NIC whose VFs are in a bridge, and a port on each."""
     with ExitStack() as stack:
         network = stack.enter_context(NetworkNamespace())
         network.run("ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
         network.run("ip", "link", "set", "br0", "up")
         nic = stack.enter_context(EmulatedNic(folder / "nic", network, 2, "--bridge=br0", *options))
-        ports = [stack.enter_context(PortProcess(folder, nic.device(vf), name=f"port{vf}")) for vf in (0, 1)]
+        ports = [
+            stack.enter_context(PortProcess(folder, nic.device(vf, driver), name=f"port{vf}"))
+            for vf in (0, 1)
+        ]
         yield nic, ports
