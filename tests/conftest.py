@@ -1,5 +1,5 @@
-"""What all tests share: `--full`, `--nested`, clean beginnings, and a private host's logs in the report of
-a failure."""
+"""What all tests share: `--full`, `--nested`, the proofs of the feature table, clean beginnings, and a
+private host's logs in the report of a failure."""
 
 import gc
 from collections.abc import Generator, Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.feature_proofs import ONLY_WITH_FULL, FeatureProofs
 from tests.harness import nested_inner
 
 #: Characters of each log that a failed test shows.
@@ -24,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.harness.nested_tier import NestedTier
 
         config.pluginmanager.register(NestedTier(config))
+        config.pluginmanager.register(FeatureProofs(config))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         if item.get_closest_marker("full"):
-            item.add_marker(pytest.mark.skip(reason="only with --full"))
+            item.add_marker(pytest.mark.skip(reason=ONLY_WITH_FULL))
 
 
 @pytest.fixture(scope="module", autouse=True)
