@@ -80,7 +80,7 @@ class FeatureProofs:
 
     def __init__(self, config: pytest.Config, proofs: list[Proof] | None = None) -> None:
         """:param proofs: those that are declared, if not said."""
-        self._proofs = declared() if proofs is None else proofs
+        self._proofs = proofs
         self._whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
         self._whole &= not any(config.getoption(name, None) for name in SELECTING)
         self._outcomes: dict[str, Outcome | None] = {}
@@ -116,7 +116,7 @@ class FeatureProofs:
     def _told(self, whole: bool) -> Iterator[str]:
         """A line for each test that is doubted, with the cells that it was to prove."""
         cells: dict[tuple[str, str], list[str]] = {}
-        for proof in self._proofs:
+        for proof in declared() if self._proofs is None else self._proofs:
             if (doubt := doubts(proof, self._outcomes, whole)) is not None:
                 cells.setdefault((proof.test, doubt), []).append(proof.cell)
         for (test, doubt), doubted in cells.items():

@@ -28,21 +28,12 @@ def common(driver: str) -> dict[Row, Cell]:
 
     :param driver: whose tests are meant, by its name, which is their parameter.
     """
-    return {**_packets(), **_rings(driver), **_platforms(driver), **_documents(driver)}
+    return {**_packets(driver), **_rings(driver), **_platforms(driver), **_documents(driver)}
 
 
-def _packets() -> dict[Row, Cell]:
-    offloads = (
-        Row.CSUM,
-        Row.GUEST_CSUM,
-        Row.GUEST_TSO4,
-        Row.GUEST_TSO6,
-        Row.ECN,
-        Row.HOST_TSO4,
-        Row.HOST_TSO6,
-    )
+def _packets(driver: str) -> dict[Row, Cell]:
     return {
-        **dict.fromkeys(offloads, partly(UNSHOWN)),
+        **_offloads(driver),
         Row.UFO: partly(UNSHOWN).but_emulated("it has none: Linux makes no such packets any more"),
         Row.GSO: no("virtio 1.0 has taken the bit away; TSO and UFO have bits of their own"),
         Row.CTRL_RX: no("the front-end serves the control queue, and the VF never hears of a filter"),
@@ -51,6 +42,28 @@ def _packets() -> dict[Row, Cell]:
             " does not give the front-end any",
             "tests/e2e/test_start_and_end.py::test_mtu_of_the_nic",
         ),
+    }
+
+
+def _offloads(driver: str) -> dict[Row, Cell]:
+    """Checksums and segmentation, each with a test in which the feature was not accepted."""
+
+    def test(name: str, case: str) -> str:
+        return f"tests/conformance/test_nic_offloads.py::{name}[{driver}-{case}]"
+
+    checksum, unasked = "test_a_partial_checksum", "test_what_the_guest_did_not_accept_does_not_leave"
+    leaves = "test_a_large_frame_leaves_in_one_piece"
+    whole = "test_who_takes_large_frames_gets_them_whole"
+    cut = "test_who_does_not_take_large_frames_gets_segments"
+    marks = "test_congestion_marks"
+    return {
+        Row.CSUM: yes(test(checksum, "False-4"), test(checksum, "False-6"), test(unasked, "csum")),
+        Row.GUEST_CSUM: yes(test(checksum, "True-4"), test(checksum, "True-6"), test(checksum, "False-4")),
+        Row.GUEST_TSO4: yes(test(whole, "4"), test(cut, "nothing-4")),
+        Row.GUEST_TSO6: yes(test(whole, "6"), test(cut, "nothing-6")),
+        Row.ECN: yes(test(marks, "True"), test(marks, "False")),
+        Row.HOST_TSO4: yes(test(leaves, "4"), test(unasked, "tso4")),
+        Row.HOST_TSO6: yes(test(leaves, "6"), test(unasked, "tso")),
     }
 
 

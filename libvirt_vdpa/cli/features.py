@@ -85,7 +85,8 @@ class Footnotes:
 
     def _text(self, driver: str, cell: Cell) -> str:
         """Reason, tests and what the emulated NIC does, in a line."""
-        tests = (proof.removesuffix(f"[{driver}]") for proof in cell.proofs)
+        # Two drivers often have the same tests, each as a case of its own.
+        tests = (proof.removesuffix(f"[{driver}]").replace(f"[{driver}-", "[", 1) for proof in cell.proofs)
         shown = ", ".join(f"{self._code}{test}{self._code}" for test in tests)
         if cell.mark is Mark.PARTLY and shown:
             shown = f"what there is: {shown}"
