@@ -59,7 +59,7 @@ def doubts(proof: Proof, outcomes: Mapping[str, Outcome | None], whole: bool) ->
     """
     cases = {nodeid: outcome for nodeid, outcome in outcomes.items() if proof.meant(nodeid)}
     if not cases:
-        return "there is no such test" if whole else None
+        return f"there is no test {proof.test}" if whole else None
     for nodeid, outcome in cases.items():
         if outcome is not None and outcome.kind == "failed":
             return f"{nodeid} has not passed"
@@ -71,7 +71,7 @@ def doubts(proof: Proof, outcomes: Mapping[str, Outcome | None], whole: bool) ->
         if outcome.kind == "skipped" and outcome.reason != ONLY_WITH_FULL:
             return f"{nodeid} was skipped: {outcome.reason}"
     if not any(outcome is not None and outcome.kind == "passed" for outcome in cases.values()):
-        return f"it runs {ONLY_WITH_FULL}, and a default run is to show it"
+        return f"{proof.test} runs {ONLY_WITH_FULL}, and a default run is to show it"
     return None
 
 
@@ -115,12 +115,12 @@ class FeatureProofs:
 
     def _told(self, whole: bool) -> Iterator[str]:
         """A line for each test that is doubted, with the cells that it was to prove."""
-        cells: dict[tuple[str, str], list[str]] = {}
+        cells: dict[str, list[str]] = {}
         for proof in declared() if self._proofs is None else self._proofs:
             if (doubt := doubts(proof, self._outcomes, whole)) is not None:
-                cells.setdefault((proof.test, doubt), []).append(proof.cell)
-        for (test, doubt), doubted in cells.items():
-            yield f"{', '.join(doubted)} [{test}]: {doubt}"
+                cells.setdefault(doubt, []).append(proof.cell)
+        for doubt, doubted in cells.items():
+            yield f"{', '.join(doubted)}: {doubt}"
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._doubts:

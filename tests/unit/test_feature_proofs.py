@@ -15,8 +15,8 @@ SKIPPED, LEFT = Outcome("skipped", "no kernel"), Outcome("skipped", ONLY_WITH_FU
 SESSIONS: dict[str, tuple[dict[str, Outcome | None], str | None, str | None]] = {
     "passed": ({"t.py::test_a": PASSED}, None, None),
     "every case": ({"t.py::test_a[1]": PASSED, "t.py::test_a[2]": PASSED}, None, None),
-    "another": ({"t.py::test_ab": PASSED}, "there is no such test", None),
-    "none": ({}, "there is no such test", None),
+    "another": ({"t.py::test_ab": PASSED}, "there is no test t.py::test_a", None),
+    "none": ({}, "there is no test t.py::test_a", None),
     "failed": (
         {"t.py::test_a[1]": PASSED, "t.py::test_a[2]": FAILED},
         "t.py::test_a[2] has not passed",
@@ -25,7 +25,11 @@ SESSIONS: dict[str, tuple[dict[str, Outcome | None], str | None, str | None]] = 
     "skipped": ({"t.py::test_a": SKIPPED}, "t.py::test_a was skipped: no kernel", None),
     "did not run": ({"t.py::test_a": None}, "t.py::test_a has not run", None),
     "longer cases": ({"t.py::test_a[1]": PASSED, "t.py::test_a[2]": LEFT}, None, None),
-    "left out": ({"t.py::test_a": LEFT}, "it runs only with --full, and a default run is to show it", None),
+    "left out": (
+        {"t.py::test_a": LEFT},
+        "t.py::test_a runs only with --full, and a default run is to show it",
+        None,
+    ),
 }
 
 
@@ -40,7 +44,10 @@ def test_doubts(case: str) -> None:
 def test_one_case_alone_may_be_meant() -> None:
     outcomes = {"t.py::test_a[1]": PASSED, "t.py::test_a[2]": FAILED}
     assert doubts(Proof("ifcvf: mac", "t.py::test_a[1]"), outcomes, whole=True) is None
-    assert doubts(Proof("ifcvf: mac", "t.py::test_a[3]"), outcomes, whole=True) == "there is no such test"
+    assert (
+        doubts(Proof("ifcvf: mac", "t.py::test_a[3]"), outcomes, whole=True)
+        == "there is no test t.py::test_a[3]"
+    )
 
 
 def test_what_the_drivers_have_declared() -> None:
@@ -84,9 +91,9 @@ def test_another():
     pass
 """
 
-EXPECTED = "[tests/test_it.py::test_expected]: tests/test_it.py::test_expected has not passed"
-SKIPS = "[tests/test_it.py::test_skips]: tests/test_it.py::test_skips was skipped: no such machine"
-GONE = "[tests/test_it.py::test_gone]: there is no such test"
+EXPECTED = "tests/test_it.py::test_expected has not passed"
+SKIPS = "tests/test_it.py::test_skips was skipped: no such machine"
+GONE = "there is no test tests/test_it.py::test_gone"
 
 
 @pytest.mark.parametrize(
@@ -122,4 +129,4 @@ def test_sessions(tmp_path: Path, arguments: list[str], code: int, said: list[st
     done = run(command, cwd=tmp_path, check=False)
     lines = done.stdout.splitlines()
     assert done.returncode == code, done.stdout
-    assert [line for line in lines if line.startswith("ifcvf: ")] == [f"ifcvf: mac {text}" for text in said]
+    assert [line for line in lines if line.startswith("ifcvf: ")] == [f"ifcvf: mac: {text}" for text in said]
