@@ -326,6 +326,7 @@ class Port:
             "link": self._link,
             "queue_pairs": self._device.queue_pairs,
             "max_queue_size": self._device.max_queue_size,
+            "max_mtu": self._device.max_mtu,
             "shadowed": self._device.shadowed,
             "rings": list(self._rings(backend)) if backend is not None else [],
             "last_error": self._last_error,

@@ -35,11 +35,13 @@ TYPE_NAMES: dict[type, str] = {
 }
 #: Most VFs that one emulated NIC serves.
 MAX_EMULATED = 64
+#: MTUs, in bytes, that it takes (virt-vdpa-nic's --mtu).
+EMULATED_MTUS = range(68, 9001)
 #: Most VFs that a physical function can have: NumVFs has 16 bits (PCI Express Base Specification, 9.3.3.7).
 MAX_VFS = 65535
 #: What makes up a pool -> further keys that such a pool takes.
 POOL_KINDS: dict[str, tuple[str, ...]] = {
-    "emulated": ("tap", "bridge"),
+    "emulated": ("tap", "bridge", "mtu"),
     "devices": ("bind", "uplink"),
     "pf": ("vfs", "bind", "uplink"),
 }
@@ -76,6 +78,8 @@ class PoolConfig:
     tap: str | None = None
     #: Bridge that the TAP devices join.
     bridge: str | None = None
+    #: MTU of the emulated VFs and their TAP devices, in bytes.
+    mtu: int = 1500
     #: Addresses of PCI functions, such as "0000:06:00.3".
     devices: tuple[str, ...] = ()
     #: Address of the physical function whose VFs make up the pool.
@@ -250,7 +254,19 @@ def _emulated_pool(name: str, driver: str, table: _Table) -> PoolConfig:
         emulated=emulated,
         tap=table.take("tap", str, "") or None,
         bridge=table.take("bridge", str, "") or None,
+        mtu=_number(table, "mtu", PoolConfig.mtu, "of bytes", EMULATED_MTUS),
     )
+
+
+def _number(table: _Table, key: str, default: int, what: str, allowed: range) -> int:
+    """A number within limits.
+
+    :param what: what it counts, for the complaint.
+    """
+    number = table.take(key, int, default)
+    if number not in allowed:
+        raise table.error(key, f"must be a number {what} from {allowed[0]} to {allowed[-1]}")
+    return number
 
 
 def _devices_pool(name: str, driver: str, table: _Table) -> PoolConfig:

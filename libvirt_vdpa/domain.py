@@ -35,6 +35,8 @@ UUID_FORM = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAC_FORM = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 #: Numbers of queues and descriptors, from 1.
 NUMBER_FORM = re.compile("[1-9][0-9]{0,4}")
+#: libvirt docs/drvqemu.rst, "Pass-through of arbitrary QEMU commands".
+QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 
 class DomainError(Exception):
@@ -247,7 +249,7 @@ class InterfaceCheck:
             socket_path=self.path,
             queue_pairs=self.number("queues", 1),
             queue_size=max(self.number(name, 0) for name in QUEUE_SIZES),
-            mtu=self.number("size", 0, "mtu"),
+            mtu=max(self.number("size", 0, "mtu"), self.host_mtu()),
             link_up=attribute_of(self.element, "link", "state") != "down",
             reconnect=self.number("timeout", 0, "source/reconnect"),
         )
@@ -256,6 +258,22 @@ class InterfaceCheck:
         """A number of <driver>, or of another element below; the default when it is missing or none."""
         text = attribute_of(self.element, child, attribute)
         return int(text) if NUMBER_FORM.fullmatch(text) else default
+
+    def host_mtu(self) -> int:
+        """QEMU's property, as `<qemu:override>` has it; 0 without."""
+        path = "/".join(f"{{{QEMU_NAMESPACE}}}{name}" for name in ("override", "device"))
+        for device in self.element.iterfind(f"../../{path}"):
+            for given in device.iter(f"{{{QEMU_NAMESPACE}}}property"):
+                value = given.get("value", "")
+                if device.get("alias") == self.alias() and given.get("name") == "host_mtu":
+                    return int(value) if NUMBER_FORM.fullmatch(value) else 0
+        return 0
+
+    def alias(self) -> str:
+        """The interface's name, also before libvirt gives it one: it counts those without their own."""
+        own = attribute_of(self.element, "alias", "name")
+        before = self.element.itersiblings("interface", preceding=True)
+        return own or f"net{sum(not attribute_of(one, 'alias', 'name') for one in before)}"
 
     def problems(self) -> list[Problem]:
         """All that is wrong with the interface, in the order of CHECKS."""

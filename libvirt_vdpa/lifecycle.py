@@ -341,6 +341,10 @@ class Lifecycle:
         if isinstance(size, int) and wanted.queue_size > size:
             text = f"<driver> asks for rings of {wanted.queue_size}: the VF's have at most {size} descriptors"
             raise refusal(spec, wanted.mac, text)
+        mtu = port.status.get("max_mtu")
+        if isinstance(mtu, int) and wanted.mtu > mtu:
+            text = f"MTU {wanted.mtu}: the VF carries packets of at most {mtu} bytes; lower it"
+            raise refusal(spec, wanted.mac, text)
 
     def _port(self, spec: DomainSpec, wanted: PortSpec) -> Port:
         port = self._supervisor.ports.get((spec.uuid, wanted.mac))

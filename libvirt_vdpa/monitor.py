@@ -18,12 +18,11 @@ from lxml import etree
 
 from libvirt_vdpa.background import tell_failure
 from libvirt_vdpa.client import CommandRefusedError, ControlClient, ControlError
+from libvirt_vdpa.domain import QEMU_NAMESPACE
 from libvirt_vdpa.hypervisor import Hypervisor, HypervisorError
 
 logger = logging.getLogger(__name__)
 
-#: libvirt docs/drvqemu.rst, "Pass-through of arbitrary QEMU commands".
-QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 #: Id of the chardev that is for us.
 CHARDEV = "vdpamon"
 #: Seconds for connecting to a monitor and for each command, and between two tries to connect.

@@ -21,6 +21,7 @@ driver = "ifcvf"
 emulated = 3
 tap = "fast%d"
 bridge = "br0"
+mtu = 9000
 [pool.cards]
 driver = "ifcvf"
 devices = ["0000:06:0A.3", "10000:07:00.0"]
@@ -46,7 +47,7 @@ def test_everything(file: Path) -> None:
         hook_time_limit=4.0,
         socket=SocketConfig(0, 0, 0o666),
         pools=(
-            PoolConfig("fast", "ifcvf", 3, "fast%d", "br0"),
+            PoolConfig("fast", "ifcvf", 3, "fast%d", "br0", mtu=9000),
             PoolConfig("cards", "ifcvf", devices=("0000:06:0a.3", "10000:07:00.0"), bind=True),
             PoolConfig("card", "ifcvf", pf="0000:08:00.0", vfs=4),
         ),
@@ -104,6 +105,11 @@ def test_mistakes_name_file_and_key(file: Path, text: str, message: str) -> None
         ("", "pool.a: needs one of emulated, devices, pf: what the pool is made of"),
         ("emulated = 1\npf = '0000:01:00.0'", "pool.a.pf: excludes 'emulated'; keep one"),
         ("emulated = 1\nvfs = 1", "pool.a.vfs: is for pools with 'pf', this one has 'emulated'"),
+        *(
+            (f"emulated = 1\nmtu = {mtu}", "pool.a.mtu: must be a number of bytes from 68 to 9000")
+            for mtu in (0, 67, 9001)
+        ),
+        ("emulated = 1\nmtu = '1500'", "pool.a.mtu: must be a whole number, not '1500'"),
         ("emulated = 1\nbind = true", "pool.a.bind: is for pools with 'devices', this one has 'emulated'"),
         (
             "pf = '0000:01:00.0'\ntap = 'x%d'",

@@ -74,6 +74,30 @@ def test_demo() -> None:
     )
 
 
+OVERRIDE = """<qemu:override xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+    <qemu:device alias='net0'><qemu:frontend>
+    <qemu:property name='host_mtu' type='unsigned' value='9001'/></qemu:frontend></qemu:device>
+    <qemu:device alias='ua-net'><qemu:frontend><qemu:property name='rss' type='bool' value='1'/>
+    <qemu:property name='host_mtu' type='unsigned' value='4000'/></qemu:frontend></qemu:device>
+    </qemu:override>"""
+
+
+@pytest.mark.parametrize(
+    ("elements", "mtu"),
+    [
+        ("<mtu size='2000'/><alias name='ua-other'/>", 2000),
+        ("<mtu size='2000'/><alias name='ua-net'/>", 4000),
+        ("<alias name='ua-other'/>", 0),
+        ("", 9001),
+    ],
+)
+def test_mtu(elements: str, mtu: int) -> None:
+    xml = edited(DEMO, "<model type='virtio'/>", f"<model type='virtio'/>{elements}")
+    xml = xml.replace("</devices>", f"</devices>{OVERRIDE}")
+    (port,) = parse_domain(xml.encode(), RUN).ports
+    assert port.mtu == mtu
+
+
 def test_two_interfaces_by_mac_and_by_alias() -> None:
     xml = edited(KVM, "alias='ua-storage'", "alias='ua-storage' migration='software' announce='rarp'")
     first, second = parse_domain(xml.encode(), RUN).ports

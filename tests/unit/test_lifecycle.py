@@ -139,6 +139,18 @@ def test_rings_larger_than_the_vfs_are_refused(bench: Bench) -> None:
     assert bench.clean
 
 
+def test_an_mtu_larger_than_the_vfs_is_refused(bench: Bench) -> None:
+    async def describe(port: StandInPort) -> None:
+        port.status["max_mtu"] = 1500
+
+    bench.supervisor.on_start = describe
+    xml = DEMO.replace(b"<model type='virtio'/>", b"<model type='virtio'/><mtu size='1501'/>")
+    text = "MTU 1501: the VF carries packets of at most 1500 bytes; lower it"
+    assert bench.refused("prepare", xml) == f"domain 'vdpa-demo': interface 52:54:00:76:64:01: {text}"
+    assert bench.clean
+    bench.hook("prepare", xml=xml.replace(b"1501", b"1500"))
+
+
 def test_ports_left_over_are_replaced_unless_a_qemu_uses_them(bench: Bench) -> None:
     bench.hook("prepare", "prepare")
     assert (bench.supervisor.released, bench.lent) == (["52:54:00:76:64:01"], 1)
