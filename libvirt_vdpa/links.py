@@ -9,7 +9,8 @@ Who wants what is kept apart: the operator says in the domain's XML whether ther
 (`<link state=…/>`, Record.link_up), the VF whether there is one. The guest sees one when both say so; that
 it sees none because of the VF, Record.link_cut says, for a daemon that is restarted meanwhile. QEMU plugs a
 link in whenever its back-end comes back, also one that the operator has taken down: it is then taken down
-again. QEMU stops a ring whose link is down, so nothing is done while the domain migrates.
+again. QEMU stops a ring whose link is down, so nothing is done while the domain migrates; with the guest
+goes what it saw, and one that comes here and does not use its VF is told, whatever it saw.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from lxml import etree
 from libvirt_vdpa.background import tell_failure
 from libvirt_vdpa.domain import attribute_of, domain_parser, mac_of
 from libvirt_vdpa.hypervisor import HypervisorError
-from libvirt_vdpa.migration_figures import connected
+from libvirt_vdpa.migration_figures import connected, runs
 from libvirt_vdpa.ports import State
 from libvirt_vdpa.supervisor import Port
 
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two tries to tell a QEMU that could not be told, or was not to be.
 RETRY_INTERVAL = 1.0
+#: As many looks whether a guest that has come uses its VF: Migrations has had QEMU come anew by then, where
+#: it knows that this is needed, and that taints nothing.
+ARRIVAL_LOOKS = 5
 
 #: A port's domain UUID and MAC.
 Key = tuple[str, str]
@@ -62,6 +66,8 @@ class Links:
         self._migrating = migrating
         #: What a guest sees, as far as known, or will when QEMU has come back to the port.
         self._seen: dict[Key, bool | None] = {}
+        #: Ports whose guests have come, or are about to.
+        self._arrivals: set[Key] = set()
         self._workers: dict[Key, asyncio.Task[None]] = {}
 
     def port_changed(self, port: Port) -> None:
@@ -69,14 +75,19 @@ class Links:
         key = port.record.key
         if port.state is State.GONE:
             self._seen.pop(key, None)
+            self._arrivals.discard(key)
             if (worker := self._workers.pop(key, None)) is not None:
                 worker.cancel()
         elif connected(port):
+            if key not in self._seen and port.record.arriving:
+                self._arrivals.add(key)
             # What the XML says of the beginning, libvirt has seen to.
-            self._seen.setdefault(key, None if port.record.link_cut else port.record.link_up)
+            unknown = port.record.link_cut or port.record.arriving
+            self._seen.setdefault(key, None if unknown else port.record.link_up)
             self._look(port)
         elif key in self._seen:
             self._seen[key] = True
+            self._arrivals.discard(key)
             port.note_link(port.record.link_up, cut=False)
 
     def stop(self) -> None:
@@ -102,7 +113,8 @@ class Links:
             while self._differs(port):
                 try:
                     if not self._migrating(port.record.uuid):
-                        await self._tell(port)
+                        if not await self._came_with_a_link(port):
+                            await self._tell(port)
                         continue
                 except HypervisorError as error:
                     if not complained:
@@ -112,6 +124,20 @@ class Links:
         finally:
             if self._workers.get(port.record.key) is asyncio.current_task():
                 del self._workers[port.record.key]
+
+    async def _came_with_a_link(self, port: Port) -> bool:
+        """Whether a guest that has come, and is to see a link, does: its rings run then."""
+        key = port.record.key
+        for _ in range(ARRIVAL_LOOKS):
+            if key not in self._arrivals or not wanted(port):
+                return False
+            if runs(port):
+                self._arrivals.discard(key)
+                self._seen[key] = True
+                return True
+            await asyncio.sleep(RETRY_INTERVAL)
+        self._arrivals.discard(key)
+        return False
 
     async def _tell(self, port: Port) -> None:
         """Tell QEMU once.

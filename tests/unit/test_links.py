@@ -23,10 +23,16 @@ XML = """<domain><devices>
 class Host:
     """A domain with one port, whose QEMU notes what it is told."""
 
-    def __init__(self, *, link_up: bool = True, link_cut: bool = False) -> None:
+    def __init__(self, *, link_up: bool = True, link_cut: bool = False, arriving: bool = False) -> None:
         self.state = State.SERVING
         self.record = SimpleNamespace(
-            uuid=UUID, mac=MAC, key=(UUID, MAC), label="a", link_up=link_up, link_cut=link_cut
+            uuid=UUID,
+            mac=MAC,
+            key=(UUID, MAC),
+            label="a",
+            link_up=link_up,
+            link_cut=link_cut,
+            arriving=arriving,
         )
         self.status: dict[str, object] = {"front_end": True, "state": "running", "link": "up"}
         self.told: list[bool] = []
@@ -197,6 +203,53 @@ def test_a_restarted_daemon_goes_on(link: str) -> None:
         assert host.record.link_cut == (link == "down")
 
     run(test, link_cut=True)
+
+
+async def arrive(host: Host, **status: object) -> None:
+    """Let a guest come from another host."""
+    host.migrating = True
+    host.changes(state="connected")
+    await host.waits()
+    assert host.told == []
+    host.migrating = host.record.arriving = False
+    host.changes(**status)
+
+
+def test_a_guest_that_comes_and_uses_its_vf_needs_no_word() -> None:
+    async def test(host: Host) -> None:
+        await arrive(host, state="running")
+        await host.settles()
+        host.changes(link="down")
+        await host.settles(False)
+
+    run(test, arriving=True)
+
+
+def test_a_guest_that_comes_and_does_not_use_its_vf_may_have_seen_no_link() -> None:
+    async def test(host: Host) -> None:
+        await arrive(host)
+        await host.settles(True)
+
+    run(test, arriving=True)
+
+
+def test_a_guest_that_comes_to_a_vf_without_a_link() -> None:
+    async def test(host: Host) -> None:
+        await arrive(host, state="running", link="down")
+        await host.settles(False)
+        assert host.record.link_cut
+
+    run(test, arriving=True)
+
+
+def test_qemu_that_comes_anew_for_a_guest_that_has_come_needs_no_word() -> None:
+    async def test(host: Host) -> None:
+        await arrive(host)
+        host.changes(front_end=False)
+        host.changes(front_end=True)
+        await host.settles()
+
+    run(test, arriving=True)
 
 
 def test_a_port_that_is_gone_is_forgotten() -> None:
