@@ -21,7 +21,6 @@ def describe() -> dict[str, object]:
         "cpu": _processor(),
         "processors": len(os.sched_getaffinity(0)),
         "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
-        "kvm": Path("/dev/kvm").exists(),
         "kernel": platform.release(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
