@@ -380,6 +380,16 @@ def check_queues(check: InterfaceCheck) -> Iterator[Finding]:
             yield check.line("driver"), text, True
 
 
+def check_mtu(check: InterfaceCheck) -> Iterator[Finding]:
+    """libvirt 9.0 gives the MTU to a host interface too, and does not start a domain that names none."""
+    if check.element.find("mtu") is not None and not attribute_of(check.element, "target", "dev"):
+        text = (
+            "<mtu> without <target dev='NAME'/>: libvirt 9.0 sets the MTU of that host interface and fails"
+            " without one; name one that nobody uses"
+        )
+        yield check.line("mtu"), text, False
+
+
 #: The order in which an interface's problems are told.
 CHECKS: tuple[Callable[[InterfaceCheck], Iterator[Finding]], ...] = (
     check_type,
@@ -389,6 +399,7 @@ CHECKS: tuple[Callable[[InterfaceCheck], Iterator[Finding]], ...] = (
     check_source,
     check_reconnect,
     check_queues,
+    check_mtu,
 )
 
 

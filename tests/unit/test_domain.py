@@ -356,6 +356,16 @@ def test_memory_shared_cell_by_cell_will_do() -> None:
     assert fatal(edited(edited(DEMO, BACKING, ""), "<os>", cells)) == []
 
 
+def test_an_mtu_that_libvirt_has_no_interface_for_is_pointed_out() -> None:
+    model = "<model type='virtio'/>"
+    xml = edited(DEMO, model, f"{model}<mtu size='1400'/>")
+    _, (problem,) = check_domain(xml.encode(), RUN)
+    assert not problem.fatal
+    assert "<mtu> without <target dev='NAME'/>" in problem.text
+    xml = edited(xml, model, f"{model}<target dev='spare'/>")
+    assert check_domain(xml.encode(), RUN)[1] == []
+
+
 def test_no_reconnect_is_only_advised_against() -> None:
     xml = edited(DEMO, "<reconnect enabled='yes' timeout='1'/>", "")
     spec, (problem,) = check_domain(xml.encode(), RUN)
