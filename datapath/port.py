@@ -65,6 +65,7 @@ class Port:
         self._control: ControlServer | None = None
         #: What the guest accepted before it came here, as long as a front-end may need to be told.
         self._negotiated: int | None = options.negotiated
+        self._host_notifiers = may_offer_notifiers(device, options.host_notifiers)
         self._state = "waiting"
         self._last_error: str | None = None
         self._connections = 0
@@ -108,6 +109,7 @@ class Port:
                 self._look_at_link()
             if self._connection is not None and self._connection.backend.exchange.deadline is not None:
                 self._attempt(self._connection.backend.exchange.check)
+            self._check_notifiers()
         return 0 if self._failure is None else 1
 
     def _time_left(self, polled: float | None) -> float | None:
@@ -118,10 +120,17 @@ class Port:
         times = [polled, self._look_at_link_at]
         if self._connection is not None:
             times.append(self._connection.backend.exchange.deadline)
+            times.append(self._connection.backend.notifiers.deadline)
         if self._uplink is not None:
             times.append(self._uplink.deadline())
         deadlines = [deadline for deadline in times if deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _check_notifiers(self) -> None:
+        if self._connection is not None:
+            notifiers = self._connection.backend.notifiers
+            if notifiers.deadline is not None and time.monotonic() >= notifiers.deadline:
+                notifiers.check()
 
     def quit(self, _arguments: Arguments | None = None) -> dict[str, object]:
         """End the process, in good order."""
@@ -161,6 +170,7 @@ class Port:
             announce=self._announce_guest,
             negotiated=self._negotiated,
             timing=self._timing,
+            host_notifiers=self._host_notifiers,
         )
         self._connection = Connection(sock, backend)
         self._connections += 1
@@ -206,6 +216,8 @@ class Port:
         self._log(reason)
         connection.close()
         self._negotiated = connection.backend.former
+        # One that has refused is not to be asked again, see `host_notifiers`; it is the same, most likely.
+        self._host_notifiers &= connection.backend.notifiers.refusal is None
         self._tell_log()
         self._enter("waiting", reason)
         untold = connection.backend.exchange.failure
@@ -361,12 +373,30 @@ class Port:
                 "enabled": ring.enabled,
                 "running": ring.running,
                 "logged": ring.logged,
+                "host_notifier": ring.index in backend.notifiers.confirmed,
                 "avail": avail,
                 "used": used,
             }
 
     def _query_stats(self, _arguments: Arguments) -> dict[str, int]:
         return self._device.statistics()
+
+
+def may_offer_notifiers(device: VdpaDevice, wanted: str) -> bool:
+    """Whether the guest may be offered the device's doorbells.
+
+    :param wanted: "on", "off" or "auto".
+    :raise DeviceError: when it is to be, and the device has none that can be mapped.
+    """
+    if wanted == "off":
+        return False
+    able = all(device.notifier(index) is not None for index in range(2 * device.queue_pairs))
+    if wanted == "on" and not able:
+        raise DeviceError(
+            f"{device.name}: its doorbells have no mappable pages of their own for --host-notifiers=on;"
+            " use auto or off"
+        )
+    return able
 
 
 def log(name: str | None, text: str) -> None:

@@ -109,6 +109,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="who marks the pages that the device writes (default: the device, where it can)",
     )
     parser.add_argument(
+        "--host-notifiers",
+        choices=["on", "off", "auto"],
+        default="off",
+        help="whether the guest may write to the device's doorbells itself, for a guest with page_per_vq"
+        " (auto: where the device can; default: %(default)s)",
+    )
+    parser.add_argument(
         "--uplink",
         type=_uplink_spec,
         metavar="interface=NAME|nic=SOCKET,vf=N",

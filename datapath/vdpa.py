@@ -87,6 +87,17 @@ class Ring:
 
 
 @dataclass(frozen=True)
+class HostNotifier:
+    """The page of a ring's doorbell, for the guest itself to write the ring's number to, at its beginning."""
+
+    #: File to map it from, and the offset there; owned by whoever told of it, open as long as the device.
+    fd: int
+    offset: int
+    #: Length in bytes: a page of the host's.
+    size: int
+
+
+@dataclass(frozen=True)
 class DirtyBitmap:
     """Where the pages that a VF writes are marked: bit n says that page n (4 KiB) of guest memory was.
 
@@ -210,6 +221,14 @@ class VdpaDevice(abc.ABC):
     @abc.abstractmethod
     def shadowed(self) -> bool:
         """Whether rings run through the shadow-ring relay now, not between guest and VF alone."""
+
+    def notifier(self, index: int) -> HostNotifier | None:
+        """The page of a ring's doorbell; None when it has none of its own, or none that can be mapped.
+
+        Whoever writes there notifies the VF and not the relay, so it is of use only while the ring runs and
+        is not shadowed. It stays the same as long as the device is open.
+        """
+        return None
 
     @property
     @abc.abstractmethod

@@ -9,13 +9,14 @@ is gone; after that only `close` is of use.
 """
 
 import abc
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from datapath.native.relay import Doorbell
 from datapath.pci import COMMAND, PciCommand
-from datapath.vdpa import MemoryRegion
+from datapath.vdpa import HostNotifier, MemoryRegion
 from datapath.vfio import Irq, Region, RegionFlag
 from datapath.vfio_user import RegionInfo
 
@@ -31,6 +32,10 @@ class RegionDescription:
     size: int
     #: (offset, size) of the parts that can be mapped.
     mappable: tuple[tuple[int, int], ...] = ()
+
+    def has_page(self, offset: int) -> bool:
+        """Whether the page that begins at `offset` can be mapped, the whole of it."""
+        return any(at <= offset and offset + mmap.PAGESIZE <= at + size for at, size in self.mappable)
 
     @classmethod
     def of(cls, info: RegionInfo) -> Self:
@@ -119,6 +124,13 @@ class PciFunction(abc.ABC):
         An eventfd or a mapped address, never messages on a socket that commands share.
 
         :raise DeviceError: when the function offers neither.
+        """
+
+    @abc.abstractmethod
+    def page(self, index: Region, offset: int) -> HostNotifier | None:
+        """The page of a region that begins at `offset`, for another process to map; None if it cannot be.
+
+        :param offset: a multiple of the page size.
         """
 
     @property

@@ -29,7 +29,7 @@ from datapath.descriptors import closed_early
 from datapath.native._native import ffi
 from datapath.native.relay import Doorbell
 from datapath.pci import CONFIG_SIZE, REVISION_AND_CLASS
-from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
+from datapath.vdpa import DeviceError, DeviceLostError, HostNotifier, MemoryRegion
 from datapath.vfio import DeviceFlag, Irq, IrqFlag, Region, Request, SetIrqsFlag
 from datapath.vfio_user import DeviceInfo, IrqInfo, RegionInfo, SetIrqs
 
@@ -182,14 +182,16 @@ class VfioFunction(PciFunction):
 
     def doorbell(self, index: Region, offset: int, value: int) -> Doorbell:
         page = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        mappable = any(
-            at <= page and page + mmap.PAGESIZE <= at + size for at, size in self.region(index).mappable
-        )
-        if offset % 2 or not mappable:
+        if offset % 2 or not self.region(index).has_page(page):
             raise DeviceError(
                 f"{self.name}: no doorbell at {index.name}+{offset:#x}: the kernel does not let it be mapped"
             )
         return Doorbell(address=self._map(index, page) + offset - page)
+
+    def page(self, index: Region, offset: int) -> HostNotifier | None:
+        if not self.region(index).has_page(offset):
+            return None
+        return HostNotifier(self._device, self._region(index).offset + offset, mmap.PAGESIZE)
 
     @property
     def lost_fd(self) -> int:

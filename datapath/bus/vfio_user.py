@@ -27,7 +27,7 @@ from datapath.descriptors import close_all, closed_early
 from datapath.native._native import ffi
 from datapath.native.relay import Doorbell
 from datapath.pci import CONFIG_SIZE
-from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
+from datapath.vdpa import DeviceError, DeviceLostError, HostNotifier, MemoryRegion
 from datapath.vfio import DeviceFlag, DmaFlag, Irq, IrqFlag, Region, SetIrqsFlag
 from datapath.vfio_user import (
     MAJOR,
@@ -318,6 +318,13 @@ class VfioUserFunction(PciFunction):
             f"{self.name}: no doorbell at {index.name}+{offset:#x}: the device offers neither an eventfd"
             " (GET_REGION_IO_FDS) nor a mappable area there, and kicks do not share the command socket"
         )
+
+    def page(self, index: Region, offset: int) -> HostNotifier | None:
+        info = self._region(index)
+        fd = self._region_fds.get(index)
+        if fd is None or not self.region(index).has_page(offset):
+            return None
+        return HostNotifier(fd, info.offset + offset, mmap.PAGESIZE)
 
     @property
     def lost_fd(self) -> int:

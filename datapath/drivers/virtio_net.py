@@ -38,6 +38,7 @@ from datapath.vdpa import (
     DeviceLostError,
     DeviceSpec,
     DirtyBitmap,
+    HostNotifier,
     LogMode,
     MemoryRegion,
     Ring,
@@ -286,6 +287,10 @@ class VirtioNetDevice(VdpaDevice):
     @property
     def shadowed(self) -> bool:
         return self._running and self._paths.shadowed
+
+    def notifier(self, index: int) -> HostNotifier | None:
+        self._check_present()
+        return self._registers.notifier(index)
 
     # Events and numbers
 

@@ -4,13 +4,14 @@ Knows where registers are and how they are accessed: one access of the field's o
 two of 32 bits, low first (section 4.1.3.1). Decides nothing: the order of accesses is the driver's.
 """
 
+import mmap
 import time
 from collections.abc import Callable
 
 from datapath.bus.function import PciFunction
 from datapath.bus.pci import VirtioStructure, virtio_structures
 from datapath.native.relay import Doorbell
-from datapath.vdpa import DeviceError, DeviceLostError, Ring
+from datapath.vdpa import DeviceError, DeviceLostError, HostNotifier, Ring
 from datapath.vfio import Region
 from datapath.virtio import NET_S_LINK_UP, NO_VECTOR, Common, NetConfig, PciCapability, Status
 
@@ -61,6 +62,8 @@ class VirtioRegisters:
         #: The status as it was last written: to read it costs a turn to the device and back.
         self._status = Status(0)
         self._doorbells: dict[int, Doorbell] = {}
+        #: Where in the notify structure each queue is notified, as far as that has been asked.
+        self._notify_offsets: dict[int, int] = {}
 
     # Device status and features (sections 4.1.4.3, 2.1, 2.2)
 
@@ -166,9 +169,23 @@ class VirtioRegisters:
             self._doorbells[queue] = self._find_doorbell(queue)
         return self._doorbells[queue]
 
+    def notifier(self, queue: int) -> HostNotifier | None:
+        """The page of a queue's doorbell, if it has one of its own and the doorbell is its beginning.
+
+        :raise DeviceError: as `doorbell`.
+        """
+        self.doorbell(queue)
+        at, multiplier = self._notify_offsets[queue], self._notify.notify_multiplier
+        place = self._notify.offset + at
+        alone = multiplier and not multiplier % mmap.PAGESIZE and at + mmap.PAGESIZE <= self._notify.length
+        if not alone or place % mmap.PAGESIZE:
+            return None
+        return self._function.page(Region(self._notify.bar), place)
+
     def _find_doorbell(self, queue: int) -> Doorbell:
         self._select(queue)
         at = self._read(Common.QUEUE_NOTIFY_OFF, 2) * self._notify.notify_multiplier
+        self._notify_offsets[queue] = at
         if at + 2 > self._notify.length:
             raise DeviceError(
                 f"{self._function.name}: queue {queue} has its notify register at {at:#x}, outside"

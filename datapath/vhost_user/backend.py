@@ -27,6 +27,7 @@ from datapath import virtio
 from datapath.descriptors import close_all
 from datapath.vdpa import DeviceError, DeviceLostError, RingState, VdpaDevice
 from datapath.vhost_user import memory as guest_memory
+from datapath.vhost_user.host_notifiers import HostNotifiers
 from datapath.vhost_user.log import DirtyLog
 from datapath.vhost_user.log_exchange import LogExchange
 from datapath.vhost_user.marking import LogStatus, Marking
@@ -51,6 +52,11 @@ F_VERSION_1 = virtio.bit(virtio.Feature.F_VERSION_1)
 F_LOG_ALL = virtio.bit(virtio.Feature.VHOST_F_LOG_ALL)
 #: Bits of the feature word that are vhost's and no virtio device's.
 VHOST_FEATURES = F_PROTOCOL_FEATURES | F_LOG_ALL
+#: Offered with host notifiers only, and what they need besides: pages go over the back channel, with answers.
+NOTIFIER_FEATURES = virtio.bit(ProtocolFeature.BACKEND_SEND_FD) | virtio.bit(ProtocolFeature.HOST_NOTIFIER)
+NOTIFIER_NEEDS = (
+    NOTIFIER_FEATURES | virtio.bit(ProtocolFeature.BACKEND_REQ) | virtio.bit(ProtocolFeature.REPLY_ACK)
+)
 #: Smallest MTU that IPv4 allows (RFC 791), in bytes; also virtio's (virtio 1.3 section 5.1.4.1).
 MIN_MTU = 68
 
@@ -71,6 +77,7 @@ class Backend:
         announce: Callable[[bytes], None] = lambda mac: None,
         negotiated: int | None = None,
         timing: Timing | None = None,
+        host_notifiers: bool = False,
     ) -> None:
         """Begin with nothing negotiated.
 
@@ -79,6 +86,7 @@ class Backend:
         :param announce: told the address of a guest that has moved here, before or after its rings run.
         :param negotiated: what a guest that moves here has accepted, see `former`.
         :param timing: where what is done is timed.
+        :param host_notifiers: whether to offer the guest the device's doorbells.
         """
         self.device = device
         self.offered = device.features & offer | F_PROTOCOL_FEATURES
@@ -87,6 +95,7 @@ class Backend:
         #: rings with features of its own has not, and from then on they are the guest's of now.
         self.former = negotiated
         self._forgetful = False
+        self.offered_protocol = PROTOCOL_FEATURES | (NOTIFIER_FEATURES if host_notifiers else 0)
         self.protocol_features = 0
         self.status = 0
         self.memory = GuestMemory()
@@ -96,7 +105,7 @@ class Backend:
         self._announce = announce
         self._timing = timing or Timing()
         self._marking = Marking(device, self.memory, self._timing, report)
-        self._back_channel: int | None = None
+        self.notifiers = HostNotifiers(device, self.rings, report)
 
     @property
     def log_status(self) -> LogStatus:
@@ -144,6 +153,7 @@ class Backend:
             if self.exchange.failure is None:
                 self._settle_log()
                 self._settle()
+                self._settle_notifiers()
         except (ProtocolError, DeviceError) as error:
             if not self.exchange.defer(error):
                 raise
@@ -196,7 +206,7 @@ class Backend:
         for ring in self.rings:
             ring.close()
         self._marking.close()
-        self._replace_back_channel(None)
+        self.notifiers.close()
 
     # When rings run
 
@@ -208,7 +218,8 @@ class Backend:
             self._suspend()
         elif not running:
             self._start(wanted)
-        else:
+        elif wanted != running:
+            self.notifiers.take_back()
             for ring in running:
                 if ring not in wanted:
                     with self._marking.covered(), self._timing.device():
@@ -243,6 +254,7 @@ class Backend:
         running = [ring for ring in self.rings if ring.running]
         if not running:
             return
+        self.notifiers.take_back()
         for ring in running:  # on failure too: the device runs them no more
             ring.placed = None
         with self._marking.covered(), self._timing.stopping_rings():
@@ -258,8 +270,16 @@ class Backend:
         ring.base = state.avail
 
     def _settle_log(self) -> None:
+        if self._marking.wanted:
+            self.notifiers.take_back()  # the relay may need to see kicks from here on
         if not self._marking.settle(self.running):
             self._suspend()  # the device may have stopped them, or not; `_settle` starts them anew
+
+    def _settle_notifiers(self) -> None:
+        """Let the guest kick those rings that the device runs all by itself."""
+        able = self.protocol_features & NOTIFIER_NEEDS == NOTIFIER_NEEDS
+        direct = able and not (self._marking.wanted or self.device.shadowed)
+        self.notifiers.settle([ring.index for ring in self.rings if direct and ring.running])
 
     # Features
 
@@ -293,10 +313,10 @@ class Backend:
         return self.former & ~VHOST_FEATURES | features & VHOST_FEATURES
 
     def _get_protocol_features(self, _message: Message) -> int:
-        return PROTOCOL_FEATURES
+        return self.offered_protocol
 
     def _set_protocol_features(self, message: Message) -> None:
-        if unknown := message.payload & ~PROTOCOL_FEATURES:
+        if unknown := message.payload & ~self.offered_protocol:
             raise ProtocolError(f"protocol features {unknown:#x} were not offered")
         self.protocol_features = message.payload
 
@@ -442,13 +462,7 @@ class Backend:
         self._announce(message.payload.to_bytes(8, sys.byteorder)[:6])
 
     def _set_backend_req_fd(self, message: Message) -> None:
-        self._replace_back_channel(message.take_fd())
-
-    def _replace_back_channel(self, fd: int | None) -> None:
-        """Keep the channel of the back-end's own requests; none of ours has use for it yet."""
-        if self._back_channel is not None:
-            close_all([self._back_channel])
-        self._back_channel = fd
+        self.notifiers.connect(message.take_fd())
 
     def _accept(self, _message: Message) -> None:
         """Nothing to do: SET_OWNER marks a session that the connection marks already; RESET_OWNER is

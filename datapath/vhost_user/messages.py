@@ -82,6 +82,12 @@ class Request(IntEnum):
     CHECK_DEVICE_STATE = 43
 
 
+class BackendRequest(IntEnum):
+    """Ids of the back-end's own messages, on the channel that SET_BACKEND_REQ_FD gives."""
+
+    VRING_HOST_NOTIFIER_MSG = 3
+
+
 class ProtocolFeature(IntEnum):
     """Bit numbers of the protocol features."""
 
@@ -154,6 +160,16 @@ class LogArea:
 
 
 @dataclass(frozen=True)
+class VringArea:
+    """Where a ring's doorbell lies in the descriptor that comes with it, in bytes; without one, nowhere."""
+
+    index: int
+    has_fd: bool
+    size: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class Codec:
     """How one payload type is written: both directions, for bytes of a length already checked."""
 
@@ -170,6 +186,7 @@ _LOG = struct.Struct("=QQ")
 _REGION = struct.Struct("=QQQQ")
 _TABLE_HEAD = struct.Struct("=II")
 _SLOT_HEAD = struct.Struct("=Q")
+_AREA = struct.Struct("=QQQ")
 
 
 def _unpack_table(data: bytes) -> tuple[Region, ...]:
@@ -310,6 +327,45 @@ def request_name(request: int) -> str:
         return Request(request).name
     except ValueError:
         return f"request {request}"
+
+
+def encode_area(area: VringArea) -> bytes:
+    """The bytes of VRING_HOST_NOTIFIER_MSG, which asks for an answer."""
+    word = area.index | (0 if area.has_fd else NO_FD)
+    body = _AREA.pack(word, area.size, area.offset)
+    return HEADER.pack(BackendRequest.VRING_HOST_NOTIFIER_MSG, VERSION | NEED_REPLY, len(body)) + body
+
+
+def decode_area(data: bytes) -> VringArea:
+    """What a front-end makes of the bytes of VRING_HOST_NOTIFIER_MSG.
+
+    :raise ProtocolError: when they are none.
+    """
+    header = (BackendRequest.VRING_HOST_NOTIFIER_MSG, VERSION | NEED_REPLY, _AREA.size)
+    if len(data) != HEADER.size + _AREA.size or HEADER.unpack_from(data) != header:
+        raise ProtocolError(f"not VRING_HOST_NOTIFIER_MSG: {data.hex()}")
+    word, size, offset = _AREA.unpack_from(data, HEADER.size)
+    return VringArea(word & 0xFF, not word & NO_FD, size, offset)
+
+
+#: Bytes of a front-end's answer to a message of the back-end's.
+ANSWER_SIZE = HEADER.size + _U64.size
+
+
+def encode_answer(request: BackendRequest, result: int) -> bytes:
+    """The bytes of a front-end's answer: 0 when all is well."""
+    return HEADER.pack(request, VERSION | REPLY, _U64.size) + _U64.pack(result)
+
+
+def decode_answer(request: BackendRequest, data: bytes) -> int:
+    """What the front-end answers to a message of the back-end's: 0 when all is well.
+
+    :raise ProtocolError: when it is no answer to it.
+    """
+    if HEADER.unpack_from(data) != (request, VERSION | REPLY, _U64.size) or len(data) != ANSWER_SIZE:
+        raise ProtocolError(f"not the answer to {request.name}: {data.hex()}")
+    (result,) = _U64.unpack_from(data, HEADER.size)
+    return int(result)
 
 
 @dataclass

@@ -122,6 +122,11 @@ class Vring:
         if self.call is not None:
             signal_eventfd(self.call)
 
+    def signal_kick(self) -> None:
+        """Have the ring looked at, as if the guest had kicked: a kick may have gone elsewhere."""
+        if self.running and self.kick is not None:
+            signal_eventfd(self.kick)
+
     def signal_error(self) -> None:
         """Tell the front-end, by the eventfd it gave for that, that the ring has failed."""
         if self.error is not None:

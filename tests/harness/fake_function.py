@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from datapath.bus.function import PciFunction, RegionDescription
 from datapath.native.relay import Doorbell
-from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
+from datapath.vdpa import DeviceError, DeviceLostError, HostNotifier, MemoryRegion
 from datapath.vfio import Irq, Region
 from datapath.virtio import NO_VECTOR, Common, Feature, NetConfig, PciCapability, Status, bit
 
@@ -202,6 +202,9 @@ class FakeFunction(PciFunction):
     def doorbell(self, index: Region, offset: int, value: int) -> Doorbell:
         assert (index, offset) == (Region.BAR0, NOTIFY_AT + value * NOTIFY_STRIDE)
         return Doorbell(fd=self._doorbells[value])
+
+    def page(self, index: Region, offset: int) -> HostNotifier | None:
+        return None
 
     @property
     def lost_fd(self) -> int:

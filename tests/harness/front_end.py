@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from datapath.vhost_user.backend import F_PROTOCOL_FEATURES
 from datapath.vhost_user.messages import (
@@ -154,7 +154,7 @@ class SocketFrontEnd(FrontEnd):
         sock.settimeout(10)
 
     @classmethod
-    def dial(cls, path: Path, protocol: int = PROTOCOL_FEATURES, deadline: float = 5.0) -> "SocketFrontEnd":
+    def dial(cls, path: Path, protocol: int = PROTOCOL_FEATURES, deadline: float = 5.0) -> Self:
         """Connect as a client does, again and again until `deadline` seconds have gone."""
         end = time.monotonic() + deadline
         while True:

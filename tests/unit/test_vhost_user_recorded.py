@@ -6,6 +6,7 @@ of the recordings that back-end is DPDK's, so both ends are foreign.
 """
 
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -166,6 +167,8 @@ class Player:
         elif bare.request == Request.SET_LOG_BASE:
             fds = [os.memfd_create("log")]
             os.ftruncate(fds[0], bare.payload.offset + bare.payload.size)
+        elif bare.request == Request.SET_BACKEND_REQ_FD:
+            fds = [socket.socket(socket.AF_UNIX).detach()]
         else:
             fds = [os.dup(fd) for fd in spare]
         if bare.request == Request.SET_VRING_BASE:
