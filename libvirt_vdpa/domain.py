@@ -63,6 +63,8 @@ class PortSpec:
     queue_size: int
     #: Bytes of a packet, as far as the XML says; 0 when it does not.
     mtu: int
+    #: Whether the guest has a page for each queue's doorbell, which can be the VF's own.
+    page_per_vq: bool = False
     #: Whether the guest is to see a link.
     link_up: bool = True
     #: Seconds after which QEMU looks for a port that has gone; 0: it does not.
@@ -250,6 +252,7 @@ class InterfaceCheck:
             queue_pairs=self.number("queues", 1),
             queue_size=max(self.number(name, 0) for name in QUEUE_SIZES),
             mtu=max(self.number("size", 0, "mtu"), self.host_mtu()),
+            page_per_vq=attribute_of(self.element, "driver", "page_per_vq") == "on",
             link_up=attribute_of(self.element, "link", "state") != "down",
             reconnect=self.number("timeout", 0, "source/reconnect"),
         )

@@ -310,6 +310,7 @@ class Lifecycle:
             link_up=wanted.link_up,
             reconnect=wanted.reconnect,
             log_mode=wanted.migration,
+            host_notifiers="auto" if wanted.page_per_vq else "off",
             announce=wanted.announce,
             announce_rounds=wanted.announce_rounds,
             uplink=self._uplink(vf, wanted),

@@ -225,6 +225,8 @@ class Record:
     reconnect: int = 0
     #: Who marks the pages that the VF writes while the guest migrates: a LogMode's value.
     log_mode: str = "auto"
+    #: Whether the guest's kicks may reach the VF without the port: virt-vdpa-port's --host-notifiers.
+    host_notifiers: str = "off"
     #: Who tells the network where the guest is after a migration, as its metadata says, and further rounds.
     announce: str = "auto"
     announce_rounds: int = 0

@@ -402,6 +402,8 @@ def port_arguments(record: Record) -> list[str]:
         arguments.append(f"--negotiated={record.negotiated:#x}")
     if record.log_mode != LogMode.AUTO.value:
         arguments.append(f"--log-mode={record.log_mode}")
+    if record.host_notifiers != "off":
+        arguments.append(f"--host-notifiers={record.host_notifiers}")
     if record.features is not None:
         arguments.append(f"--features={record.features:#x}")
     if record.uplink is not None and record.announce not in SILENT:

@@ -139,6 +139,15 @@ def test_rings_larger_than_the_vfs_are_refused(bench: Bench) -> None:
     assert bench.clean
 
 
+@pytest.mark.parametrize(
+    ("asked", "given"), [("", "off"), ("page_per_vq='off'", "off"), ("page_per_vq='on'", "auto")]
+)
+def test_host_notifiers_need_a_page_for_each_queue(bench: Bench, asked: str, given: str) -> None:
+    driver = f"<model type='virtio'/><driver {asked}/>".encode()
+    bench.hook("prepare", xml=DEMO.replace(b"<model type='virtio'/>", driver))
+    assert [record.host_notifiers for record in bench.records] == [given]
+
+
 def test_an_mtu_larger_than_the_vfs_is_refused(bench: Bench) -> None:
     async def describe(port: StandInPort) -> None:
         port.status["max_mtu"] = 1500

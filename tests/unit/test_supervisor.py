@@ -79,6 +79,7 @@ class TestCommandLine:
 
     def test_who_logs_and_what_was_offered(self) -> None:
         assert self.options(log_mode="hardware", features=0x30) == ["--log-mode=hardware", "--features=0x30"]
+        assert self.options(host_notifiers="auto") == ["--host-notifiers=auto"]
 
     def test_what_a_guest_from_elsewhere_had_negotiated(self) -> None:
         assert self.options(negotiated=0x20) == ["--negotiated=0x20"]
