@@ -75,6 +75,29 @@ def test_link_is_down_while_the_port_is_restarted(host: VdpaHost, guest: DomainX
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("own", [True, False], ids=["own monitor", "libvirt's"])
+def test_whose_monitor_tells_qemu(host: VdpaHost, guest: DomainXml, own: bool) -> None:
+    other = DomainXml(str(guest)).rename(3 + own)
+    if own:
+        other.with_monitor(f"/var/lib/libvirt/qemu/{other.name}.monitor")
+    host.define(other)
+    try:
+        host.virsh("start", other.name)
+        if own:
+            told = f"domain {other.uuid}: its QEMU is followed"
+            wait_for("the daemon to be there", lambda: told in host.daemon.log.read_text(), 10)
+        device = int(host.port(other)["device"].removesuffix(".sock")[-1])
+        with host.console(other) as console:
+            for command, up in (("vf-stop", False), ("vf-start", True)):
+                host.ask_nic(command, vf=device)
+                wait_carrier(console, up=up)
+        log = host.path(f"/var/log/libvirt/qemu/{other.name}.log").read_text()
+        assert ("tainted: custom-monitor" in log) == (not own)
+    finally:
+        host.remove(other)
+
+
+@pytest.mark.full
 def test_what_the_operator_has_taken_down_stays_down(host: VdpaHost, guest: DomainXml) -> None:
     """QEMU by itself would plug it in when its port comes back."""
     other = DomainXml(str(guest)).rename(2)

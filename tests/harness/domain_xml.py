@@ -123,6 +123,14 @@ class DomainXml:
         self.root.append(etree.fromstring(text))
         return self
 
+    def with_monitor(self, path: str) -> Self:
+        """Give it a monitor for the daemon, which taints the domain (custom-argv)."""
+        socket = f"socket,id=vdpamon,path={path},server=on,wait=off"
+        words = ("-chardev", socket, "-mon", "chardev=vdpamon,mode=control")
+        arguments = "".join(f"<q:arg value='{word}'/>" for word in words)
+        self.root.append(etree.fromstring(f"<q:commandline xmlns:q='{QEMU}'>{arguments}</q:commandline>"))
+        return self
+
     def with_tap(self, bridge: str) -> Self:
         """Give it an ordinary virtio NIC, served by QEMU itself, instead of the vDPA one, with its MAC."""
         text = f"""<interface type='bridge'><mac address='{self.mac}'/><source bridge='{bridge}'/>
