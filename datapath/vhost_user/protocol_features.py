@@ -26,14 +26,18 @@ PROTOCOL_CELLS: Mapping[Row, Cell] = {
         "tests/e2e/test_migration.py::test_bridges_are_told[rarp]",
     ),
     Row.PROTO_REPLY_ACK: yes("tests/conformance/test_features.py::test_who_asks_is_told_how_it_went"),
-    Row.PROTO_HOST_NOTIFIER: no("the guest's kicks go through the relay's thread"),
+    Row.PROTO_HOST_NOTIFIER: yes(
+        "tests/conformance/test_host_notifiers.py::test_a_kick_goes_to_the_page",
+        "tests/conformance/test_host_notifiers.py::test_without_the_bit_the_relay_works",
+        "tests/conformance/test_host_notifiers_guest.py::test_kicks_of_a_guest_pass_no_relay",
+    ),
     Row.PROTO_PAGEFAULT: no(
         "post-copy migration: a VF that meets a page which has not arrived cannot wait for it, its DMA fails"
     ),
 }
 
 #: Rows whose feature is offered not always, but as the back-end finds it fit.
-AT_TIMES: Collection[Row] = ()
+AT_TIMES: Collection[Row] = (Row.PROTO_HOST_NOTIFIER,)
 
 #: Features that have no row. Never 14 (INBAND_NOTIFICATIONS) or 17 (XEN_MMAP): QEMU accepts and does not
 #: implement them.

@@ -31,8 +31,16 @@ def nic(network: NetworkNamespace, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def port(nic: EmulatedNic, tmp_path: Path) -> Iterator[PortProcess]:
-    with PortProcess(tmp_path, nic.device(0), "--host-notifiers=on", "--log-mode=software") as running:
+def driver() -> str:
+    """Which driver the port has; tests may want others."""
+    return "ifcvf"
+
+
+@pytest.fixture
+def port(nic: EmulatedNic, tmp_path: Path, driver: str) -> Iterator[PortProcess]:
+    with PortProcess(
+        tmp_path, nic.device(0, driver), "--host-notifiers=on", "--log-mode=software"
+    ) as running:
         yield running
 
 
@@ -87,6 +95,7 @@ def taken_back(*indices: int) -> list[VringArea]:
     return [VringArea(index, has_fd=False) for index in indices]
 
 
+@pytest.mark.parametrize("driver", ["ifcvf", "virtio"])
 def test_a_kick_goes_to_the_page(
     guest: NotifierFrontEnd, port: PortProcess, nic: EmulatedNic, wire: Wire
 ) -> None:
