@@ -37,11 +37,6 @@ def _packets(driver: str) -> dict[Row, Cell]:
         Row.UFO: partly(UNSHOWN).but_emulated("it has none: Linux makes no such packets any more"),
         Row.GSO: no("virtio 1.0 has taken the bit away; TSO and UFO have bits of their own"),
         Row.CTRL_RX: no("the front-end serves the control queue, and the VF never hears of a filter"),
-        Row.MTU: partly(
-            "the front-end advises the guest; one larger than the VF's is refused, but libvirt's <mtu>"
-            " does not give the front-end any",
-            "tests/e2e/test_start_and_end.py::test_mtu_of_the_nic",
-        ),
     }
 
 
@@ -108,5 +103,4 @@ def _documents(driver: str) -> dict[Row, Cell]:
     return {
         Row.USAGE_DOC: yes(f"{documents}::test_its_use_is_described[{driver}]"),
         Row.DESIGN_DOC: yes(f"{documents}::test_its_design_is_described[{driver}]"),
-        Row.PERF_DOC: no("not written yet"),
     }

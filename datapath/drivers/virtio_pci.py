@@ -17,7 +17,7 @@ from datapath.drivers.dirty_logging import LogRegisters
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
 from datapath.drivers.virtio_net_features import BESIDE, common
 from datapath.drivers.virtio_registers import wait_until
-from datapath.features import Column, Row, Way, no, yes
+from datapath.features import Column, Row, Way, no, partly, yes
 from datapath.vdpa import DeviceError, DeviceSpec, LogMode, Ring, RingState
 from datapath.virtio import PCI_TRANSITIONAL_NET, PCI_VENDOR
 
@@ -40,6 +40,8 @@ FEATURES = Column(
             note="by the relay: virtio has no dirty log",
             way=Way.PROMISED,
         ),
+        Row.MTU: partly("as with ifcvf; no guest was seen to use it with this driver"),
+        Row.PERF_DOC: no("docs/performance.md measures the driver ifcvf"),
         Row.PACKED: no("the relay, which goes on where a reset has stopped a ring, knows split rings only"),
         Row.LINUX_VFIO: yes(
             "tests/nested/test_port_over_vfio.py::test_a_front_end_passes_frames_both_ways",

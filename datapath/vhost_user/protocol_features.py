@@ -30,6 +30,7 @@ PROTOCOL_CELLS: Mapping[Row, Cell] = {
         "tests/conformance/test_host_notifiers.py::test_a_kick_goes_to_the_page",
         "tests/conformance/test_host_notifiers.py::test_without_the_bit_the_relay_works",
         "tests/conformance/test_host_notifiers_guest.py::test_kicks_of_a_guest_pass_no_relay",
+        note="where the port is told to, the VF has a page for each queue, and the guest sees it so",
     ),
     Row.PROTO_PAGEFAULT: no(
         "post-copy migration: a VF that meets a page which has not arrived cannot wait for it, its DMA fails"

@@ -59,7 +59,7 @@ def test_no_feature_goes_two_ways() -> None:
 
 
 @cache
-def tests_of_every_run() -> list[str]:
+def found_in_every_run() -> list[str]:
     """The node ids that a pytest finds in the files of all proofs, less what is left to --full."""
     files = {proof.test.partition("::")[0] for proof in declared()}
     pytest_itself = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not full"]
@@ -70,7 +70,7 @@ def tests_of_every_run() -> list[str]:
 @pytest.mark.parametrize("test", sorted({proof.test for proof in declared()}))
 def test_a_proof_is_a_test_of_every_run(test: str) -> None:
     proof = Proof("", test)
-    assert any(proof.meant(nodeid) for nodeid in tests_of_every_run())
+    assert any(proof.meant(nodeid) for nodeid in found_in_every_run())
 
 
 # What follows from it
