@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import mmap
 import os
 import resource
 import struct
@@ -255,6 +256,20 @@ def test_no_doorbell(kernel: FakeVfio, function: VfioFunction, index: Region, of
     kernel.sparse[Region.BAR4] = (Area(0x2000, 0x2000),)
     with pytest.raises(DeviceError, match=rf"no doorbell at {index.name}\+{offset:#x}: "):
         function.doorbell(index, offset, 0)
+
+
+def test_pages_for_others(kernel: FakeVfio, function: VfioFunction) -> None:
+    """A whole page, in the function's own file."""
+    kernel.sparse[Region.BAR4] = (Area(0x1000, 0x1800), Area(0x3000, 0x1000))
+    page = function.page(Region.BAR4, 0x3000)
+    assert page is not None
+    with mmap.mmap(page.fd, page.size, offset=page.offset) as mapping:
+        mapping[4:6] = b"\x01\x00"
+    assert function.read(Region.BAR4, 0x3004, 2) == 1
+    assert page.size == mmap.PAGESIZE
+    assert function.page(Region.BAR4, 0x2000) is None, "half of it can be mapped"
+    assert function.page(Region.BAR4, 0) is None
+    assert function.page(Region.CONFIG, 0) is None
 
 
 # Interrupts
