@@ -14,8 +14,8 @@ from datapath.vdpa import RingState
 
 #: Largest ring in descriptors.
 MAX_QUEUE_SIZE: int = lib.RING_MAX_SIZE
-#: Queues that are served: one receives, one transmits.
-QUEUES: int = lib.ENGINE_QUEUES
+#: Most queue pairs that an engine serves. A pair's first queue receives, the other transmits.
+MAX_PAIRS: int = lib.ENGINE_MAX_PAIRS
 #: Mappings that one VF may have.
 MAX_MAPS: int = lib.DMA_MAX_MAPS
 #: Value of a doorbell cell that nobody has rung.
@@ -53,8 +53,8 @@ class Uplink(Protocol):
     """Where the packets of a VF come from and go to."""
 
     @property
-    def fd(self) -> int:
-        """A non-blocking descriptor that gives and takes one packet at a time."""
+    def fds(self) -> tuple[int, ...]:
+        """For each queue pair a non-blocking descriptor that gives and takes one packet at a time."""
 
     @property
     def has_header(self) -> bool:
@@ -63,20 +63,30 @@ class Uplink(Protocol):
     def accept(self, features: int) -> None:
         """Leave to the driver from now on what it has accepted: checksums, segmentation."""
 
+    def use_pairs(self, pairs: int) -> None:
+        """Spread what comes over so many pairs, from the first on."""
+
 
 @dataclass(frozen=True)
 class PlainUplink:
-    """A datagram socket, or anything else that takes and gives frames alone."""
+    """Datagram sockets, or anything else that takes and gives frames; who sends them chooses the pair."""
 
-    fd: int
+    fds: tuple[int, ...]
     has_header: bool = False
 
     def accept(self, features: int) -> None:
-        """Nothing can be left to the driver."""
+        """It is the other end that says what it leaves to the driver."""
+
+    def use_pairs(self, pairs: int) -> None:
+        """It is the other end that chooses."""
 
 
 class QueueEngine(Protocol):
     """What moves the packets of a VF."""
+
+    @property
+    def pairs(self) -> int:
+        """How many queue pairs it serves."""
 
     def start_queue(self, index: int, setup: QueueSetup) -> None:
         """Program a queue.
@@ -99,6 +109,9 @@ class QueueEngine(Protocol):
     def accept(self, features: int) -> None:
         """The features that the driver has accepted: which checksums and segments may be left to whom."""
 
+    def use_pairs(self, pairs: int) -> None:
+        """How many pairs receive, from the first on."""
+
     def set_log(self, on: bool, base: int, end: int) -> None:
         """Whether pages that packets are written to are marked in the bitmap at DMA addresses base … end."""
 
@@ -106,11 +119,11 @@ class QueueEngine(Protocol):
         """No queue, no feature, no fault, no log."""
 
 
-def _doorbell_pages() -> int:
+def _doorbell_pages(queues: int) -> int:
     """A memfd with a page for each queue, nothing rung; it cannot shrink under the engine."""
     fd = os.memfd_create("doorbells", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, QUEUES * PAGE)
-    for index in range(QUEUES):
+    os.ftruncate(fd, queues * PAGE)
+    for index in range(queues):
         os.pwrite(fd, NOT_RUNG.to_bytes(2, "little"), index * PAGE)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return fd
@@ -134,7 +147,9 @@ class Engine:
         :raise OSError: when the system has no more descriptors or threads.
         """
         handle = ffi.new("struct engine **")
-        native = {"packet_fd": uplink.fd, "header": uplink.has_header, "mtu": mtu}
+        #: How many queue pairs there are.
+        self.pairs = len(uplink.fds)
+        native = {"pairs": self.pairs, "packet_fd": uplink.fds, "header": uplink.has_header, "mtu": mtu}
         _check(lib.engine_open(ffi.new("struct engine_uplink *", native), handle))
         self._uplink = uplink
         self._engine = handle[0]
@@ -167,7 +182,7 @@ class Engine:
         """
         self.close_doorbells()
         if mapped:
-            self.doorbell_fd = _doorbell_pages()
+            self.doorbell_fd = _doorbell_pages(2 * self.pairs)
         try:
             _check(
                 lib.engine_open_doorbells(self._engine, -1 if self.doorbell_fd is None else self.doorbell_fd)
@@ -175,7 +190,7 @@ class Engine:
         except OSError:
             self.close_doorbells()
             raise
-        self.kick_fds = tuple(lib.engine_kick_fd(self._engine, n) for n in range(QUEUES))
+        self.kick_fds = tuple(lib.engine_kick_fd(self._engine, n) for n in range(2 * self.pairs))
 
     def close_doorbells(self) -> None:
         """Take the doorbells away: whoever still has them rings nothing any more."""
@@ -214,7 +229,7 @@ class Engine:
             "event_idx": setup.event_idx,
             "indirect": setup.indirect,
             "mergeable": setup.mergeable,
-            "prefetch": self._prefetch if index == lib.ENGINE_RX else 0,
+            "prefetch": self._prefetch if index % 2 == lib.ENGINE_RX else 0,
         }
         _check(lib.engine_start_queue(self._engine, index, ffi.new("struct ring_setup *", native)))
 
@@ -234,6 +249,10 @@ class Engine:
     def accept(self, features: int) -> None:
         lib.engine_set_features(self._engine, features)
         self._uplink.accept(features)
+
+    def use_pairs(self, pairs: int) -> None:
+        self._uplink.use_pairs(pairs)
+        lib.engine_use_pairs(self._engine, pairs)
 
     def set_log(self, on: bool, base: int, end: int) -> None:
         lib.engine_set_log(self._engine, on, base, end)

@@ -9,10 +9,10 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from datapath.emulation.engine import QUEUES, Engine
+from datapath.emulation.engine import MAX_PAIRS, Engine
 from datapath.emulation.msix import MsixVectors
 from datapath.emulation.pci import ConfigSpace, Identity, Structure
-from datapath.emulation.virtio_net import FEATURES, VirtioNet
+from datapath.emulation.virtio_net import NetSpec, VirtioNet
 from datapath.pci import CONFIG_SIZE, PciCommand
 from datapath.vdpa import RingState
 from datapath.vfio import Region
@@ -21,8 +21,11 @@ from datapath.virtio import (
     PCI_MODERN_DEVICE_BASE,
     PCI_VENDOR,
     Common,
+    Feature,
     NetConfig,
     PciCapability,
+    Status,
+    bit,
 )
 
 #: The N3000 (DPDK drivers/vdpa/ifc/ifcvf_vdpa.c): only the subsystem sets it apart from any virtio card.
@@ -34,18 +37,48 @@ IDENTITY = Identity(
     class_code=0x020000,
 )
 PAGE = 4096
-#: One for the configuration and one for each queue, the control queue included.
-VECTORS = 1 + QUEUES + 1
-#: BAR sizes in bytes.
-BARS = {0: 4 * PAGE, 2: 4 * PAGE, 4: PAGE}
-#: Bytes of each region; what is not here is empty.
-REGION_SIZES = {Region.CONFIG: CONFIG_SIZE, **{Region(number): size for number, size in BARS.items()}}
 COMMON = Structure(0, 0, Common.SIZE)
 ISR = Structure(0, PAGE, 1)
 DEVICE = Structure(0, 2 * PAGE, NetConfig.SIZE)
-MSIX_TABLE = Structure(0, 3 * PAGE, 16 * VECTORS)
 MSIX_PENDING = Structure(0, 3 * PAGE + PAGE // 2, 8)
-NOTIFY = Structure(2, 0, (QUEUES + 1) * PAGE)
+NOTIFY_BAR = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a function depends on how many queue pairs it has."""
+
+    pairs: int
+
+    @property
+    def queues(self) -> int:
+        """Queues that are served; one more stands for the control queue."""
+        return 2 * self.pairs
+
+    @property
+    def vectors(self) -> int:
+        """One for the configuration and one for each queue, the control queue included."""
+        return 1 + self.queues + 1
+
+    @property
+    def msix_table(self) -> Structure:
+        return Structure(0, 3 * PAGE, 16 * self.vectors)
+
+    @property
+    def notify(self) -> Structure:
+        """A page for each queue."""
+        return Structure(NOTIFY_BAR, 0, (self.queues + 1) * PAGE)
+
+    @property
+    def bars(self) -> dict[int, int]:
+        """BAR sizes in bytes, powers of two."""
+        return {0: 4 * PAGE, NOTIFY_BAR: 1 << (self.notify.size - 1).bit_length(), 4: PAGE}
+
+    @property
+    def region_sizes(self) -> dict[Region, int]:
+        """Bytes of each region; what is not here is empty."""
+        return {Region.CONFIG: CONFIG_SIZE} | {Region(number): size for number, size in self.bars.items()}
+
 
 #: Bytes of the window into BARs that configuration space has, and what of its capability can be written
 #: after id and link: BAR number, offset and length.
@@ -67,11 +100,11 @@ class LiveMigration:
 
     WORDS = frozenset(
         [LOGGING_CONTROL, LOG_BASE, LOG_BASE + 4, LOG_END, LOG_END + 4, MQ]
-        + [ring_state_offset(index) for index in range(QUEUES)]
+        + [ring_state_offset(index) for index in range(2 * MAX_PAIRS)]
     )
 
     def __init__(self) -> None:
-        self._data = bytearray(BARS[4])
+        self._data = bytearray(PAGE)
 
     def read(self, offset: int, size: int) -> bytes:
         return bytes(self._data[offset : offset + size])
@@ -90,6 +123,10 @@ class LiveMigration:
     def set_ring_state(self, index: int, state: RingState) -> None:
         struct.pack_into("<HH", self._data, ring_state_offset(index), state.avail, state.used)
 
+    def pairs(self) -> int:
+        """Queue pairs in use."""
+        return int.from_bytes(self.read(MQ, 4), "little")
+
     def log(self) -> tuple[bool, int, int]:
         """Whether to log, and the DMA addresses where the bitmap begins and ends."""
         control, _, _, _, base, end = struct.unpack_from("<IIIIQQ", self._data, LOGGING_CONTROL)
@@ -99,9 +136,9 @@ class LiveMigration:
 class IfcvfNet(VirtioNet):
     """The virtio device of an IFCVF, whose queues begin and end at the state in BAR 4."""
 
-    def __init__(self, engine: Engine, vectors: MsixVectors, mac: bytes, mtu: int, features: int) -> None:
+    def __init__(self, engine: Engine, vectors: MsixVectors, spec: NetSpec) -> None:
         self.migration = LiveMigration()
-        super().__init__(engine, vectors, mac, mtu, features)
+        super().__init__(engine, vectors, spec)
 
     def reset(self) -> None:
         self.migration.reset()
@@ -109,10 +146,17 @@ class IfcvfNet(VirtioNet):
 
     def write_migration(self, offset: int, data: bytes) -> None:
         """Write a register of BAR 4."""
-        before = self.migration.log()
+        before, pairs = self.migration.log(), self.migration.pairs()
         self.migration.write(offset, data)
+        if self.migration.pairs() != pairs and self.status & Status.DRIVER_OK:
+            self._engine.use_pairs(self._receiving_pairs())
         if (log := self.migration.log()) != before:
             self._engine.set_log(*log)
+
+    def _receiving_pairs(self) -> int:
+        if not self._driver_features & bit(Feature.NET_F_MQ):
+            return 1
+        return min(max(self.migration.pairs(), 1), self._engine.pairs)
 
     def _initial_state(self, index: int) -> RingState:
         return self.migration.ring_state(index)
@@ -137,16 +181,17 @@ def _nothing(_offset: int, _data: bytes) -> None:
 class Ifcvf:
     """One IFCVF as PCI sees it: configuration space, BARs, MSI-X, reset."""
 
-    def __init__(self, engine: Engine, mac: bytes, mtu: int, features: int = FEATURES) -> None:
+    def __init__(self, engine: Engine, spec: NetSpec) -> None:
         self._engine = engine
-        self.vectors = MsixVectors(VECTORS)
-        self.net = IfcvfNet(engine, self.vectors, mac, mtu, features)
-        self._config = ConfigSpace(IDENTITY, BARS)
-        self._config.msix_capability(VECTORS, MSIX_TABLE, MSIX_PENDING)
+        self.layout = layout = Layout(engine.pairs)
+        self.vectors = MsixVectors(layout.vectors)
+        self.net = IfcvfNet(engine, self.vectors, spec)
+        self._config = ConfigSpace(IDENTITY, layout.bars)
+        self._config.msix_capability(layout.vectors, layout.msix_table, MSIX_PENDING)
         self._config.virtio_capability(PciCapability.COMMON, COMMON)
         self._config.virtio_capability(PciCapability.ISR, ISR)
         self._config.virtio_capability(PciCapability.DEVICE, DEVICE)
-        self._config.virtio_capability(PciCapability.NOTIFY, NOTIFY, struct.pack("<I", PAGE))
+        self._config.virtio_capability(PciCapability.NOTIFY, layout.notify, struct.pack("<I", PAGE))
         nowhere = Structure(0, 0, 0)
         self._window_at = self._config.virtio_capability(
             PciCapability.PCI_ACCESS, nowhere, bytes(WINDOW_SIZE), WINDOW_WRITABLE
@@ -156,8 +201,8 @@ class Ifcvf:
             _Registers(COMMON, net.read_common, net.write_common),
             _Registers(ISR, lambda _offset, _size: net.read_isr(), _nothing),
             _Registers(DEVICE, net.read_device, _nothing),
-            _Registers(NOTIFY, lambda _offset, size: bytes(size), self._notify),
-            _Registers(Structure(4, 0, BARS[4]), net.migration.read, net.write_migration),
+            _Registers(layout.notify, lambda _offset, size: bytes(size), self._notify),
+            _Registers(Structure(4, 0, layout.bars[4]), net.migration.read, net.write_migration),
         )
 
     def reset(self) -> None:
@@ -188,7 +233,7 @@ class Ifcvf:
 
     def doorbell_offsets(self) -> list[int]:
         """Where in BAR 2 each served queue is notified."""
-        return [index * PAGE for index in range(QUEUES)]
+        return [index * PAGE for index in range(self.layout.queues)]
 
     def _window(self, offset: int, size: int) -> tuple[Region, int] | None:
         """Where an access to the window of configuration space leads (virtio 1.3 section 4.1.4.9).
@@ -199,7 +244,8 @@ class Ifcvf:
         bar, at, length = struct.unpack_from("<4xB3xII", capability)
         if offset != self._window_at + 16 or size != length or size not in (1, 2, 4):
             return None
-        return (Region(bar), at) if bar in BARS and at % size == 0 and at + size <= BARS[bar] else None
+        inside = at + size <= self.layout.bars.get(bar, 0)
+        return (Region(bar), at) if inside and at % size == 0 else None
 
     def _read_bar(self, region: Region, offset: int, size: int) -> bytes:
         found = self._find(region, offset, size)
@@ -220,5 +266,5 @@ class Ifcvf:
     def _notify(self, offset: int, data: bytes) -> None:
         """A queue's number, written to its own page (virtio 1.3 section 4.1.5.2)."""
         index = int.from_bytes(data, "little")
-        if len(data) == 2 and offset == index * PAGE and index < QUEUES:
+        if len(data) == 2 and offset == index * PAGE and index < self.layout.queues:
             self._engine.kick(index)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from datapath.control import Arguments, CommandError, ControlServer
+from datapath.emulation.engine import MAX_PAIRS
 from datapath.emulation.tap import TapError
 from datapath.emulation.vf import MTU, Vf, VfSpec
 from datapath.emulation.virtio_net import FEATURES, offered
@@ -124,6 +125,12 @@ def _vfs(text: str) -> int:
     return int(text)
 
 
+def _pairs(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_PAIRS:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 to {MAX_PAIRS}")
+    return int(text)
+
+
 def _mtu(text: str) -> int:
     if not text.isdecimal() or int(text) not in MTU_RANGE:
         raise argparse.ArgumentTypeError(
@@ -186,6 +193,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="leave frames in the TAP while nobody receives; without it they are lost, as on most NICs",
     )
     parser.add_argument(
+        "--queue-pairs",
+        type=_pairs,
+        default=1,
+        metavar="N",
+        help="queue pairs of each VF, and queues of its TAP (default: 1)",
+    )
+    parser.add_argument(
         "--mtu",
         type=_mtu,
         default=MTU,
@@ -223,6 +237,7 @@ def _spec(options: argparse.Namespace, index: int) -> VfSpec:
         prefetch=options.prefetch,
         keep=options.keep,
         mtu=options.mtu,
+        queue_pairs=options.queue_pairs,
         features=offered(options.without),
     )
 

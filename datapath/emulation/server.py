@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datapath.emulation.engine import MAX_MAPS, Engine
-from datapath.emulation.ifcvf import NOTIFY, REGION_SIZES, Ifcvf
+from datapath.emulation.ifcvf import NOTIFY_BAR, Ifcvf
 from datapath.listening import ListeningSocket
 from datapath.vfio import DeviceFlag, DmaFlag, Irq, IrqFlag, Region, RegionFlag, SetIrqsFlag
 from datapath.vfio_user import (
@@ -42,7 +42,7 @@ from datapath.vfio_user import (
 
 Log = Callable[[str], None]
 #: Region of the doorbells.
-DOORBELLS = Region(NOTIFY.bar)
+DOORBELLS = Region(NOTIFY_BAR)
 DOORBELL_SIZE = 2
 PAGE = 4096
 #: What the device says of itself in VERSION.
@@ -173,7 +173,7 @@ class Session:
     def _get_region_info(self, message: Message) -> Message:
         request = RegionInfo.unpack(message.payload)
         _require(request.index < len(Region) and request.argsz >= RegionInfo.LAYOUT.size)
-        size = REGION_SIZES.get(Region(request.index), 0)
+        size = self._device.layout.region_sizes.get(Region(request.index), 0)
         flags = RegionFlag.READ | RegionFlag.WRITE if size else RegionFlag(0)
         doorbell_fd = self._engine.doorbell_fd
         if request.index != DOORBELLS or doorbell_fd is None:
@@ -210,11 +210,11 @@ class Session:
         self._device.write(region, request.offset, request.data)
         return message.reply(RegionAccess(request.offset, region, request.count).pack())
 
-    @staticmethod
-    def _accessed(request: RegionAccess) -> Region:
+    def _accessed(self, request: RegionAccess) -> Region:
         _require(request.region < len(Region))
         region = Region(request.region)
-        _require(request.count > 0 and request.offset + request.count <= REGION_SIZES.get(region, 0))
+        size = self._device.layout.region_sizes.get(region, 0)
+        _require(request.count > 0 and request.offset + request.count <= size)
         return region
 
     # Interrupts

@@ -15,7 +15,9 @@ from datapath.virtio import NET_HEADER_SIZE, Feature, bit
 
 # linux/if_tun.h and linux/sockios.h
 TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETVNETLE = 0x400454CA, 0x400454D0, 0x400454D8, 0x400454DC
-IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+TUNSETQUEUE = 0x400454D9
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x0100
+IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE = 0x0200, 0x0400
 #: Make a new interface, or fail: one of that name may be a persistent TAP of somebody else's.
 IFF_TUN_EXCL = 0x8000
 #: What the reader of a TAP can take: TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN.
@@ -37,21 +39,30 @@ class TapError(Exception):
 
 
 class Tap:
-    """A TAP that is up, and maybe in a bridge. Its descriptor does not block."""
+    """A TAP that is up, and maybe in a bridge, with a queue for each queue pair of the VF.
+
+    The kernel gives a flow to the queue that the last frame of the flow came from, and spreads the others.
+    Its descriptors do not block.
+    """
 
     has_header = True
 
-    def __init__(self, name: str, mtu: int, bridge: str | None = None) -> None:
-        """Make it.
+    def __init__(self, name: str, mtu: int, bridge: str | None = None, pairs: int = 1) -> None:
+        """Make it, with its first queue in use.
 
         :raise TapError: when it cannot be made.
         """
         if not 0 < len(name.encode()) <= MAX_NAME or "/" in name:
             raise TapError(f"TAP {name}: an interface name has 1 to {MAX_NAME} bytes and no '/'")
         self._offloads = 0
+        self._used = pairs
+        fds: list[int] = []
         with contextlib.ExitStack() as undo:
-            self.fd = _open(name)
-            undo.callback(os.close, self.fd)
+            for number in range(pairs):
+                fds.append(_open(name, first=number == 0, several=pairs > 1))
+                undo.callback(os.close, fds[-1])
+            self.fds = tuple(fds)
+            self.use_pairs(1)
             try:
                 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
                     _set_up(control, name, mtu)
@@ -66,27 +77,40 @@ class Tap:
         offloads = sum(flag for feature, flag in OFFLOADS.items() if features & bit(feature))
         if offloads == self._offloads:
             return
-        try:
-            fcntl.ioctl(self.fd, TUNSETOFFLOAD, offloads)
-        except OSError as error:
-            if error.errno != errno.EBADFD:  # somebody has removed the interface
-                raise
+        self._tell(self.fds[0], TUNSETOFFLOAD, offloads)
         self._offloads = offloads
+
+    def use_pairs(self, pairs: int) -> None:
+        """Have the kernel use so many queues. What waits in a queue that goes out of use is lost."""
+        for number in range(self._used, pairs):
+            self._tell(self.fds[number], TUNSETQUEUE, struct.pack("16xH22x", IFF_ATTACH_QUEUE))
+        for number in reversed(range(pairs, self._used)):  # the last one takes the number of one that goes
+            self._tell(self.fds[number], TUNSETQUEUE, struct.pack("16xH22x", IFF_DETACH_QUEUE))
+        self._used = pairs
 
     def send(self, frame: bytes) -> None:
         """Let a frame out as it is.
 
         :raise OSError: when the TAP takes no more.
         """
-        os.write(self.fd, bytes(NET_HEADER_SIZE) + frame)
+        os.write(self.fds[0], bytes(NET_HEADER_SIZE) + frame)
 
     def close(self) -> None:
         """Remove the interface."""
-        os.close(self.fd)
+        for fd in self.fds:
+            os.close(fd)
+
+    @staticmethod
+    def _tell(fd: int, request: int, argument: int | bytes) -> None:
+        try:
+            fcntl.ioctl(fd, request, argument)
+        except OSError as error:
+            if error.errno != errno.EBADFD:  # somebody has removed the interface
+                raise
 
 
-def _open(name: str) -> int:
-    """The descriptor of a new TAP."""
+def _open(name: str, *, first: bool, several: bool) -> int:
+    """The descriptor of a new TAP, or of one more queue of it."""
     with contextlib.ExitStack() as undo:
         try:
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -96,7 +120,8 @@ def _open(name: str) -> int:
             ) from error
         undo.callback(os.close, fd)
         try:
-            flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_TUN_EXCL
+            flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+            flags |= (IFF_TUN_EXCL if first else 0) | (IFF_MULTI_QUEUE if several else 0)
             fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
             fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", NET_HEADER_SIZE))
             fcntl.ioctl(fd, TUNSETVNETLE, struct.pack("i", 1))

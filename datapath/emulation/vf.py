@@ -4,15 +4,15 @@ import contextlib
 import errno
 import os
 import selectors
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from datapath.emulation.engine import QUEUES, Engine
+from datapath.emulation.engine import Engine, QueueCounters
 from datapath.emulation.ifcvf import Ifcvf
 from datapath.emulation.server import Session, VfServer
 from datapath.emulation.tap import Tap
-from datapath.emulation.virtio_net import FEATURES
+from datapath.emulation.virtio_net import FEATURES, NetSpec
 
 DRIVER = "ifcvf"
 #: Largest packet without its Ethernet header, in bytes, if nothing else is said (RFC 894).
@@ -40,8 +40,14 @@ class VfSpec:
     keep: bool = False
     #: Largest packet without its Ethernet header, in bytes; of the TAP as well.
     mtu: int = MTU
+    queue_pairs: int = 1
     #: Feature mask to offer.
     features: int = FEATURES
+
+
+def _total(counters: Sequence[QueueCounters]) -> QueueCounters:
+    """The sum over several queues."""
+    return QueueCounters(*(sum(numbers) for numbers in zip(*map(astuple, counters), strict=True)))
 
 
 class Vf:
@@ -56,11 +62,11 @@ class Vf:
         self._spec = spec
         self._log = log
         with contextlib.ExitStack() as undo:
-            self._tap = Tap(spec.tap, spec.mtu, spec.bridge)
+            self._tap = Tap(spec.tap, spec.mtu, spec.bridge, spec.queue_pairs)
             undo.callback(self._tap.close)
             self._engine = Engine(self._tap, spec.prefetch, spec.keep, spec.mtu)
             undo.callback(self._engine.close)
-            self._device = Ifcvf(self._engine, spec.mac, spec.mtu, spec.features)
+            self._device = Ifcvf(self._engine, NetSpec(spec.mac, spec.mtu, spec.features))
             selector.register(self._engine.fault_fd, selectors.EVENT_READ, self._fault)
             undo.callback(selector.unregister, self._engine.fault_fd)
             self._server = VfServer(
@@ -95,13 +101,14 @@ class Vf:
 
     def describe(self) -> dict[str, object]:
         """What query-devices tells about it."""
-        receive, transmit = (self._engine.count(index) for index in range(QUEUES))
+        counters = [self._engine.count(index) for index in range(2 * self._engine.pairs)]
+        receive, transmit = _total(counters[0::2]), _total(counters[1::2])
         return {
             "socket": str(self._spec.socket),
             "mac": self._spec.mac.hex(":"),
             "tap": self._spec.tap,
             "driver": DRIVER,
-            "queue_pairs": QUEUES // 2,
+            "queue_pairs": self._engine.pairs,
             "mtu": self._spec.mtu,
             "state": self._state(),
             "failure": self._device.net.failure,

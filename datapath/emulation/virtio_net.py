@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from datapath.emulation.engine import MAX_QUEUE_SIZE, QUEUES, QueueEngine, QueueSetup
+from datapath.emulation.engine import MAX_QUEUE_SIZE, QueueEngine, QueueSetup
 from datapath.emulation.msix import MsixVectors
 from datapath.vdpa import RingState
 from datapath.virtio import NET_S_LINK_UP, NO_VECTOR, Common, Feature, Status, bit
 
-#: All that there is to offer.
+#: All that there is to offer; MQ by a device with more than one queue pair.
 FEATURES = sum(
     bit(feature)
     for feature in (
@@ -31,6 +31,7 @@ FEATURES = sum(
         Feature.NET_F_HOST_ECN,
         Feature.NET_F_MRG_RXBUF,
         Feature.NET_F_STATUS,
+        Feature.NET_F_MQ,
         Feature.F_INDIRECT_DESC,
         Feature.F_EVENT_IDX,
         Feature.F_VERSION_1,
@@ -63,6 +64,17 @@ def offered(without: int) -> int:
     return features
 
 
+@dataclass(frozen=True)
+class NetSpec:
+    """What a network device is to be."""
+
+    mac: bytes
+    #: Largest packet in bytes, without its Ethernet header.
+    mtu: int
+    #: Feature mask to offer.
+    features: int = FEATURES
+
+
 @dataclass
 class Queue:
     """What the driver wrote about one queue."""
@@ -78,15 +90,12 @@ class Queue:
 class VirtioNet:
     """One virtio network device as its registers show it."""
 
-    def __init__(
-        self, engine: QueueEngine, vectors: MsixVectors, mac: bytes, mtu: int, features: int
-    ) -> None:
-        """A device in reset, with its link up, that offers these features."""
+    def __init__(self, engine: QueueEngine, vectors: MsixVectors, spec: NetSpec) -> None:
+        """A device in reset, with its link up, and as many queue pairs as the engine."""
         self._engine = engine
         self._vectors = vectors
-        self._mac = mac
-        self._mtu = mtu
-        self._features = features
+        self._spec = spec
+        self._features = spec.features & ~(bit(Feature.NET_F_MQ) if engine.pairs == 1 else 0)
         self._link_up = True
         self._bus_master = False
         self._generation = 0
@@ -116,7 +125,7 @@ class VirtioNet:
         self._config_vector = NO_VECTOR
         self._queue_select = 0
         self._isr = 0
-        self._queues = [Queue() for _ in range(QUEUES + 1)]  # the last is the control queue's
+        self._queues = [Queue() for _ in range(self._data_queues + 1)]  # the last is the control queue's
         self._connect_interrupts()
 
     def set_bus_master(self, on: bool) -> None:
@@ -185,7 +194,9 @@ class VirtioNet:
     def read_device(self, offset: int, size: int) -> bytes:
         """Read any part of the device configuration."""
         status = NET_S_LINK_UP if self._link_up else 0
-        return NET_CONFIG.pack(self._mac, status, QUEUES // 2, self._mtu)[offset : offset + size]
+        return NET_CONFIG.pack(self._spec.mac, status, self._engine.pairs, self._spec.mtu)[
+            offset : offset + size
+        ]
 
     def read_isr(self) -> bytes:
         """Read and so clear the ISR byte."""
@@ -201,7 +212,15 @@ class VirtioNet:
     def _publish_state(self, index: int, state: RingState) -> None:
         """Take note of where a queue stood that was disabled."""
 
+    def _receiving_pairs(self) -> int:
+        """How many queue pairs receive: one until the driver has said more (section 5.1.6.5.5)."""
+        return 1
+
     # Inside
+
+    @property
+    def _data_queues(self) -> int:
+        return 2 * self._engine.pairs
 
     def _writable_fields(self) -> dict[tuple[int, int], Callable[[int], None]]:
         """What may be written, by offset and bytes; a 64-bit field at once or by halves."""
@@ -240,7 +259,7 @@ class VirtioNet:
         self._vectors.signal(self._config_vector)
 
     def _connect_interrupts(self) -> None:
-        for index in range(QUEUES):
+        for index in range(self._data_queues):
             self._engine.set_call(index, self._vectors[self._queues[index].vector])
 
     def _selected(self) -> Queue | None:
@@ -263,6 +282,7 @@ class VirtioNet:
             status &= ~Status.FEATURES_OK
         if status & Status.DRIVER_OK and not self.status & Status.DRIVER_OK:
             self._engine.accept(self._driver_features & self._features)
+            self._engine.use_pairs(self._receiving_pairs())
         self.status = status
         self._update_running()
 
@@ -292,7 +312,7 @@ class VirtioNet:
         if queue is None or value not in (0, 1) or queue.enabled == bool(value):
             return
         queue.enabled = bool(value)
-        if self._queue_select >= QUEUES:
+        if self._queue_select >= self._data_queues:
             return
         if queue.enabled:
             self._start_queue(self._queue_select, queue)

@@ -91,7 +91,7 @@ static int open_descriptors(struct engine *engine)
 
 static int open_kick_fds(struct engine *engine)
 {
-    for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
+    for (unsigned int i = 0; i < engine->queues; i++) {
         int kick_fd = engine->queue[i].kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 
         /*
@@ -110,13 +110,13 @@ static int map_doorbells(struct engine *engine, int doorbell_fd)
     if (doorbell_fd < 0) {
         return 0;
     }
-    engine->doorbells = mmap(NULL, ENGINE_QUEUES * DMA_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
+    engine->doorbells = mmap(NULL, engine->queues * DMA_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
                              doorbell_fd, 0);
     if (engine->doorbells == MAP_FAILED) {
         engine->doorbells = NULL;
         return -errno;
     }
-    for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
+    for (unsigned int i = 0; i < engine->queues; i++) {
         engine->queue[i].doorbell = (uint16_t *)((uint8_t *)engine->doorbells + i * DMA_PAGE_SIZE);
     }
     return 0;
@@ -124,7 +124,7 @@ static int map_doorbells(struct engine *engine, int doorbell_fd)
 
 static void drop_doorbells(struct engine *engine)
 {
-    for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
+    for (unsigned int i = 0; i < engine->queues; i++) {
         struct queue *queue = &engine->queue[i];
 
         if (queue->kick_fd >= 0) {
@@ -136,7 +136,7 @@ static void drop_doorbells(struct engine *engine)
         queue->doorbell = NULL;
     }
     if (engine->doorbells != NULL) {
-        munmap(engine->doorbells, ENGINE_QUEUES * DMA_PAGE_SIZE);
+        munmap(engine->doorbells, engine->queues * DMA_PAGE_SIZE);
         engine->doorbells = NULL;
     }
 }
@@ -174,22 +174,37 @@ static void release(struct engine *engine)
     free(engine);
 }
 
+/* One that has no descriptors of its own yet, or NULL. */
+static struct engine *new_engine(const struct engine_uplink *uplink)
+{
+    struct engine *engine = calloc(1, sizeof(*engine) + uplink->pairs * sizeof(*engine->uplink));
+
+    if (engine == NULL) {
+        return NULL;
+    }
+    pthread_mutex_init(&engine->mutex, NULL);
+    pthread_cond_init(&engine->no_callers, NULL);
+    engine->pairs = uplink->pairs;
+    engine->queues = 2 * uplink->pairs;
+    engine->header = uplink->header;
+    engine->mtu = uplink->mtu;
+    engine->epoll_fd = engine->wake_fd = engine->fault_fd = engine->client_fd = -1;
+    for (unsigned int i = 0; i < engine->pairs; i++) {
+        engine->uplink[i].packet_fd = uplink->packet_fd[i];
+    }
+    for (unsigned int i = 0; i < engine->queues; i++) {
+        engine->queue[i].kick_fd = engine->queue[i].call_fd = -1;
+    }
+    return engine;
+}
+
 int engine_open(const struct engine_uplink *uplink, struct engine **out)
 {
-    struct engine *engine = calloc(1, sizeof(*engine));
+    struct engine *engine = new_engine(uplink);
     int result;
 
     if (engine == NULL) {
         return -ENOMEM;
-    }
-    pthread_mutex_init(&engine->mutex, NULL);
-    pthread_cond_init(&engine->no_callers, NULL);
-    engine->packet_fd = uplink->packet_fd;
-    engine->header = uplink->header;
-    engine->mtu = uplink->mtu;
-    engine->epoll_fd = engine->wake_fd = engine->fault_fd = engine->client_fd = -1;
-    for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
-        engine->queue[i].kick_fd = engine->queue[i].call_fd = -1;
     }
     result = guard_install();
     if (result == 0) {
@@ -321,14 +336,21 @@ int engine_start_queue(struct engine *engine, unsigned int index, const struct r
     return result;
 }
 
-/* The packet that waits for buffers is lost where those that come are. */
-static void drop_packet(struct engine *engine)
+static void drop_packet(struct engine *engine, unsigned int pair)
+{
+    engine->queue[rx_of(pair)].count.dropped += engine->uplink[pair].frame_length > 0;
+    engine->uplink[pair].frame_length = 0;
+}
+
+/* The packets that wait for buffers are lost where those that come are. */
+static void drop_packets(struct engine *engine)
 {
     if (engine_leaves_packets(engine)) {
         return;
     }
-    engine->queue[ENGINE_RX].count.dropped += engine->frame_length > 0;
-    engine->frame_length = 0;
+    for (unsigned int i = 0; i < engine->pairs; i++) {
+        drop_packet(engine, i);
+    }
 }
 
 struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue)
@@ -362,9 +384,18 @@ void engine_run(struct engine *engine, bool on)
     enter(engine);
     engine->running = on;
     if (!on) {
-        drop_packet(engine);
+        drop_packets(engine);
     }
     leave_and_wake(engine);
+}
+
+void engine_use_pairs(struct engine *engine, unsigned int pairs)
+{
+    enter(engine);
+    for (unsigned int i = pairs; i < engine->pairs; i++) {
+        drop_packet(engine, i);
+    }
+    leave(engine);
 }
 
 void engine_set_features(struct engine *engine, uint64_t features)
@@ -385,13 +416,13 @@ void engine_reset(struct engine *engine)
 {
     enter(engine);
     engine->running = false;
-    for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
+    for (unsigned int i = 0; i < engine->queues; i++) {
         engine->queue[i].programmed = false;
         if (engine->queue[i].doorbell != NULL) {
             __atomic_store_n(engine->queue[i].doorbell, ENGINE_NOT_RUNG, __ATOMIC_RELAXED);
         }
     }
-    drop_packet(engine);
+    drop_packets(engine);
     engine->features = 0;
     engine->fault = NULL;
     engine->log.on = false;

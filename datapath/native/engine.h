@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The packet engine of one emulated network VF: one thread that moves packets between a packet
- * descriptor (a TAP, or a datagram socket) and a receive and a transmit virtqueue. The thread sleeps
- * while there is nothing to do and polls for a short time after there was.
+ * The packet engine of one emulated network VF: one thread that moves packets between packet descriptors (the
+ * queues of a TAP, or datagram sockets) and as many pairs of a receive and a transmit virtqueue. The thread
+ * sleeps while there is nothing to do and polls for a short time after there was.
  *
  * As a device it trusts nothing that the driver wrote. A bad ring, or memory that is no longer there,
- * stops both queues until engine_reset() and is reported through engine_fault_fd().
+ * stops all queues until engine_reset() and is reported through engine_fault_fd().
  *
  * Any thread may call. When a call returns, the engine's thread has seen it: it no longer uses the
  * memory, queue or descriptor that was taken away. Functions that return int give 0 or a negative errno.
@@ -19,9 +19,10 @@
 #include "ring.h"
 
 /* cffi: begin */
+/* Queues are numbered as in section 5.1.2: that of a pair which receives is even, the other the next one. */
 #define ENGINE_RX 0
 #define ENGINE_TX 1
-#define ENGINE_QUEUES 2
+#define ENGINE_MAX_PAIRS 8
 /* A doorbell cell that nobody has rung; section 4.1.5.2: a driver stores its queue's number. */
 #define ENGINE_NOT_RUNG 0xffff
 
@@ -37,7 +38,8 @@ struct engine_counters {
 
 /* Where packets come from and go to. */
 struct engine_uplink {
-    int packet_fd;              /* non-blocking; the caller keeps it open until engine_close() */
+    unsigned int pairs;
+    int packet_fd[ENGINE_MAX_PAIRS];    /* non-blocking; the caller keeps them open until engine_close() */
     bool header;                /* each frame has a struct virtio_net_hdr_v1 before it, as on a TAP with
                                    IFF_VNET_HDR; else it is alone, and nothing can be left to the other side */
     uint16_t mtu;               /* largest packet on the wire, without its Ethernet header; 0: no limit */
@@ -100,6 +102,9 @@ void engine_set_call(struct engine *engine, unsigned int queue, int call_fd);
  */
 void engine_run(struct engine *engine, bool on);
 
+/* How many pairs receive, from the first on. What has been read for others is lost. */
+void engine_use_pairs(struct engine *engine, unsigned int pairs);
+
 /*
  * The features of virtio that the driver has accepted, of which those count that let packets be left without
  * checksum, or unsegmented. What the driver sends against them is dropped, and so is what it could not take.
@@ -109,7 +114,7 @@ void engine_set_features(struct engine *engine, uint64_t features);
 /* Set bits for pages that packets are written to; the rings themselves are not logged. */
 void engine_set_log(struct engine *engine, bool on, uint64_t base, uint64_t end);
 
-/* Take out both queues, forget a fault and features, log no more, do not run. Mappings and call descriptors stay. */
+/* Take out all queues, forget a fault and features, log no more, do not run. Mappings and call descriptors stay. */
 void engine_reset(struct engine *engine);
 
 /* What was wrong and in which queue; NULL if nothing was. */

@@ -58,11 +58,11 @@ enum delivery { DELIVERED, NO_BUFFERS, UNFIT, BAD_RING };
  * Put the packet at hand into as many buffers as it takes (section 5.1.6.4). The first one's part comes
  * last, because the header in it says how many there are.
  */
-static enum delivery deliver(struct engine *engine, struct ring *ring, bool mergeable)
+static enum delivery deliver(struct engine *engine, struct ring *ring, struct uplink *uplink)
 {
-    struct packet *packet = &engine->packet;
+    struct packet *packet = &uplink->packet;
     unsigned int buffers = 1;
-    size_t whole = NET_HEADER_SIZE + engine->frame_length, first, done;
+    size_t whole = NET_HEADER_SIZE + uplink->frame_length, first, done;
 
     if (ring_available(ring) == 0) {
         return ring->error ? BAD_RING : NO_BUFFERS;
@@ -79,7 +79,7 @@ static enum delivery deliver(struct engine *engine, struct ring *ring, bool merg
     for (done = first; done < whole; buffers++) {
         size_t part = whole - done;
 
-        if (!mergeable || buffers == ring->setup.size) {
+        if (!ring->setup.mergeable || buffers == ring->setup.size) {
             return UNFIT;
         }
         if (buffers >= ring_available(ring)) {
@@ -99,75 +99,79 @@ static enum delivery deliver(struct engine *engine, struct ring *ring, bool merg
     return DELIVERED;
 }
 
-/* Read the next packet from the uplink. Returns its bytes, 0 when there is none. */
-static size_t read_packet(struct engine *engine)
+/* Read the next packet from an uplink. Returns its bytes, 0 when there is none. */
+static size_t read_packet(struct engine *engine, unsigned int pair)
 {
-    struct packet *packet = &engine->packet;
+    struct packet *packet = &engine->uplink[pair].packet;
     void *to = engine->header ? (void *)packet : packet->frame;
     ssize_t length;
 
     packet->header = (struct virtio_net_hdr_v1){ 0 };
     do {
-        length = read(engine->packet_fd, to, engine->header ? sizeof(*packet) : sizeof(packet->frame));
+        length = read(engine->uplink[pair].packet_fd, to,
+                      engine->header ? sizeof(*packet) : sizeof(packet->frame));
     } while (length < 0 && errno == EINTR);
     if (length > 0) {
         return length;
     }
     if (length == 0 || errno != EAGAIN) {
-        engine_lose_uplink(engine);
+        engine_lose_uplink(engine, pair);
     }
     return 0;
 }
 
 /* See that a packet is at hand. */
-static bool fetch_packet(struct engine *engine)
+static bool fetch_packet(struct engine *engine, unsigned int pair)
 {
+    struct uplink *uplink = &engine->uplink[pair];
     size_t header = engine->header ? NET_HEADER_SIZE : 0;
 
-    while (engine->frame_length == 0 && !engine->uplink_lost) {
-        size_t length = read_packet(engine);
+    while (uplink->frame_length == 0 && !uplink->lost) {
+        size_t length = read_packet(engine, pair);
 
         if (length == 0) {
             return false;
         }
         if (length > header) {
-            engine->frame_length = length - header;
+            uplink->frame_length = length - header;
         }
     }
-    return engine->frame_length > 0;
+    return uplink->frame_length > 0;
 }
 
 /* Whether the packet at hand is one for the driver. One that fills its place may have been longer. */
-static bool may_deliver(struct engine *engine)
+static bool may_deliver(const struct engine *engine, struct uplink *uplink)
 {
-    struct virtio_net_hdr_v1 *header = &engine->packet.header;
+    struct virtio_net_hdr_v1 *header = &uplink->packet.header;
 
-    return engine->frame_length < MAX_FRAME && offload_receive(header, engine->features) &&
-           offload_fits(header, engine->mtu, engine->frame_length);
+    return uplink->frame_length < MAX_FRAME && offload_receive(header, engine->features) &&
+           offload_fits(header, engine->mtu, uplink->frame_length);
 }
 
-static void receive_one(struct engine *engine, struct queue *queue)
+static void receive_one(struct engine *engine, unsigned int pair)
 {
+    struct queue *queue = &engine->queue[rx_of(pair)];
+    struct uplink *uplink = &engine->uplink[pair];
     enum delivery result = UNFIT;
 
-    if (may_deliver(engine)) {
-        result = deliver(engine, &queue->ring, queue->ring.setup.mergeable);
+    if (may_deliver(engine, uplink)) {
+        result = deliver(engine, &queue->ring, uplink);
     }
     queue->held = result == NO_BUFFERS;
     switch (result) {
     case DELIVERED:
         queue->count.packets++;
-        queue->count.bytes += engine->frame_length;
-        engine->frame_length = 0;
+        queue->count.bytes += uplink->frame_length;
+        uplink->frame_length = 0;
         break;
     case UNFIT:
         queue->count.dropped++;
-        engine->frame_length = 0;
+        uplink->frame_length = 0;
         break;
     case NO_BUFFERS:
         break;
     case BAD_RING:
-        engine_break(engine, ENGINE_RX, queue->ring.error);
+        engine_break(engine, rx_of(pair), queue->ring.error);
         break;
     }
 }
@@ -184,32 +188,32 @@ static bool look_at_buffers(struct engine *engine, struct ring *ring)
     return ring->error == NULL;
 }
 
-bool packets_receive(struct engine *engine)
+bool packets_receive(struct engine *engine, unsigned int pair)
 {
-    struct queue *queue = &engine->queue[ENGINE_RX];
-    bool live = engine_is_live(engine, ENGINE_RX);
+    struct queue *queue = &engine->queue[rx_of(pair)];
+    bool live = engine_is_live(engine, rx_of(pair));
     unsigned int moved = 0;
 
     if (live && !look_at_buffers(engine, &queue->ring)) {
-        engine_break(engine, ENGINE_RX, queue->ring.error);
+        engine_break(engine, rx_of(pair), queue->ring.error);
         return false;
     }
     if (!live && engine_leaves_packets(engine)) {
         return false;
     }
-    for (; moved < BATCH && fetch_packet(engine); moved++) {
+    for (; moved < BATCH && fetch_packet(engine, pair); moved++) {
         if (!live) {            /* nobody receives: what comes is lost, as on any NIC */
             queue->count.dropped++;
-            engine->frame_length = 0;
+            engine->uplink[pair].frame_length = 0;
             continue;
         }
-        receive_one(engine, queue);
+        receive_one(engine, pair);
         if (queue->held || engine->fault != NULL) {
             break;
         }
     }
     if (live && engine->fault == NULL && moved > 0) {
-        interrupt_for(engine, ENGINE_RX);
+        interrupt_for(engine, rx_of(pair));
     }
     return moved > 0;
 }
@@ -237,10 +241,10 @@ static unsigned int take_header(struct ring_chain *chain, struct virtio_net_hdr_
 }
 
 /*
- * Write the frame that a chain holds from a segment on, after `header` if the uplink wants one. Returns the bytes
- * of the frame or a negative errno.
+ * Write the frame that a chain holds from a segment on, after `header` unless that is NULL. Returns the bytes of
+ * the frame or a negative errno.
  */
-static ssize_t write_frame(struct engine *engine, struct ring_chain *chain, unsigned int from,
+static ssize_t write_frame(const struct uplink *uplink, struct ring_chain *chain, unsigned int from,
                            struct virtio_net_hdr_v1 *header)
 {
     unsigned int segments = chain->segments - from;
@@ -248,7 +252,7 @@ static ssize_t write_frame(struct engine *engine, struct ring_chain *chain, unsi
     size_t before = 0;
     ssize_t sent;
 
-    if (engine->header) {
+    if (header != NULL) {
         if (from == 0) {
             memmove(first + 1, first, segments * sizeof(*first));
         } else {
@@ -259,7 +263,7 @@ static ssize_t write_frame(struct engine *engine, struct ring_chain *chain, unsi
         segments++;
     }
     do {
-        sent = writev(engine->packet_fd, first, segments);
+        sent = writev(uplink->packet_fd, first, segments);
     } while (sent < 0 && errno == EINTR);
     return sent < 0 ? -errno : sent - (ssize_t)before;
 }
@@ -272,8 +276,10 @@ static bool may_send(const struct engine *engine, struct virtio_net_hdr_v1 *head
 }
 
 /* Send the chain at hand. False: not now, or never (fault). */
-static bool transmit_one(struct engine *engine, struct queue *queue)
+static bool transmit_one(struct engine *engine, unsigned int pair)
 {
+    struct queue *queue = &engine->queue[tx_of(pair)];
+    const struct uplink *uplink = &engine->uplink[pair];
     struct ring_chain *chain = &engine->chain;
     size_t length = chain->bytes - NET_HEADER_SIZE;
     struct virtio_net_hdr_v1 header;
@@ -281,20 +287,20 @@ static bool transmit_one(struct engine *engine, struct queue *queue)
     ssize_t sent = -EINVAL;
 
     if (chain->bytes < NET_HEADER_SIZE) {
-        engine_break(engine, ENGINE_TX, "a transmit buffer is shorter than the packet header");
+        engine_break(engine, tx_of(pair), "a transmit buffer is shorter than the packet header");
         return false;
     }
     /* A copy: the driver must not change what has been looked at. */
     from = take_header(chain, &header);
-    if (!engine->uplink_lost && may_send(engine, &header, length)) {
-        sent = write_frame(engine, chain, from, &header);
+    if (!uplink->lost && may_send(engine, &header, length)) {
+        sent = write_frame(uplink, chain, from, engine->header ? &header : NULL);
     }
     if (sent == -EAGAIN) {
         queue->held = true;
         return false;
     }
     if (sent == -EFAULT) {
-        engine_break(engine, ENGINE_TX, "memory has gone under a transmit buffer");
+        engine_break(engine, tx_of(pair), "memory has gone under a transmit buffer");
         return false;
     }
     if (sent < 0) {             /* nothing that can be sent, or no uplink: the driver need not know */
@@ -307,27 +313,27 @@ static bool transmit_one(struct engine *engine, struct queue *queue)
     return true;
 }
 
-bool packets_transmit(struct engine *engine)
+bool packets_transmit(struct engine *engine, unsigned int pair)
 {
-    struct queue *queue = &engine->queue[ENGINE_TX];
+    struct queue *queue = &engine->queue[tx_of(pair)];
     struct ring *ring = &queue->ring;
     unsigned int moved = 0;
 
-    if (!engine_is_live(engine, ENGINE_TX)) {
+    if (!engine_is_live(engine, tx_of(pair))) {
         return false;
     }
     queue->held = false;
     if (ring_resolve(ring, &engine->dma)) {
         ring_disarm(ring);
         while (moved < BATCH && ring_available(ring) > 0 &&
-               ring_chain_at(ring, &engine->dma, 0, false, &engine->chain) && transmit_one(engine, queue)) {
+               ring_chain_at(ring, &engine->dma, 0, false, &engine->chain) && transmit_one(engine, pair)) {
             moved++;
         }
     }
     if (ring->error != NULL) {
-        engine_break(engine, ENGINE_TX, ring->error);
+        engine_break(engine, tx_of(pair), ring->error);
     } else if (moved > 0) {
-        interrupt_for(engine, ENGINE_TX);
+        interrupt_for(engine, tx_of(pair));
     }
     return moved > 0;
 }

@@ -14,10 +14,10 @@
 /* cffi: end */
 
 /*
- * Move a batch. Returns whether anything moved. To be called with the engine's mutex and under
+ * Move a batch of a queue pair. Returns whether anything moved. To be called with the engine's mutex and under
  * guard_run().
  */
-bool packets_receive(struct engine *engine);
-bool packets_transmit(struct engine *engine);
+bool packets_receive(struct engine *engine, unsigned int pair);
+bool packets_transmit(struct engine *engine, unsigned int pair);
 
 #endif

@@ -50,10 +50,10 @@ void engine_break(struct engine *engine, unsigned int queue, const char *reason)
     }
 }
 
-void engine_lose_uplink(struct engine *engine)
+void engine_lose_uplink(struct engine *engine, unsigned int pair)
 {
-    engine->uplink_lost = true;
-    engine->queue[ENGINE_TX].awake = true;      /* what waits to be sent is dropped */
+    engine->uplink[pair].lost = true;
+    engine->queue[tx_of(pair)].awake = true;    /* what waits to be sent is dropped */
 }
 
 bool engine_is_live(const struct engine *engine, unsigned int queue)
@@ -72,9 +72,9 @@ static bool arm(struct engine *engine)
 {
     bool quiet = true;
 
-    for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
+    for (unsigned int i = 0; i < engine->queues; i++) {
         struct queue *queue = &engine->queue[i];
-        bool wanted = i == ENGINE_RX ? queue->held : !queue->held;
+        bool wanted = i % 2 == ENGINE_RX ? queue->held : !queue->held;
 
         engine->serving = i;
         if (!engine_is_live(engine, i)) {
@@ -93,7 +93,7 @@ static bool arm(struct engine *engine)
 
 static void read_doorbells(struct engine *engine)
 {
-    for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
+    for (unsigned int i = 0; i < engine->queues; i++) {
         struct queue *queue = &engine->queue[i];
 
         if (queue->doorbell != NULL && engine_is_live(engine, i) &&
@@ -110,13 +110,15 @@ static void turn(void *argument)
     struct engine *engine = argument;
 
     read_doorbells(engine);
-    if (engine->queue[ENGINE_RX].awake) {
-        engine->serving = ENGINE_RX;
-        engine->worked |= packets_receive(engine);
-    }
-    if (engine->queue[ENGINE_TX].awake) {
-        engine->serving = ENGINE_TX;
-        engine->worked |= packets_transmit(engine);
+    for (unsigned int i = 0; i < engine->pairs; i++) {
+        if (engine->queue[rx_of(i)].awake) {
+            engine->serving = rx_of(i);
+            engine->worked |= packets_receive(engine, i);
+        }
+        if (engine->queue[tx_of(i)].awake) {
+            engine->serving = tx_of(i);
+            engine->worked |= packets_transmit(engine, i);
+        }
     }
     if (engine->may_sleep && !engine->worked) {
         engine->may_sleep = arm(engine);
@@ -135,27 +137,28 @@ static void take_turn(struct engine *engine)
  * Wait on the uplink for what can be used: a level-triggered event that nobody takes would not let the
  * thread sleep.
  */
-static void watch_uplink(struct engine *engine)
+static void watch_uplink(struct engine *engine, unsigned int pair)
 {
-    struct epoll_event event = { .data.u32 = TOKEN_PACKET };
-    bool no_room =
-        engine_is_live(engine, ENGINE_RX) ? engine->queue[ENGINE_RX].held : engine_leaves_packets(engine);
-    bool congested = engine_is_live(engine, ENGINE_TX) && engine->queue[ENGINE_TX].held;
+    struct uplink *uplink = &engine->uplink[pair];
+    unsigned int rx = rx_of(pair), tx = tx_of(pair);
+    struct epoll_event event = { .data.u32 = TOKEN_PACKET + pair };
+    bool no_room = engine_is_live(engine, rx) ? engine->queue[rx].held : engine_leaves_packets(engine);
+    bool congested = engine_is_live(engine, tx) && engine->queue[tx].held;
     int operation = EPOLL_CTL_MOD;
 
-    if (!engine->uplink_lost) {
+    if (!uplink->lost) {
         event.events = (no_room ? 0 : EPOLLIN) | (congested ? EPOLLOUT : 0);
     }
-    if (event.events == engine->packet_events) {
+    if (event.events == uplink->events) {
         return;
     }
     if (event.events == 0) {
         operation = EPOLL_CTL_DEL;
-    } else if (engine->packet_events == 0) {
+    } else if (uplink->events == 0) {
         operation = EPOLL_CTL_ADD;
     }
-    if (epoll_ctl(engine->epoll_fd, operation, engine->packet_fd, &event) == 0) {
-        engine->packet_events = event.events;
+    if (epoll_ctl(engine->epoll_fd, operation, uplink->packet_fd, &event) == 0) {
+        uplink->events = event.events;
     }
 }
 
@@ -167,11 +170,13 @@ static void handle_event(struct engine *engine, const struct epoll_event *event)
         drain_fd(engine->wake_fd);
     } else if (token == TOKEN_CLIENT) {
         engine->client_gone = true;
-    } else if (token == TOKEN_PACKET) {
-        engine->queue[ENGINE_RX].awake |= (event->events & EPOLLIN) != 0;
-        engine->queue[ENGINE_TX].awake |= (event->events & EPOLLOUT) != 0;
+    } else if (token >= TOKEN_PACKET) {
+        unsigned int pair = token - TOKEN_PACKET;
+
+        engine->queue[rx_of(pair)].awake |= (event->events & EPOLLIN) != 0;
+        engine->queue[tx_of(pair)].awake |= (event->events & EPOLLOUT) != 0;
         if (!(event->events & (EPOLLIN | EPOLLOUT))) {
-            engine_lose_uplink(engine);
+            engine_lose_uplink(engine, pair);
         }
     } else {
         engine->queue[token].count.kicks++;
@@ -179,15 +184,26 @@ static void handle_event(struct engine *engine, const struct epoll_event *event)
     }
 }
 
+static bool any_is_live(const struct engine *engine)
+{
+    for (unsigned int i = 0; i < engine->queues; i++) {
+        if (engine_is_live(engine, i)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* Take what has happened, and if `sleep`, wait until something does. */
 static void collect_events(struct engine *engine, bool sleep)
 {
     struct epoll_event events[TOKENS];
-    bool live = engine_is_live(engine, ENGINE_RX) || engine_is_live(engine, ENGINE_TX);
-    int longest = live && engine->doorbells != NULL ? NAP_MS : -1;
+    int longest = engine->doorbells != NULL && any_is_live(engine) ? NAP_MS : -1;
     int count;
 
-    watch_uplink(engine);
+    for (unsigned int i = 0; i < engine->pairs; i++) {
+        watch_uplink(engine, i);
+    }
     if (sleep) {
         pthread_mutex_unlock(&engine->mutex);
     }
@@ -203,7 +219,7 @@ static void collect_events(struct engine *engine, bool sleep)
 /* From now on only events bring work. One that came while nothing may move counts when it may again. */
 static void forget_awake(struct engine *engine)
 {
-    for (unsigned int i = 0; i < ENGINE_QUEUES; i++) {
+    for (unsigned int i = 0; i < engine->queues; i++) {
         engine->queue[i].awake &= engine->queue[i].programmed && !engine->running;
     }
 }

@@ -22,8 +22,15 @@
 /* Largest frame, more than an uplink takes or gives: 65535 bytes of IP payload and their headers. */
 #define MAX_FRAME 65664
 
+#define ENGINE_MAX_QUEUES (2 * ENGINE_MAX_PAIRS)
+
 /* Tokens of epoll; a queue's own number stands for its kick eventfd. */
-enum { TOKEN_PACKET = ENGINE_QUEUES, TOKEN_WAKE, TOKEN_CLIENT, TOKENS };
+enum {
+    TOKEN_PACKET = ENGINE_MAX_QUEUES,       /* of the first pair; the others follow */
+    TOKEN_WAKE = TOKEN_PACKET + ENGINE_MAX_PAIRS,
+    TOKEN_CLIENT,
+    TOKENS
+};
 
 /* As it lies in a driver's buffers, and on an uplink with headers. */
 struct packet {
@@ -43,6 +50,15 @@ struct queue {
     struct engine_counters count;
 };
 
+/* Where the packets of a queue pair come from and go to. */
+struct uplink {
+    int packet_fd;
+    uint32_t events;            /* what epoll waits for on packet_fd; 0: not registered */
+    bool lost;
+    size_t frame_length;        /* of the received packet that waits in `packet`; 0 if none does */
+    struct packet packet;
+};
+
 struct engine {
     pthread_t thread;
     /* Guards all below. The thread has it except while it sleeps or lets callers in. */
@@ -54,12 +70,9 @@ struct engine {
     int epoll_fd;
     int wake_fd;
     int fault_fd;
-    int packet_fd;
-    bool header;                /* packet_fd has a header before each frame */
+    bool header;                /* uplinks have a header before each frame */
     uint16_t mtu;               /* 0: no limit */
     int client_fd;              /* -1: none */
-    uint32_t packet_events;     /* what epoll waits for on packet_fd; 0: not registered */
-    bool uplink_lost;
     bool keeps_packets;
     void *doorbells;
 
@@ -68,7 +81,8 @@ struct engine {
     bool client_gone;
     const char *fault;
     unsigned int fault_queue;
-    struct queue queue[ENGINE_QUEUES];
+    unsigned int queues;        /* twice the pairs */
+    struct queue queue[ENGINE_MAX_QUEUES];
     struct dma_table dma;
     struct dma_log log;
 
@@ -77,22 +91,34 @@ struct engine {
     bool worked;
     unsigned int serving;
 
-    size_t frame_length;        /* of the received packet that waits in `packet`; 0 if none does */
-    struct packet packet;
     struct ring_chain first;
     struct ring_chain chain;
     struct ring_element used[RING_MAX_SIZE];
+
+    unsigned int pairs;
+    struct uplink uplink[];     /* one a pair */
 };
 
 /* For eventfds that no client has: they do not block, and a full counter is as good as one more. */
 void signal_fd(int fd);
 void drain_fd(int fd);
 
-/* Stop both queues until a reset, and say so. Only the first reason counts. */
+/* Stop all queues until a reset, and say so. Only the first reason counts. */
 void engine_break(struct engine *engine, unsigned int queue, const char *reason);
 
-/* The uplink is gone for good: nothing comes any more, and what is sent is dropped. */
-void engine_lose_uplink(struct engine *engine);
+/* The numbers of a pair's queues. */
+static inline unsigned int rx_of(unsigned int pair)
+{
+    return 2 * pair + ENGINE_RX;
+}
+
+static inline unsigned int tx_of(unsigned int pair)
+{
+    return 2 * pair + ENGINE_TX;
+}
+
+/* A pair's uplink is gone for good: nothing comes any more, and what is sent is dropped. */
+void engine_lose_uplink(struct engine *engine, unsigned int pair);
 
 /* Whether a queue may touch the driver's memory. */
 bool engine_is_live(const struct engine *engine, unsigned int queue);

@@ -503,7 +503,7 @@ def test_an_engine_without_work_sleeps(starved: bool) -> None:
 def test_calls_get_through_under_load() -> None:
     """A source of packets that never ends keeps the engine from ever sleeping."""
     zero = os.open("/dev/zero", os.O_RDWR)
-    engine = Engine(PlainUplink(zero))
+    engine = Engine(PlainUplink((zero,)))
     engine.kick(RX)  # /dev/zero cannot be polled: this makes the engine read
     wait_for(lambda: engine.count(RX).dropped > 1000, "load")
     begin = time.monotonic()

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 
-from datapath.emulation.engine import QUEUES
 from datapath.native._native import ffi, lib
 from tests.harness.nic_engine import (
     DEADLINE,
@@ -371,7 +370,7 @@ UNGUARDED = """
 import ctypes, mmap, os
 from datapath.native._native import ffi, lib
 handle = ffi.new("struct engine **")
-uplink = ffi.new("struct engine_uplink *", {"packet_fd": os.eventfd(0, os.EFD_NONBLOCK)})
+uplink = ffi.new("struct engine_uplink *", {"pairs": 1, "packet_fd": [os.eventfd(0, os.EFD_NONBLOCK)]})
 assert lib.engine_open(uplink, handle) == 0
 fd = os.memfd_create("x")
 os.ftruncate(fd, 4096)
@@ -407,7 +406,7 @@ def test_no_engine_without_descriptors() -> None:
         handle = ffi.new("struct engine **")
         resource.setrlimit(resource.RLIMIT_NOFILE, (first_refused, limit[1]))
         try:
-            uplink = ffi.new("struct engine_uplink *", {"packet_fd": -1})
+            uplink = ffi.new("struct engine_uplink *", {"pairs": 1, "packet_fd": [-1]})
             assert lib.engine_open(uplink, handle) == -errno.EMFILE
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
@@ -430,7 +429,7 @@ def test_doorbells_are_of_one_client(mapped: bool) -> None:
     with bench(mapped_doorbells=mapped) as b:
         kicks = [os.dup(fd) for fd in b.engine.kick_fds]
         memory = b.engine.doorbell_fd
-        pages = bytearray(QUEUES * PAGE) if memory is None else mmap.mmap(memory, 0)
+        pages = bytearray(2 * PAGE) if memory is None else mmap.mmap(memory, 0)
         for fd in kicks:
             os.eventfd_write(fd, (1 << 64) - 2)
         wait_for(lambda: b.engine.count(TX).kicks == 1, "the last that it hears of them")

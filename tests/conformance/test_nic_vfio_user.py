@@ -749,6 +749,8 @@ def test_ends_and_leaves_nothing(tmp_path: Path, end: signal.Signals | None) -> 
         (["--folder={}", "--vfs=0"], 2, "1 to 64"),
         (["--folder={}", "--vfs=65"], 2, "1 to 64"),
         (["--folder={}", "--prefetch=-1"], 2, "0 to 65535"),
+        (["--folder={}", "--queue-pairs=0"], 2, "1 to 8"),
+        (["--folder={}", "--queue-pairs=9"], 2, "1 to 8"),
         (["--folder={}", "--mtu=67"], 2, "from 68 to 9000"),
         (["--folder={}", "--mtu=9001"], 2, "from 68 to 9000"),
         (["--folder={}", "--without=csum,speed"], 2, "'speed' is no feature that can be withheld"),

@@ -42,7 +42,9 @@ VIRTIO = bit(Feature.F_VERSION_1) | bit(Feature.NET_F_MAC)
 
 
 class FrontEnd(abc.ABC):
-    """One front-end with guest memory and a pair of rings."""
+    """One front-end with guest memory and a pair of rings; a class of its own may have more."""
+
+    pairs = 1
 
     def __init__(self, protocol: int = PROTOCOL_FEATURES) -> None:
         self.protocol = protocol
@@ -58,7 +60,12 @@ class FrontEnd(abc.ABC):
         """
         for queue in self.queues:
             queue.close()
-        self.queues = [Virtqueue(self.memory, address + RING_STRIDE * index) for index in (0, 1)]
+        self.queues = [Virtqueue(self.memory, address + RING_STRIDE * index) for index in self.indices]
+
+    @property
+    def indices(self) -> range:
+        """The numbers of its rings."""
+        return range(2 * self.pairs)
 
     @abc.abstractmethod
     def tell(self, request: int, payload: Any = None, *fds: int) -> Any:
@@ -105,8 +112,8 @@ class FrontEnd(abc.ABC):
         self.tell(Request.SET_VRING_CALL, VringFd(index, True), queue.call_fd)
 
     def enable(self, on: bool = True) -> None:
-        """Both rings on or off."""
-        for index in (0, 1):
+        """All rings on or off."""
+        for index in self.indices:
             self.tell(Request.SET_VRING_ENABLE, VringState(index, int(on)))
 
     def driver_ok(self) -> None:
@@ -133,7 +140,7 @@ class FrontEnd(abc.ABC):
         """STOP as QEMU 8.1 sends it, or with the status before the bases, as 7.2 does; the bases."""
         if status_first and self.has(ProtocolFeature.STATUS):
             self.tell(Request.SET_STATUS, 0)
-        states = [self.tell(Request.GET_VRING_BASE, VringState(index, 0)) for index in (0, 1)]
+        states = [self.tell(Request.GET_VRING_BASE, VringState(index, 0)) for index in self.indices]
         if not status_first and self.has(ProtocolFeature.STATUS):
             self.tell(Request.SET_STATUS, 0)
         return [state.num for state in states]

@@ -135,7 +135,7 @@ def bench(
         rx, tx = (Virtqueue(memory, at, size, start) for at in (RX_RING, TX_RING))
         stack.callback(rx.close)
         stack.callback(tx.close)
-        engine = Engine(PlainUplink(uplink.fileno(), has_header), prefetch, mtu=mtu)
+        engine = Engine(PlainUplink((uplink.fileno(),), has_header), prefetch, mtu=mtu)
         stack.callback(engine.close)
         engine.open_doorbells(mapped_doorbells)
         engine.map(0, MEMORY_SIZE, memory.fd, 0, writable=True)

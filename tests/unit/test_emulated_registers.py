@@ -10,8 +10,8 @@ import pytest
 
 from datapath.bus.pci import PciIds, virtio_structures
 from datapath.emulation.engine import MAX_QUEUE_SIZE, Engine, QueueSetup
-from datapath.emulation.ifcvf import BARS, REGION_SIZES, VECTORS, Ifcvf, ring_state_offset
-from datapath.emulation.virtio_net import FEATURES, offered
+from datapath.emulation.ifcvf import MQ, Ifcvf, Layout, ring_state_offset
+from datapath.emulation.virtio_net import FEATURES, NetSpec, offered
 from datapath.pci import PciCommand
 from datapath.vdpa import RingState
 from datapath.vfio import Region
@@ -20,13 +20,18 @@ from datapath.virtio import NO_VECTOR, Common, Feature, NetConfig, PciCapability
 MAC = bytes.fromhex("020000000001")
 MTU = 1500
 DEVICE_CONFIG = 0x2000
+LAYOUT = Layout(1)
+#: By a device with one queue pair.
+OFFERED = FEATURES & ~bit(Feature.NET_F_MQ)
 ACCEPTABLE = bit(Feature.F_VERSION_1) | bit(Feature.F_EVENT_IDX)
 
 
 class NotedEngine:
     """What the register model asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, pairs: int) -> None:
+        self.pairs = pairs
+        self.used_pairs = 0
         self.queues: dict[int, QueueSetup] = {}
         self.running = False
         self.log: tuple[bool, int, int] = (False, 0, 0)
@@ -56,6 +61,9 @@ class NotedEngine:
     def accept(self, features: int) -> None:
         self.features = features
 
+    def use_pairs(self, pairs: int) -> None:
+        self.used_pairs = pairs
+
     def set_log(self, on: bool, base: int, end: int) -> None:
         self.log = (on, base, end)
 
@@ -69,9 +77,9 @@ class NotedEngine:
 class Function:
     """The function with shorter words for register accesses."""
 
-    def __init__(self, features: int = FEATURES) -> None:
-        self.engine = NotedEngine()
-        self.device = Ifcvf(cast(Engine, self.engine), MAC, MTU, features)
+    def __init__(self, features: int = FEATURES, pairs: int = 1) -> None:
+        self.engine = NotedEngine(pairs)
+        self.device = Ifcvf(cast(Engine, self.engine), NetSpec(MAC, MTU, features))
         self.command(PciCommand.MEMORY | PciCommand.MASTER)
 
     def command(self, value: PciCommand) -> None:
@@ -129,7 +137,7 @@ def test_identity(function: Function) -> None:
 def test_structures_are_where_a_driver_finds_them(function: Function) -> None:
     """Judged by the driver's own reader of capabilities."""
     space = function.device.read(Region.CONFIG, 0, 256)
-    found = virtio_structures(space, lambda bar: REGION_SIZES.get(Region(bar), 0))
+    found = virtio_structures(space, lambda bar: LAYOUT.region_sizes.get(Region(bar), 0))
     assert {kind: structure.bar for kind, structure in found.items()} == {
         PciCapability.COMMON: 0,
         PciCapability.ISR: 0,
@@ -144,11 +152,11 @@ def test_msix_capability(function: Function) -> None:
     while space[at] != 0x11:
         at = space[at + 1]
     control, table, pending = struct.unpack_from("<HII", space, at + 2)
-    assert control == VECTORS - 1
+    assert control == LAYOUT.vectors - 1
     assert (table & 7, pending & 7) == (0, 0)
     assert table & ~7 != pending & ~7
     function.write(Region.CONFIG, at + 2, 2, 0xFFFF)
-    assert function.read(Region.CONFIG, at + 2, 2) == 0xC000 | VECTORS - 1
+    assert function.read(Region.CONFIG, at + 2, 2) == 0xC000 | LAYOUT.vectors - 1
 
 
 def test_window_of_configuration_space(function: Function) -> None:
@@ -186,14 +194,14 @@ def test_window_of_configuration_space(function: Function) -> None:
     assert function.read(Region.CONFIG, at + 16, 1) == 2
 
 
-@pytest.mark.parametrize("number", BARS)
+@pytest.mark.parametrize("number", LAYOUT.bars)
 def test_bars_can_be_sized(function: Function, number: int) -> None:
     at = 0x10 + 4 * number
     function.write(Region.CONFIG, at, 4, 0xFFFFFFFF)
     function.write(Region.CONFIG, at + 4, 4, 0xFFFFFFFF)
     value = function.read(Region.CONFIG, at, 8)
     assert value & 0xF == 4  # 64-bit memory
-    assert -(value & ~0xF) & (1 << 64) - 1 == BARS[number]
+    assert -(value & ~0xF) & (1 << 64) - 1 == LAYOUT.bars[number]
 
 
 def test_ids_cannot_be_written(function: Function) -> None:
@@ -207,14 +215,15 @@ def test_features_are_offered_in_two_words(function: Function) -> None:
     for select in (0, 1, 2):
         function.set_common(Common.DEVICE_FEATURE_SELECT, 4, select)
         words.append(function.common(Common.DEVICE_FEATURE, 4))
-    assert words == [FEATURES & 0xFFFFFFFF, FEATURES >> 32, 0]
+    assert words == [OFFERED & 0xFFFFFFFF, OFFERED >> 32, 0]
 
 
 @pytest.mark.parametrize(
     ("features", "accepted"),
     [
         (ACCEPTABLE, True),
-        (FEATURES, True),
+        (OFFERED, True),
+        (FEATURES, False),
         (bit(Feature.F_EVENT_IDX), False),
         (ACCEPTABLE | bit(Feature.NET_F_GUEST_UFO), False),
         (ACCEPTABLE | bit(Feature.F_RING_PACKED), False),
@@ -315,8 +324,8 @@ def test_reset_forgets(function: Function) -> None:
     ("register", "value", "shown"),
     [
         (Common.CONFIG_MSIX_VECTOR, 0, 0),
-        (Common.CONFIG_MSIX_VECTOR, VECTORS, NO_VECTOR),
-        (Common.QUEUE_MSIX_VECTOR, VECTORS - 1, VECTORS - 1),
+        (Common.CONFIG_MSIX_VECTOR, LAYOUT.vectors, NO_VECTOR),
+        (Common.QUEUE_MSIX_VECTOR, LAYOUT.vectors - 1, LAYOUT.vectors - 1),
         (Common.QUEUE_MSIX_VECTOR, 0x1000, NO_VECTOR),
     ],
 )
@@ -398,7 +407,7 @@ def test_a_queue_that_cannot_be_is_a_failure(function: Function) -> None:
 def test_any_access_is_answered(function: Function, width: int) -> None:
     """Reads and writes of every place and width: the model may ignore them, but not fall over."""
     function.negotiate()
-    for region, size in REGION_SIZES.items():
+    for region, size in LAYOUT.region_sizes.items():
         places = range(0, size - width + 1, 1 if region is Region.CONFIG else 4)
         for offset in places:
             assert len(function.device.read(region, offset, width)) == width
@@ -434,3 +443,43 @@ def test_what_is_withheld_is_neither_offered_nor_taken() -> None:
     function = Function(offered(bit(Feature.NET_F_CSUM)))
     assert not function.common(Common.DEVICE_FEATURE, 4) & bit(Feature.NET_F_CSUM)
     assert not function.negotiate(ACCEPTABLE | bit(Feature.NET_F_CSUM)) & Status.FEATURES_OK
+
+
+def test_a_device_with_several_queue_pairs() -> None:
+    function = Function(pairs=4)
+    assert function.common(Common.DEVICE_FEATURE, 4) & bit(Feature.NET_F_MQ)
+    assert function.common(Common.NUM_QUEUES, 2) == 9
+    assert function.read(Region.BAR0, DEVICE_CONFIG + NetConfig.MAX_VIRTQUEUE_PAIRS, 2) == 4
+    assert len(function.device.vectors) == 10
+    sizes = function.device.layout.region_sizes
+    assert (sizes[Region.BAR0], sizes[Region.BAR2], sizes[Region.BAR4]) == (0x4000, 0x10000, 0x1000)
+    space = function.device.read(Region.CONFIG, 0, 256)
+    found = virtio_structures(space, lambda bar: sizes.get(Region(bar), 0))
+    assert found[PciCapability.NOTIFY].length == 9 * 4096
+
+
+def test_ring_states_of_all_pairs() -> None:
+    function = Function(pairs=8)
+    places = [ring_state_offset(index) for index in range(16)]
+    for number, at in enumerate(places):
+        function.write(Region.BAR4, at, 4, number << 16 | number)
+    assert [function.read(Region.BAR4, at, 4) for at in places] == [n << 16 | n for n in range(16)]
+    function.negotiate()
+    function.write(Region.BAR4, ring_state_offset(15), 4, 0x00070007)
+    function.enable(15)
+    assert function.engine.queues[15].state == RingState(7, 7)
+
+
+@pytest.mark.parametrize(("features", "used"), [(bit(Feature.NET_F_MQ), 3), (0, 1)])
+def test_packets_come_in_the_pairs_that_the_driver_uses(features: int, used: int) -> None:
+    """BAR 4 + 0x28 says how many; without NET_F_MQ it is one (section 5.1.6.5.5)."""
+    function = Function(pairs=4)
+    function.negotiate(ACCEPTABLE | features)
+    function.write(Region.BAR4, MQ, 4, 3)
+    assert function.engine.used_pairs == 0
+    function.set_common(Common.DEVICE_STATUS, 1, function.status | Status.DRIVER_OK)
+    assert function.engine.used_pairs == used
+    function.write(Region.BAR4, MQ, 4, 400)
+    assert function.engine.used_pairs == (4 if features else 1)
+    function.write(Region.BAR4, MQ, 4, 0)
+    assert function.engine.used_pairs == 1

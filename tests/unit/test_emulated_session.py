@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from datapath.emulation.engine import Engine
 from datapath.emulation.ifcvf import Ifcvf
 from datapath.emulation.server import Session
+from datapath.emulation.virtio_net import NetSpec
 from datapath.vdpa import RingState
 from datapath.vfio_user import Command, Message, ProtocolError, Version
 
@@ -19,6 +20,7 @@ from datapath.vfio_user import Command, Message, ProtocolError, Version
 class NoEngine:
     """An engine without thread and memory."""
 
+    pairs = 1
     kick_fds = (-1, -1)
     doorbell_fd: int | None = None
 
@@ -53,13 +55,14 @@ class NoEngine:
 
     def run(self, on: bool) -> None: ...
     def accept(self, features: int) -> None: ...
+    def use_pairs(self, pairs: int) -> None: ...
     def set_log(self, on: bool, base: int, end: int) -> None: ...
     def reset(self) -> None: ...
 
 
 def session(negotiated: bool = True) -> Session:
     engine = cast(Engine, NoEngine())
-    new = Session(Ifcvf(engine, b"\2\0\0\0\0\1", 1500), engine, mapped_doorbells=False, client_fd=-1)
+    new = Session(Ifcvf(engine, NetSpec(b"\2\0\0\0\0\1", 1500)), engine, mapped_doorbells=False, client_fd=-1)
     if negotiated:
         new.handle(Message(0, Command.VERSION, payload=Version().pack()))
     return new

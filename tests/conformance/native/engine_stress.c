@@ -208,7 +208,7 @@ int main(int argc, char **argv)
     memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     require(memory != MAP_FAILED, "mmap");
     require(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK, 0, sockets) == 0, "socketpair");
-    require(engine_open(&(struct engine_uplink){ .packet_fd = sockets[0] }, &engine) == 0, "engine_open");
+    require(engine_open(&(struct engine_uplink){ .pairs = 1, .packet_fd = { sockets[0] } }, &engine) == 0, "engine_open");
     require(engine_open_doorbells(engine, -1) == 0, "engine_open_doorbells");
     require(engine_map(engine, 0, MEMORY, fd, 0, true) == 0, "engine_map");
     exchange_packets(engine, sockets[1]);
