@@ -55,7 +55,8 @@ class Tap:
         if not 0 < len(name.encode()) <= MAX_NAME or "/" in name:
             raise TapError(f"TAP {name}: an interface name has 1 to {MAX_NAME} bytes and no '/'")
         self._offloads = 0
-        self._used = pairs
+        #: Queues that the kernel uses, from the first on.
+        self.used_pairs = pairs
         fds: list[int] = []
         with contextlib.ExitStack() as undo:
             for number in range(pairs):
@@ -82,11 +83,12 @@ class Tap:
 
     def use_pairs(self, pairs: int) -> None:
         """Have the kernel use so many queues. What waits in a queue that goes out of use is lost."""
-        for number in range(self._used, pairs):
+        for number in range(self.used_pairs, pairs):
             self._tell(self.fds[number], TUNSETQUEUE, struct.pack("16xH22x", IFF_ATTACH_QUEUE))
-        for number in reversed(range(pairs, self._used)):  # the last one takes the number of one that goes
+        # From the end, for the last queue takes the place of one that goes.
+        for number in reversed(range(pairs, self.used_pairs)):
             self._tell(self.fds[number], TUNSETQUEUE, struct.pack("16xH22x", IFF_DETACH_QUEUE))
-        self._used = pairs
+        self.used_pairs = pairs
 
     def send(self, frame: bytes) -> None:
         """Let a frame out as it is.

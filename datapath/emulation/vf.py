@@ -109,6 +109,7 @@ class Vf:
             "tap": self._spec.tap,
             "driver": DRIVER,
             "queue_pairs": self._engine.pairs,
+            "queue_pairs_in_use": self._tap.used_pairs,
             "mtu": self._spec.mtu,
             "state": self._state(),
             "failure": self._device.net.failure,

@@ -5,6 +5,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,17 @@ from tests.harness.front_end import BUFFERS, MEMORY_SIZE, VIRTIO, SocketFrontEnd
 from tests.harness.netns import NetworkNamespace
 from tests.harness.offloads import PORTS, SOURCE, TARGET, UDP, IpPacket, payload_of
 from tests.harness.processes import wait_for
-from tests.harness.virtqueue import Buffer
+from tests.harness.raw_vfio_user import (
+    COMMON_BAR,
+    DEVICE_CONFIG,
+    LM_BAR,
+    MSIX,
+    RX_DATA,
+    TX_DATA,
+    RawClient,
+    RawDriver,
+)
+from tests.harness.virtqueue import Buffer, Virtqueue
 
 PAIRS = 4
 MQ = VIRTIO | bit(Feature.NET_F_MQ)
@@ -119,6 +130,11 @@ def guest(port: PortProcess) -> Iterator[Guest]:
         yield peer
 
 
+def uses(nic: EmulatedNic, pairs: int) -> bool:
+    """Whether the VF receives in so many pairs."""
+    return bool(nic.query(0)["queue_pairs_in_use"] == pairs)
+
+
 def pairs_of_flows(nic: EmulatedNic, guest: Guest) -> dict[int, int]:
     """Let a frame of each flow come; which pair each came in."""
     came: dict[int, int] = {}
@@ -155,6 +171,8 @@ def test_the_number_of_queues_changes_while_running(nic: EmulatedNic, guest: Gue
         guest.transmit(flow % PAIRS, flow)
     for pairs in (2, 1, 3, PAIRS):
         guest.use_pairs(pairs)
+        # The word of it is under way; frames in a queue that goes out of use are lost.
+        wait_for("the NIC to hear of it", partial(uses, nic, pairs), 5)
         assert set(pairs_of_flows(nic, guest).values()) <= set(range(pairs))
         for flow in FLOWS:
             guest.transmit(flow % pairs, flow)
@@ -222,3 +240,38 @@ def test_a_nic_with_one_pair_offers_no_more(tmp_path: Path) -> None:
         peer.connect()
         assert not peer.tell(Request.GET_FEATURES) & bit(Feature.NET_F_MQ)
         assert peer.tell(Request.GET_QUEUE_NUM) == 1
+
+
+@pytest.mark.parametrize("doorbell", ["eventfd", "mapped"])
+def test_the_raw_device_has_as_many_queues(tmp_path: Path, doorbell: str) -> None:
+    """Driven by messages, doorbells and registers alone: the last pair sends and receives like the first."""
+    options = (f"--queue-pairs={PAIRS}", f"--doorbell={doorbell}")
+    with (
+        NetworkNamespace() as network,
+        EmulatedNic(tmp_path, network, 1, *options) as running,
+        closing(RawDriver(RawClient(running.folder / "vf0.sock"))) as driver,
+        network.packet_socket("vf0") as wire,
+    ):
+        driver.start(1 << 32 | bit(Feature.NET_F_MQ))
+        assert driver.client.read(COMMON_BAR, 0x12, 2) == 2 * PAIRS + 1
+        assert driver.client.read(COMMON_BAR, DEVICE_CONFIG + 8, 2) == PAIRS
+        last = [Virtqueue(driver.memory, 0x30000 + 0x10000 * n) for n in (0, 1)]
+        calls = tuple(queue.call_fd for queue in last)
+        driver.client.set_irqs(0x24, MSIX, 1 + rx(PAIRS - 1), 2, calls)
+        for index, queue in zip((rx(PAIRS - 1), tx(PAIRS - 1)), last, strict=True):
+            driver.enable(index, queue)
+        driver.client.write(LM_BAR, 0x28, 4, PAIRS)
+        driver.memory.write(TX_DATA, bytes(NET_HEADER_SIZE) + outgoing(1))
+        last[1].add(Buffer(TX_DATA, NET_HEADER_SIZE + len(outgoing(1))))
+        driver.kick(tx(PAIRS - 1))
+        last[1].wait_used()
+        last[0].add(Buffer(RX_DATA, BUFFER_SIZE, writable=True))
+        driver.kick(rx(PAIRS - 1))
+        wire.send(incoming(1))
+        ((_, length),) = last[0].wait_used()
+        assert driver.memory.read(RX_DATA, length)[NET_HEADER_SIZE:] == incoming(1)
+        driver.client.write(COMMON_BAR, 0x16, 2, tx(PAIRS - 1))
+        driver.client.write(COMMON_BAR, 0x1C, 2, 0)
+        assert driver.client.read(LM_BAR, 0x20 + 0x40 * (PAIRS - 1) + 4, 4) == 1 << 16 | 1
+        for queue in last:
+            queue.close()
