@@ -37,10 +37,15 @@ def driver() -> str:
 
 
 @pytest.fixture
-def port(nic: EmulatedNic, tmp_path: Path, driver: str) -> Iterator[PortProcess]:
-    with PortProcess(
-        tmp_path, nic.device(0, driver), "--host-notifiers=on", "--log-mode=software"
-    ) as running:
+def log_mode() -> str:
+    """Who marks what the VF writes."""
+    return "software"
+
+
+@pytest.fixture
+def port(nic: EmulatedNic, tmp_path: Path, driver: str, log_mode: str) -> Iterator[PortProcess]:
+    options = ("--host-notifiers=on", f"--log-mode={log_mode}")
+    with PortProcess(tmp_path, nic.device(0, driver), *options) as running:
         yield running
 
 
@@ -151,6 +156,23 @@ def test_rings_that_are_relayed_are_kicked_at_the_relay(
         both_ways(guest, wire, 340 + 100 * turn)
         assert kicks(port) == before
     assert port.log_lines()[1:] == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("log_mode", ["hardware"])
+def test_rings_that_the_vf_logs_are_kicked_at_the_relay(
+    guest: NotifierFrontEnd, port: PortProcess, wire: Wire
+) -> None:
+    """A page that is mapped would keep a killed port's VF going, when its guest is about to leave."""
+    offer_buffers(guest, 8)
+    switch_logging(guest, True)
+    assert guest.serve(2) == taken_back(RX, TX)
+    assert port.status()["shadowed"] is False
+    before = kicks(port)["kicks.1"]
+    both_ways(guest, wire, 300)
+    assert kicks(port)["kicks.1"] > before
+    switch_logging(guest, False)
+    assert [area.has_fd for area in guest.serve(2)] == [True, True]
 
 
 @pytest.mark.full

@@ -66,7 +66,9 @@ class Machine:
 
 
 @contextmanager
-def machine(folder: Path, qemu: str, *options: str) -> Iterator[Machine]:
+def machine(folder: Path, qemu: str, *options: str, incoming: str | None = None) -> Iterator[Machine]:
+    """A guest that has started, or one that waits for its memory and state."""
+    folder.mkdir(exist_ok=True)
     find, reconnect = QEMUS[qemu]
     with ExitStack() as stack:
         network = stack.enter_context(NetworkNamespace())
@@ -76,12 +78,20 @@ def machine(folder: Path, qemu: str, *options: str) -> Iterator[Machine]:
         port = stack.enter_context(
             PortProcess(folder, nic.device(0), "--host-notifiers=auto", "--log-mode=software")
         )
-        guest = stack.enter_context(
-            VhostUserGuest(folder, port.socket, f"{GUEST}/24", *options, qemu=find(), reconnect=reconnect)
+        guest = VhostUserGuest(
+            folder,
+            port.socket,
+            f"{GUEST}/24",
+            *options,
+            qemu=find(),
+            reconnect=reconnect,
+            incoming=incoming,
         )
-        stack.enter_context(Console(guest.terminal))
+        stack.enter_context(guest)
         made = Machine(network, port, guest)
-        made.wait_up()
+        if incoming is None:
+            stack.enter_context(Console(guest.terminal))
+            made.wait_up()
         yield made
 
 
@@ -122,3 +132,24 @@ def test_kicks_of_a_guest_without_pages_pass_the_relay(tmp_path: Path) -> None:
         assert ["needs page_per_vq" in line for line in said] == [True]
         made.wait_given(False)
         assert made.relayed() >= PINGS
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("qemu", QEMUS)
+def test_a_guest_takes_its_kicks_along(tmp_path: Path, qemu: str) -> None:
+    """It moves, and writes to the doorbells of another VF."""
+    place = f"unix:{tmp_path}/moving"
+    with (
+        machine(tmp_path / "to", qemu, "page-per-vq=on", incoming=place) as there,
+        machine(tmp_path / "from", qemu, "page-per-vq=on") as here,
+    ):
+        here.wait_given(True)
+        ask(here.guest.qmp, "migrate-set-parameters", **{"max-bandwidth": 1 << 30})
+        ask(here.guest.qmp, "migrate", uri=place)
+        here.guest.wait_for(
+            "its end", lambda: ask(here.guest.qmp, "query-migrate").get("status") == "completed", 60
+        )
+        there.wait_given(True)
+        there.wait_up()
+        assert there.relayed() == 0
+        assert [made.port.log_lines()[1:] for made in (here, there)] == [[], []]
