@@ -359,13 +359,22 @@ class Backend:
     def _get_max_mem_slots(self, _message: Message) -> int:
         return guest_memory.MAX_SLOTS
 
+    # QEMU before 8.1 tells of a region once for each queue pair, and takes it back as often.
+
     def _add_mem_reg(self, message: Message) -> None:
+        if message.fds and self.memory.holds(message.payload, message.fds[0]):
+            return
         if len(self.memory) >= guest_memory.MAX_SLOTS:
             raise ProtocolError(f"more than {guest_memory.MAX_SLOTS} memory regions")
         self._learn(message.payload, message.take_fd())
 
     def _rem_mem_reg(self, message: Message) -> None:
-        mapping = self.memory.find(message.payload)
+        try:
+            mapping = self.memory.find(message.payload)
+        except ProtocolError:
+            if self.device.queue_pairs > 1:
+                return
+            raise
         self._suspend()
         self._forget(mapping)
 

@@ -376,6 +376,26 @@ def test_a_removed_region_leaves_the_device_first() -> None:
     peer.close()
 
 
+def test_a_region_may_be_named_for_each_queue_pair() -> None:
+    """As QEMU before 8.1 does."""
+    peer = DirectFrontEnd()
+    peer.device.queue_pairs = 2
+    peer.connect()
+    region = Region(0x400000, 4096, USER + 0x400000, 0)
+    peer.device.calls.clear()
+    before = open_descriptors()
+    file = os.memfd_create("more")
+    os.ftruncate(file, 4096)
+    for _ in range(2):
+        peer.tell(Request.ADD_MEM_REG, region, file)
+    for _ in range(2):
+        peer.tell(Request.REM_MEM_REG, region)
+    os.close(file)
+    assert peer.device.calls == [("map_memory", 0x400000, 4096), ("unmap_memory", 0x400000, 4096)]
+    assert open_descriptors() == before
+    peer.close()
+
+
 def test_mtu_is_bounded_by_the_device(front_end: DirectFrontEnd) -> None:
     front_end.need_reply = True
     assert [front_end.tell(Request.NET_SET_MTU, mtu) for mtu in (68, 9000, 67, 9001)] == [0, 0, 1, 1]
