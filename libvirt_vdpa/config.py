@@ -37,11 +37,13 @@ TYPE_NAMES: dict[type, str] = {
 MAX_EMULATED = 64
 #: MTUs, in bytes, that it takes (virt-vdpa-nic's --mtu).
 EMULATED_MTUS = range(68, 9001)
+#: Queue pairs that its VFs may have (--queue-pairs).
+EMULATED_QUEUE_PAIRS = range(1, 9)
 #: Most VFs that a physical function can have: NumVFs has 16 bits (PCI Express Base Specification, 9.3.3.7).
 MAX_VFS = 65535
 #: What makes up a pool -> further keys that such a pool takes.
 POOL_KINDS: dict[str, tuple[str, ...]] = {
-    "emulated": ("tap", "bridge", "mtu"),
+    "emulated": ("tap", "bridge", "mtu", "queue-pairs"),
     "devices": ("bind", "uplink"),
     "pf": ("vfs", "bind", "uplink"),
 }
@@ -80,6 +82,8 @@ class PoolConfig:
     bridge: str | None = None
     #: MTU of the emulated VFs and their TAP devices, in bytes.
     mtu: int = 1500
+    #: Queue pairs of each emulated VF.
+    queue_pairs: int = 1
     #: Addresses of PCI functions, such as "0000:06:00.3".
     devices: tuple[str, ...] = ()
     #: Address of the physical function whose VFs make up the pool.
@@ -255,6 +259,9 @@ def _emulated_pool(name: str, driver: str, table: _Table) -> PoolConfig:
         tap=table.take("tap", str, "") or None,
         bridge=table.take("bridge", str, "") or None,
         mtu=_number(table, "mtu", PoolConfig.mtu, "of bytes", EMULATED_MTUS),
+        queue_pairs=_number(
+            table, "queue-pairs", PoolConfig.queue_pairs, "of queue pairs", EMULATED_QUEUE_PAIRS
+        ),
     )
 
 

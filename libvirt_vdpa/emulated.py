@@ -68,7 +68,7 @@ class EmulatedNic:
         arguments = [f"--folder={self.folder}", f"--vfs={pool.emulated}"]
         arguments += [f"--tap={pool.tap}"] if pool.tap else []
         arguments += [f"--bridge={pool.bridge}"] if pool.bridge else []
-        arguments.append(f"--mtu={pool.mtu}")
+        arguments += [f"--mtu={pool.mtu}", f"--queue-pairs={pool.queue_pairs}"]
         return arguments
 
     async def _keep(self) -> None:

@@ -6,6 +6,7 @@ Owns the image and what its /init understands:
 - a shell on the serial console (console.py talks to it);
 - `traffic serve` on TRAFFIC_PORT, for a peer that wants traffic of which nothing may be lost
   (guest_traffic.py, native/traffic.c);
+- `channels eth0 N`, by which a NIC uses N of its queue pairs (native/channels.c);
 - `metronome`, without which a guest that migrates under software emulation is damaged (native/metronome.c);
 - the ACPI power button (`virsh shutdown`), `poweroff -f` and `reboot -f` work.
 """
@@ -23,7 +24,7 @@ from tests.harness.kernel import BUSYBOX, BootImage, boot_image, pack_initrd
 TRAFFIC_PORT = 7000
 
 #: Our programs in the guest, in C (native/).
-PROGRAMS = ("traffic", "metronome")
+PROGRAMS = ("traffic", "metronome", "channels")
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 
