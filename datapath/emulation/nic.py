@@ -200,6 +200,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="queue pairs of each VF, and queues of its TAP (default: 1)",
     )
     parser.add_argument(
+        "--echo",
+        action="store_true",
+        help="no TAPs: what is sent comes back with its addresses exchanged, for measurements",
+    )
+    parser.add_argument(
         "--mtu",
         type=_mtu,
         default=MTU,
@@ -236,6 +241,7 @@ def _spec(options: argparse.Namespace, index: int) -> VfSpec:
         mapped_doorbells=options.doorbell == "mapped",
         prefetch=options.prefetch,
         keep=options.keep,
+        echo=options.echo,
         mtu=options.mtu,
         queue_pairs=options.queue_pairs,
         features=offered(options.without),
@@ -258,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             nic = Nic(specs, options.control, selector)
             stack.callback(nic.close)
             stack.enter_context(ended_by_signals(selector, nic.quit))
-            log(f"{options.vfs} VFs in {options.folder}, TAPs {', '.join(options.tap)}")
+            uplinks = "echoing" if options.echo else f"TAPs {', '.join(options.tap)}"
+            log(f"{options.vfs} VFs in {options.folder}, {uplinks}")
             nic.run()
     except TapError as error:
         log(str(error))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from datapath.emulation.echo import Echo
 from datapath.emulation.engine import Engine, QueueCounters
 from datapath.emulation.ifcvf import Ifcvf
 from datapath.emulation.server import Session, VfServer
@@ -41,6 +42,8 @@ class VfSpec:
     #: Largest packet without its Ethernet header, in bytes; of the TAP as well.
     mtu: int = MTU
     queue_pairs: int = 1
+    #: Whether there is no TAP, and what is sent comes back.
+    echo: bool = False
     #: Feature mask to offer.
     features: int = FEATURES
 
@@ -48,6 +51,12 @@ class VfSpec:
 def _total(counters: Sequence[QueueCounters]) -> QueueCounters:
     """The sum over several queues."""
     return QueueCounters(*(sum(numbers) for numbers in zip(*map(astuple, counters), strict=True)))
+
+
+def _uplink(spec: VfSpec) -> Tap | Echo:
+    if spec.echo:
+        return Echo(spec.queue_pairs)
+    return Tap(spec.tap, spec.mtu, spec.bridge, spec.queue_pairs)
 
 
 class Vf:
@@ -62,7 +71,7 @@ class Vf:
         self._spec = spec
         self._log = log
         with contextlib.ExitStack() as undo:
-            self._tap = Tap(spec.tap, spec.mtu, spec.bridge, spec.queue_pairs)
+            self._tap = _uplink(spec)
             undo.callback(self._tap.close)
             self._engine = Engine(self._tap, spec.prefetch, spec.keep, spec.mtu)
             undo.callback(self._engine.close)

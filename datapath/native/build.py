@@ -26,6 +26,7 @@ UNITS = (
     "offload",
     "worker",
     "packets",
+    "echo",
     "engine",
 )
 #: Headers without a unit.

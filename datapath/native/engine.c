@@ -186,11 +186,13 @@ static struct engine *new_engine(const struct engine_uplink *uplink)
     pthread_cond_init(&engine->no_callers, NULL);
     engine->pairs = uplink->pairs;
     engine->queues = 2 * uplink->pairs;
+    engine->echo = uplink->packet_fd[0] < 0;
     engine->header = uplink->header;
     engine->mtu = uplink->mtu;
     engine->epoll_fd = engine->wake_fd = engine->fault_fd = engine->client_fd = -1;
     for (unsigned int i = 0; i < engine->pairs; i++) {
         engine->uplink[i].packet_fd = uplink->packet_fd[i];
+        engine->uplink[i].lost = engine->echo;
     }
     for (unsigned int i = 0; i < engine->queues; i++) {
         engine->queue[i].kick_fd = engine->queue[i].call_fd = -1;
@@ -329,6 +331,7 @@ int engine_start_queue(struct engine *engine, unsigned int index, const struct r
     if (!queue->programmed) {
         result = ring_start(&queue->ring, setup);
         queue->programmed = result == 0;
+        queue->ring.lazy = engine->echo;
         queue->awake = false;
         queue->held = false;
     }

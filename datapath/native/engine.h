@@ -39,7 +39,8 @@ struct engine_counters {
 /* Where packets come from and go to. */
 struct engine_uplink {
     unsigned int pairs;
-    int packet_fd[ENGINE_MAX_PAIRS];    /* non-blocking; the caller keeps them open until engine_close() */
+    int packet_fd[ENGINE_MAX_PAIRS];    /* non-blocking; the caller keeps them open until engine_close().
+                                   -1 for all: what the driver sends comes back, its addresses exchanged */
     bool header;                /* each frame has a struct virtio_net_hdr_v1 before it, as on a TAP with
                                    IFF_VNET_HDR; else it is alone, and nothing can be left to the other side */
     uint16_t mtu;               /* largest packet on the wire, without its Ethernet header; 0: no limit */

@@ -8,6 +8,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "echo.h"
 #include "interrupt.h"
 
 /* Packets that one queue moves before the other, or a waiting caller, has its turn. */
@@ -52,13 +53,7 @@ static void scatter(struct engine *engine, const struct ring_chain *chain, size_
     }
 }
 
-enum delivery { DELIVERED, NO_BUFFERS, UNFIT, BAD_RING };
-
-/*
- * Put the packet at hand into as many buffers as it takes (section 5.1.6.4). The first one's part comes
- * last, because the header in it says how many there are.
- */
-static enum delivery deliver(struct engine *engine, struct ring *ring, struct uplink *uplink)
+enum delivery packets_deliver(struct engine *engine, struct ring *ring, struct uplink *uplink)
 {
     struct packet *packet = &uplink->packet;
     unsigned int buffers = 1;
@@ -155,7 +150,7 @@ static void receive_one(struct engine *engine, unsigned int pair)
     enum delivery result = UNFIT;
 
     if (may_deliver(engine, uplink)) {
-        result = deliver(engine, &queue->ring, uplink);
+        result = packets_deliver(engine, &queue->ring, uplink);
     }
     queue->held = result == NO_BUFFERS;
     switch (result) {
@@ -194,6 +189,10 @@ bool packets_receive(struct engine *engine, unsigned int pair)
     bool live = engine_is_live(engine, rx_of(pair));
     unsigned int moved = 0;
 
+    if (engine->echo) {         /* more buffers: what has been sent may come back now */
+        engine->queue[tx_of(pair)].awake = true;
+        return false;
+    }
     if (live && !look_at_buffers(engine, &queue->ring)) {
         engine_break(engine, rx_of(pair), queue->ring.error);
         return false;
@@ -281,6 +280,7 @@ static bool transmit_one(struct engine *engine, unsigned int pair)
     struct queue *queue = &engine->queue[tx_of(pair)];
     const struct uplink *uplink = &engine->uplink[pair];
     struct ring_chain *chain = &engine->chain;
+    const uint16_t head = chain->head;      /* an echo needs the chain for its own */
     size_t length = chain->bytes - NET_HEADER_SIZE;
     struct virtio_net_hdr_v1 header;
     unsigned int from;
@@ -292,8 +292,12 @@ static bool transmit_one(struct engine *engine, unsigned int pair)
     }
     /* A copy: the driver must not change what has been looked at. */
     from = take_header(chain, &header);
-    if (!uplink->lost && may_send(engine, &header, length)) {
-        sent = write_frame(uplink, chain, from, engine->header ? &header : NULL);
+    if (may_send(engine, &header, length)) {
+        if (engine->echo) {
+            sent = echo_frame(engine, pair, from, length);
+        } else if (!uplink->lost) {
+            sent = write_frame(uplink, chain, from, engine->header ? &header : NULL);
+        }
     }
     if (sent == -EAGAIN) {
         queue->held = true;
@@ -309,7 +313,7 @@ static bool transmit_one(struct engine *engine, unsigned int pair)
         queue->count.packets++;
         queue->count.bytes += sent;
     }
-    ring_use(&queue->ring, &(struct ring_element){ .head = chain->head }, 1);
+    ring_use(&queue->ring, &(struct ring_element){ .head = head }, 1);
     return true;
 }
 
@@ -328,12 +332,21 @@ bool packets_transmit(struct engine *engine, unsigned int pair)
         while (moved < BATCH && ring_available(ring) > 0 &&
                ring_chain_at(ring, &engine->dma, 0, false, &engine->chain) && transmit_one(engine, pair)) {
             moved++;
+            if (engine->echo && moved % ECHO_SHOWN == 0) {
+                echo_show(engine, pair);
+            }
+        }
+        if (engine->echo) {
+            echo_show(engine, pair);
         }
     }
     if (ring->error != NULL) {
         engine_break(engine, tx_of(pair), ring->error);
     } else if (moved > 0) {
         interrupt_for(engine, tx_of(pair));
+        if (engine->echo && engine_is_live(engine, rx_of(pair))) {
+            interrupt_for(engine, rx_of(pair));
+        }
     }
     return moved > 0;
 }

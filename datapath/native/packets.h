@@ -13,6 +13,14 @@
 /* cffi: begin */
 /* cffi: end */
 
+enum delivery { DELIVERED, NO_BUFFERS, UNFIT, BAD_RING };
+
+/*
+ * Put a packet into as many buffers as it takes (section 5.1.6.4). The first one's part comes last, because the
+ * header in it says how many there are.
+ */
+enum delivery packets_deliver(struct engine *engine, struct ring *ring, struct uplink *uplink);
+
 /*
  * Move a batch of a queue pair. Returns whether anything moved. To be called with the engine's mutex and under
  * guard_run().

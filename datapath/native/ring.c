@@ -251,6 +251,13 @@ void ring_use(struct ring *ring, const struct ring_element *elements, unsigned i
         drop_head(ring);
     }
     ring->next_used += count;
+    if (!ring->lazy) {
+        ring_publish(ring);
+    }
+}
+
+void ring_publish(struct ring *ring)
+{
     /* Release: the driver that sees the index sees the entries, and the data written before. */
     __atomic_store_n(&ring->used->index, htole16(ring->next_used), __ATOMIC_RELEASE);
 }

@@ -61,6 +61,7 @@ struct ring {
     uint16_t seen;              /* the available ring's index when last read */
     uint16_t reported;          /* next_used when the driver was last considered for an interrupt */
     bool reported_valid;
+    bool lazy;                  /* what is given back is shown by ring_publish() alone */
     bool armed;                 /* the driver may have been asked for notifications */
 
     uint16_t fetched_from;      /* first of the `fetched` heads that were taken ahead, modulo the ring size */
@@ -106,6 +107,9 @@ bool ring_chain_at(struct ring *ring, struct dma_table *table, unsigned int ahea
 
 /* Give the next `count` chains back, in order, all at once as seen by the driver. */
 void ring_use(struct ring *ring, const struct ring_element *elements, unsigned int count);
+
+/* Show the driver what a lazy ring has given back. */
+void ring_publish(struct ring *ring);
 
 /* Whether the driver wants an interrupt for what was given back since this was last asked. */
 bool ring_wants_interrupt(struct ring *ring);

@@ -70,6 +70,7 @@ struct engine {
     int epoll_fd;
     int wake_fd;
     int fault_fd;
+    bool echo;                  /* no uplinks: what is sent comes back */
     bool header;                /* uplinks have a header before each frame */
     uint16_t mtu;               /* 0: no limit */
     int client_fd;              /* -1: none */

@@ -1,0 +1,81 @@
+"""A NIC without TAPs: what a guest sends comes back to it, addresses exchanged (virt-vdpa-nic --echo)."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from datapath.virtio import NET_HEADER_SIZE
+from tests.harness.emulated_nic import EmulatedNic, PortProcess
+from tests.harness.front_end import BUFFERS, SocketFrontEnd
+from tests.harness.netns import NetworkNamespace
+from tests.harness.virtqueue import Buffer
+
+RX, TX = 0, 1
+DESTINATION, SOURCE = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
+#: As many as the VF shows at a time, and some that are left over.
+FRAMES = 70
+
+
+@pytest.fixture
+def front_end(network: NetworkNamespace, tmp_path: Path) -> Iterator[SocketFrontEnd]:
+    """A front-end whose rings run."""
+    with (
+        EmulatedNic(tmp_path / "nic", network, 1, "--echo") as nic,
+        PortProcess(tmp_path, nic.device(0)) as port,
+        closing(SocketFrontEnd.dial(port.socket)) as front,
+    ):
+        front.connect()
+        front.start()
+        yield front
+        assert "vf0" not in network.run("ip", "link")
+        found = nic.query(0)
+        assert (found["rx_packets"], found["tx_packets"]) == (FRAMES, FRAMES)
+        assert (found["rx_dropped"], found["tx_dropped"]) == (0, 0)
+
+
+def payload(number: int) -> bytes:
+    return b"\x88\xb5" + number.to_bytes(2, "big") + bytes(100)
+
+
+def send(front: SocketFrontEnd, count: int) -> None:
+    """Make numbered frames available, header and frame in buffers of their own, and tell the VF once."""
+    for number in range(count):
+        at = BUFFERS + 0x200 * number
+        front.memory.write(at, bytes(NET_HEADER_SIZE) + DESTINATION + SOURCE + payload(number))
+        head = Buffer(at, NET_HEADER_SIZE)
+        frame = Buffer(at + NET_HEADER_SIZE, 2 * 6 + len(payload(number)))
+        front.queues[TX].add(head, frame)
+    front.queues[TX].kick()
+
+
+def offer(front: SocketFrontEnd, begin: int, end: int) -> None:
+    for number in range(begin, end):
+        front.queues[RX].add(Buffer(BUFFERS + 0x10000 + 0x200 * number, 0x200, writable=True))
+    front.queues[RX].kick()
+
+
+def expect(front: SocketFrontEnd, begin: int, end: int) -> None:
+    """Frames come back in order, each with its addresses exchanged."""
+    used = front.queues[RX].wait_used(end - begin)
+    assert len(used) == end - begin
+    for number, (_, length) in zip(range(begin, end), used, strict=True):
+        data = front.memory.read(BUFFERS + 0x10000 + 0x200 * number, length)
+        assert data[NET_HEADER_SIZE:] == SOURCE + DESTINATION + payload(number)
+
+
+def test_frames_come_back(front_end: SocketFrontEnd) -> None:
+    offer(front_end, 0, FRAMES)
+    send(front_end, FRAMES)
+    expect(front_end, 0, FRAMES)
+    assert len(front_end.queues[TX].wait_used(FRAMES)) == FRAMES
+
+
+def test_frames_wait_for_buffers(front_end: SocketFrontEnd) -> None:
+    offer(front_end, 0, 3)
+    send(front_end, FRAMES)
+    expect(front_end, 0, 3)
+    assert front_end.queues[TX].wait_used(3)
+    offer(front_end, 3, FRAMES)
+    expect(front_end, 3, FRAMES)
