@@ -83,12 +83,14 @@ class HostNotifiers:
     def take_back(self, indices: Collection[int] | None = None) -> None:
         """Rings, all if not said which, are about to stop or to be relayed; the others rest once more."""
         self._due.clear()
-        for index in sorted(self._given if indices is None else indices):
+        taken = sorted(self._given if indices is None else indices)
+        for index in taken:
             self._given.discard(index)
             self.confirmed.discard(index)
             self._doubtful[index] = None
             self._tell(VringArea(index, has_fd=False))
-        self._plan(self._clock())
+        if taken:
+            self._plan(self._clock())
 
     @property
     def deadline(self) -> float | None:
@@ -158,7 +160,7 @@ class HostNotifiers:
                 self._doubtful[area.index] = now + REST
             elif not agreed:
                 self._given.discard(area.index)
-                self._refuse("it needs page_per_vq for that, and a modern guest")
+                self._refuse("its NIC needs page_per_vq for that")
             elif area.index in self._given:
                 self.confirmed.add(area.index)
         if not self._channel.waiting:

@@ -219,8 +219,8 @@ def test_who_refuses_is_not_asked_again(port: PortProcess, idle: NotifierFrontEn
     idle.answer(1)
     said = wait_for("a line about that", lambda: port.log_lines()[lines:], 5)
     assert [line.partition(": port: ")[2] for line in said or []] == [
-        "the front-end takes no host notifiers, kicks go through the relay: it needs page_per_vq for that,"
-        " and a modern guest"
+        "the front-end takes no host notifiers, kicks go through the relay:"
+        " its NIC needs page_per_vq for that"
     ]
     offer_buffers(idle)
     both_ways(idle, wire, 500)
