@@ -177,7 +177,9 @@ class IfcvfDevice(VirtioNetDevice):
         return IfcvfLog(self._function)
 
     def _use_rings(self, rings: Collection[int]) -> None:
-        self._function.write(LiveMigration.BAR, LiveMigration.MQ, 4, max(rings) // 2 + 1)
+        # Frames are spread over pairs that receive; others may be there to transmit what is left.
+        receiving = [index for index in rings if index % 2 == 0]
+        self._function.write(LiveMigration.BAR, LiveMigration.MQ, 4, max(receiving, default=0) // 2 + 1)
 
     def _restore_ring(self, index: int, state: RingState) -> None:
         # Both from the used index: what was fetched but not completed is fetched again.

@@ -10,7 +10,9 @@ nowhere else:
 What fails while the front-end begins or ends to log is kept until it is done with that: `log_exchange.py`.
 
 A disabled transmit ring is not drained: the VF cannot consume what it does not run, so the guest's packets
-wait in the ring until it is enabled. (The specification has network back-ends drop them.)
+wait in the ring until it is enabled. (The specification has network back-ends drop them.) Only those of queue
+pairs beyond the first run on, once they have run, beside rings that are enabled: a guest that changes over to
+fewer pairs still puts packets there, and Linux's TCP sends none again that it believes to be in a queue.
 
 Source: QEMU docs/interop/vhost-user.rst. Owns one connection's negotiated state, its memory and rings; the
 device outlives it. Sockets are `port.py`'s.
@@ -212,7 +214,7 @@ class Backend:
 
     def _settle(self) -> None:
         """Make the device run exactly the rings that are to run."""
-        wanted = [ring for ring in self.rings if self._may_run() and ring.started and ring.enabled]
+        wanted = self._to_run()
         running = [ring for ring in self.rings if ring.running]
         if not wanted:
             self._suspend()
@@ -232,6 +234,13 @@ class Backend:
                     with self._marking.covered(), self._timing.device():
                         self.device.start_ring(ring.index, placed)
                     ring.begin(placed)
+
+    def _to_run(self) -> list[Vring]:
+        """The rings that are to run; a transmit ring of a pair that the guest has given up goes on."""
+        ready = [ring for ring in self.rings if self._may_run() and ring.started]
+        if not any(ring.enabled for ring in ready):
+            return []
+        return [ring for ring in ready if ring.enabled or (ring.given_up and ring.running)]
 
     def _may_run(self) -> bool:
         if self.acked is None:

@@ -43,6 +43,11 @@ class Vring:
         return f"ring {self.index}"
 
     @property
+    def given_up(self) -> bool:
+        """Whether it transmits for a pair beyond the first, which a guest may cease to use."""
+        return not self.enabled and self.index > 1 and self.index % 2 == 1
+
+    @property
     def running(self) -> bool:
         """Whether the VF runs it."""
         return self.placed is not None
