@@ -42,7 +42,12 @@ FEATURES = Column(
             ANNOUNCED, note="the front-end serves it; the VF's own is never set up", way=Way.PROMISED
         ),
         Row.GUEST_ANNOUNCE: yes(ANNOUNCED, UNANNOUNCED, way=Way.PROMISED),
-        Row.MQ: partly("up to 32 pairs where the VF has them; shown with one only"),
+        Row.MQ: yes(
+            "tests/conformance/test_nic_queues.py::test_a_flow_comes_where_the_guest_sends_it",
+            "tests/conformance/test_nic_queues.py::test_the_number_of_queues_changes_while_running",
+            "tests/conformance/test_nic_queues.py::test_without_the_feature_there_is_one_pair",
+            note="up to 32 pairs where the VF has them; shown with 4",
+        ),
         Row.LOG_ALL: yes(
             LOGGED,
             "tests/conformance/test_port_logging.py::test_just_what_was_written_is_marked",
