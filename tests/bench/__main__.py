@@ -5,6 +5,7 @@ Owns the command line. A topic that fails is told in one line, and the others go
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,8 @@ def measure_all(names: Sequence[str], runs: int | None, file: TextIO | None) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit code."""
     options = parse_arguments(arguments)
+    # As Ctrl-C: what was started is ended, some of which would keep a processor busy for ever.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         file = None
         if options.json is not None:
