@@ -18,8 +18,10 @@ Source: QEMU docs/interop/vhost-user.rst. Owns one connection's negotiated state
 device outlives it. Sockets are `port.py`'s.
 """
 
+import contextlib
 import dataclasses
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -101,6 +103,8 @@ class Backend:
         self.protocol_features = 0
         self.status = 0
         self.memory = GuestMemory()
+        #: Regions that were removed last; one may come back.
+        self._removed: deque[Region] = deque(maxlen=guest_memory.MAX_SLOTS)
         self.rings = [Vring(index) for index in range(2 * device.queue_pairs)]
         self.exchange = LogExchange()
         self._report = report
@@ -240,7 +244,7 @@ class Backend:
         ready = [ring for ring in self.rings if self._may_run() and ring.started]
         if not any(ring.enabled for ring in ready):
             return []
-        return [ring for ring in ready if ring.enabled or (ring.given_up and ring.running)]
+        return [ring for ring in ready if ring.enabled or ring.given_up]
 
     def _may_run(self) -> bool:
         if self.acked is None:
@@ -376,16 +380,16 @@ class Backend:
         if len(self.memory) >= guest_memory.MAX_SLOTS:
             raise ProtocolError(f"more than {guest_memory.MAX_SLOTS} memory regions")
         self._learn(message.payload, message.take_fd())
+        with contextlib.suppress(ValueError):
+            self._removed.remove(message.payload)
 
     def _rem_mem_reg(self, message: Message) -> None:
-        try:
-            mapping = self.memory.find(message.payload)
-        except ProtocolError:
-            if self.device.queue_pairs > 1:
-                return
-            raise
+        if message.payload in self._removed:  # QEMU (7.2, at least) says so once for each queue pair
+            return
+        mapping = self.memory.find(message.payload)
         self._suspend()
         self._forget(mapping)
+        self._removed.append(message.payload)
 
     def _learn(self, region: Region, fd: int) -> None:
         mapping = self.memory.add(region, fd)
@@ -434,7 +438,7 @@ class Backend:
 
     def _get_vring_base(self, message: Message) -> Any:
         ring = self._ring(message.payload.index)
-        ring.started = False
+        ring.started = ring.has_run = False
         self._settle()
         ring.address = None  # a later start names its own; these may point at memory that has gone
         return type(message.payload)(ring.index, ring.base)

@@ -36,6 +36,8 @@ class Vring:
     enabled: bool = False
     #: What the VF was given to run; None while it does not run the ring.
     placed: Ring | None = None
+    #: Whether the VF has run it since it was started.
+    has_run: bool = False
 
     @property
     def name(self) -> str:
@@ -44,8 +46,8 @@ class Vring:
 
     @property
     def given_up(self) -> bool:
-        """Whether it transmits for a pair beyond the first, which a guest may cease to use."""
-        return not self.enabled and self.index > 1 and self.index % 2 == 1
+        """Whether it has transmitted for a pair beyond the first that the guest has ceased to use."""
+        return self.has_run and not self.enabled and self.index > 1 and self.index % 2 == 1
 
     @property
     def running(self) -> bool:
@@ -119,6 +121,7 @@ class Vring:
     def begin(self, placed: Ring) -> None:
         """The VF runs the ring now."""
         self.placed = placed
+        self.has_run = True
         self.signal_call()
 
     def signal_call(self) -> None:

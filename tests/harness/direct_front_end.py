@@ -15,7 +15,7 @@ class DirectFrontEnd(FrontEnd):
 
     def __init__(self, protocol: int = PROTOCOL_FEATURES, negotiated: int | None = None) -> None:
         super().__init__(protocol)
-        self.device = RecordingDevice()
+        self.device = RecordingDevice(queue_pairs=self.pairs)
         self.reports: list[str] = []
         self.announced: list[bytes] = []
         self.timing = Timing()

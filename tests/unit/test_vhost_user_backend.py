@@ -390,9 +390,52 @@ def test_a_region_may_be_named_for_each_queue_pair() -> None:
         peer.tell(Request.ADD_MEM_REG, region, file)
     for _ in range(2):
         peer.tell(Request.REM_MEM_REG, region)
+    with pytest.raises(ProtocolError, match="not a region"):
+        peer.tell(Request.REM_MEM_REG, Region(0x500000, 4096, USER + 0x500000, 0))
     os.close(file)
     assert peer.device.calls == [("map_memory", 0x400000, 4096), ("unmap_memory", 0x400000, 4096)]
     assert open_descriptors() == before
+    peer.close()
+
+
+class TwoPairs(DirectFrontEnd):
+    """The front-end of a guest with two queue pairs."""
+
+    pairs = 2
+
+    def enable_pair(self, pair: int, on: bool) -> None:
+        """The guest begins, or ceases, to use a pair."""
+        for index in (2 * pair, 2 * pair + 1):
+            self.tell(Request.SET_VRING_ENABLE, VringState(index, int(on)))
+
+
+def test_what_a_guest_left_in_a_queue_that_it_gave_up_is_sent() -> None:
+    peer = TwoPairs()
+    peer.connect()
+    peer.start()
+    assert set(peer.device.rings) == {0, 1, 2, 3}
+    peer.enable_pair(1, on=False)
+    assert set(peer.device.rings) == {0, 1, 3}
+    other = os.memfd_create("other")  # memory that changes stops all rings for a moment
+    os.ftruncate(other, MEMORY_SIZE)
+    peer.tell(Request.SET_MEM_TABLE, (Region(0, MEMORY_SIZE, USER, 0),), other)
+    os.close(other)
+    assert set(peer.device.rings) == {0, 1, 3}
+    peer.tell(Request.GET_VRING_BASE, VringState(3, 0))
+    assert set(peer.device.rings) == {0, 1}
+    peer.close()
+
+
+def test_a_queue_that_a_guest_never_used_does_not_run() -> None:
+    peer = TwoPairs()
+    peer.connect()
+    peer.tell(Request.SET_FEATURES, VIRTIO | F_PROTOCOL_FEATURES)
+    peer.share_memory()
+    for index in peer.indices:
+        peer.set_up_ring(index)
+    peer.enable_pair(0, on=True)
+    peer.driver_ok()
+    assert set(peer.device.rings) == {0, 1}
     peer.close()
 
 
