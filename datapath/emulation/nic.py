@@ -18,7 +18,7 @@ from datapath.control import Arguments, CommandError, ControlServer
 from datapath.emulation.engine import MAX_PAIRS
 from datapath.emulation.tap import TapError
 from datapath.emulation.vf import MTU, Vf, VfSpec
-from datapath.emulation.virtio_net import FEATURES, offered
+from datapath.emulation.virtio_net import FEATURES, consistent
 from datapath.loop import dispatch, ended_by_signals
 from datapath.virtio import Feature, bit
 
@@ -244,7 +244,7 @@ def _spec(options: argparse.Namespace, index: int) -> VfSpec:
         echo=options.echo,
         mtu=options.mtu,
         queue_pairs=options.queue_pairs,
-        features=offered(options.without),
+        features=consistent(FEATURES & ~options.without),
     )
 
 

@@ -55,9 +55,8 @@ COMMON = struct.Struct("<IIIIHHBBHHHHHQQQ")
 NET_CONFIG = struct.Struct("<6sHHH")
 
 
-def offered(without: int) -> int:
-    """All features but these, and but those that need them."""
-    features = FEATURES & ~without
+def consistent(features: int) -> int:
+    """These features but for those that need others of which there are none (section 5.1.3.1)."""
     for feature, needed in NEEDS.items():
         if not features & needed:
             features &= ~bit(feature)
@@ -281,7 +280,7 @@ class VirtioNet:
         if not self.status & Status.FEATURES_OK and not self._features_acceptable():
             status &= ~Status.FEATURES_OK
         if status & Status.DRIVER_OK and not self.status & Status.DRIVER_OK:
-            self._engine.accept(self._driver_features & self._features)
+            self._engine.accept(consistent(self._driver_features & self._features))
             self._engine.use_pairs(self._receiving_pairs())
         self.status = status
         self._update_running()
