@@ -55,7 +55,8 @@ ssize_t echo_frame(struct engine *engine, unsigned int pair, unsigned int from, 
     case UNFIT:
         queue->count.dropped++;
         return length;
-    case NO_BUFFERS:
+    case NO_BUFFERS:            /* there may be some before the driver is asked to notify: look once more */
+        queue->awake = true;
         return -EAGAIN;
     case BAD_RING:
         break;

@@ -334,6 +334,10 @@ int engine_start_queue(struct engine *engine, unsigned int index, const struct r
         queue->ring.lazy = engine->echo;
         queue->awake = false;
         queue->held = false;
+        if (engine->echo) {     /* what was sent may have waited for this ring */
+            engine->queue[index ^ 1].held = false;
+            engine->queue[index ^ 1].awake = true;
+        }
     }
     leave_and_wake(engine);
     return result;
@@ -342,6 +346,7 @@ int engine_start_queue(struct engine *engine, unsigned int index, const struct r
 static void drop_packet(struct engine *engine, unsigned int pair)
 {
     engine->queue[rx_of(pair)].count.dropped += engine->uplink[pair].frame_length > 0;
+    engine->queue[rx_of(pair)].held = false;
     engine->uplink[pair].frame_length = 0;
 }
 
@@ -398,7 +403,7 @@ void engine_use_pairs(struct engine *engine, unsigned int pairs)
     for (unsigned int i = pairs; i < engine->pairs; i++) {
         drop_packet(engine, i);
     }
-    leave(engine);
+    leave_and_wake(engine);
 }
 
 void engine_set_features(struct engine *engine, uint64_t features)
