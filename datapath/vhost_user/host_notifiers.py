@@ -28,7 +28,8 @@ from datapath.vhost_user.vring import Vring
 #: Seconds that a ring runs before its page is given, and that signals go on after one was taken back. QEMU
 #: unmaps a page some 0.1 s later than it says (RCU), and aborts when the next one goes before that.
 REST = 1.0
-#: Seconds between two looks: while answers are due, and afterwards.
+#: Seconds between two looks: while answers are due, and otherwise. Where no answer ever comes, and a page may
+#: still be mapped, the ring is signalled at the latter for as long as the session lasts.
 BUSY_INTERVAL = 0.01
 REST_INTERVAL = 0.1
 #: Seconds after which a front-end that has not answered is not waited for.
@@ -184,7 +185,7 @@ class HostNotifiers:
 
     def _plan(self, now: float) -> None:
         """Decide when to look next, apart from rings that are due."""
-        if self._overdue is not None or None in self._doubtful.values():
+        if self._overdue is not None:
             self._next_look = now + BUSY_INTERVAL
         elif self._doubtful:
             self._next_look = now + REST_INTERVAL
