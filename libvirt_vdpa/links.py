@@ -66,6 +66,8 @@ class Links:
         self._migrating = migrating
         #: What a guest sees, as far as known, or will when QEMU has come back to the port.
         self._seen: dict[Key, bool | None] = {}
+        #: Ports that have begun here: QEMU has come to them for the first time since, or is to.
+        self._begun: set[Key] = set()
         #: Ports whose guests have come, or are about to.
         self._arrivals: set[Key] = set()
         self._workers: dict[Key, asyncio.Task[None]] = {}
@@ -75,20 +77,32 @@ class Links:
         key = port.record.key
         if port.state is State.GONE:
             self._seen.pop(key, None)
+            self._begun.discard(key)
             self._arrivals.discard(key)
             if (worker := self._workers.pop(key, None)) is not None:
                 worker.cancel()
+        elif port.state is State.STARTING:
+            self._begun.add(key)
         elif connected(port):
-            if key not in self._seen and port.record.arriving:
-                self._arrivals.add(key)
-            # What the XML says of the beginning, libvirt has seen to.
-            unknown = port.record.link_cut or port.record.arriving
-            self._seen.setdefault(key, None if unknown else port.record.link_up)
+            if key not in self._seen:
+                self._meet(port)
             self._look(port)
         elif key in self._seen:
             self._seen[key] = True
             self._arrivals.discard(key)
             port.note_link(port.record.link_up, cut=False)
+
+    def _meet(self, port: Port) -> None:
+        """Work out what the guest of a port sees that QEMU is connected to."""
+        record = port.record
+        if record.arriving:
+            self._arrivals.add(record.key)
+            port.note_link(record.link_up, cut=True)  # not to be forgotten by a daemon that is restarted
+        # What the XML says of the beginning, libvirt has seen to; QEMU may have come back to a port that was
+        # found here, and plugged the link in.
+        unplugged_again = not record.link_up and record.key not in self._begun
+        unknown = record.link_cut or record.arriving or unplugged_again
+        self._seen[record.key] = None if unknown else record.link_up
 
     def stop(self) -> None:
         """Leave all links as they are."""
@@ -134,6 +148,7 @@ class Links:
             if runs(port):
                 self._arrivals.discard(key)
                 self._seen[key] = True
+                port.note_link(port.record.link_up, cut=False)
                 return True
             await asyncio.sleep(RETRY_INTERVAL)
         self._arrivals.discard(key)

@@ -60,6 +60,13 @@ class Host:
         self.told.append(bool(arguments["up"]))
         return {}
 
+    def begins(self) -> None:
+        """The port is started by this daemon, and QEMU has yet to come."""
+        self.state = State.STARTING
+        self.changes(front_end=False)
+        self.state = State.SERVING
+        self.status["front_end"] = True
+
     def changes(self, **status: object) -> None:
         self.status.update(status)
         self.links.port_changed(cast(Any, self))
@@ -116,6 +123,7 @@ def test_a_vf_that_does_not_say_has_a_link() -> None:
 
 def test_the_operators_down_wins() -> None:
     async def test(host: Host) -> None:
+        host.begins()
         for link in ("up", "down", "up"):
             host.changes(link=link)
         await host.settles()
@@ -124,9 +132,35 @@ def test_the_operators_down_wins() -> None:
     run(test, link_up=False)
 
 
+def test_the_operators_down_is_said_again_by_a_restarted_daemon() -> None:
+    """QEMU may have come back to the port meanwhile, and plugged the link in."""
+
+    async def test(host: Host) -> None:
+        host.changes()
+        await host.settles(False)
+
+    run(test, link_up=False)
+
+
+def test_a_guest_whose_link_is_not_known_is_told_by_a_restarted_daemon() -> None:
+    async def test(host: Host) -> None:
+        host.migrating = True
+        host.changes(state="connected")
+        host.record.arriving = False  # the guest is here, and this daemon ends
+        host.links.stop()
+        host.migrating = False
+        host.links = Links(host._domain_xml, host._execute, lambda _uuid: host.migrating)
+        host.changes()
+        await host.settles(True)
+        assert not host.record.link_cut
+
+    run(test, arriving=True)
+
+
 @pytest.mark.parametrize(("link_up", "link"), [(False, "up"), (True, "down")])
 def test_qemu_that_comes_back_is_told_again(link_up: bool, link: str) -> None:
     async def test(host: Host) -> None:
+        host.begins()
         host.changes(link=link)
         first = [False] if link_up else []
         await host.settles(*first)
