@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 
-#: Layout of the record; another number is not understood.
+#: Layout of the record; another number is not understood, but for the one before: what is new has a default.
 RECORD_VERSION = 3
+NEW_IN_VERSION_3 = {"link_cut": False, "host_notifiers": "off"}
 #: Folder, in the run folder, of what is for root alone: records and control sockets, by domain.
 PORTS_FOLDER = "ports"
 
@@ -289,6 +290,8 @@ class Record:
 
     @classmethod
     def _from_json(cls, path: Path, content: object) -> "Record":
+        if isinstance(content, dict) and content.get("version") == 2:
+            content |= {**NEW_IN_VERSION_3, "version": RECORD_VERSION}
         if not isinstance(content, dict) or content.get("version") != RECORD_VERSION:
             raise RecordError(f"{path}: not a record of version {RECORD_VERSION}")
         members = fields(cls)

@@ -149,6 +149,14 @@ def test_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["52:54:00:76:64:01.json"]
 
 
+def test_record_of_the_version_before_is_understood(tmp_path: Path) -> None:
+    record = dataclasses.replace(RECORD, control=str(tmp_path / "x.ctl"))
+    before = {**dataclasses.asdict(record), "version": 2}
+    del before["link_cut"], before["host_notifiers"]
+    (tmp_path / "x.json").write_text(json.dumps(before))
+    assert Record.load(tmp_path / "x.json") == record
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
