@@ -253,6 +253,7 @@ def test_a_guest_that_comes_and_uses_its_vf_needs_no_word() -> None:
     async def test(host: Host) -> None:
         await arrive(host, state="running")
         await host.settles()
+        assert not host.record.link_cut
         host.changes(link="down")
         await host.settles(False)
 
