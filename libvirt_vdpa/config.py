@@ -33,9 +33,9 @@ TYPE_NAMES: dict[type, str] = {
     bool: "true or false",
     list: "a list",
 }
-#: Most VFs that one emulated NIC serves.
-MAX_EMULATED = 64
-#: MTUs, in bytes, that it takes (virt-vdpa-nic's --mtu).
+#: How many VFs one emulated NIC can have (virt-vdpa-nic's --vfs).
+EMULATED_VFS = range(1, 65)
+#: MTUs, in bytes, that it takes (--mtu).
 EMULATED_MTUS = range(68, 9001)
 #: Queue pairs that its VFs may have (--queue-pairs).
 EMULATED_QUEUE_PAIRS = range(1, 9)
@@ -249,13 +249,10 @@ def _pool_kind(table: _Table) -> str:
 
 
 def _emulated_pool(name: str, driver: str, table: _Table) -> PoolConfig:
-    emulated = table.take("emulated", int, 0)
-    if not 1 <= emulated <= MAX_EMULATED:
-        raise table.error("emulated", f"must be a number of VFs from 1 to {MAX_EMULATED}")
     return PoolConfig(
         name,
         driver,
-        emulated=emulated,
+        emulated=_number(table, "emulated", 0, "of VFs", EMULATED_VFS),
         tap=table.take("tap", str, "") or None,
         bridge=table.take("bridge", str, "") or None,
         mtu=_number(table, "mtu", PoolConfig.mtu, "of bytes", EMULATED_MTUS),

@@ -10,7 +10,7 @@ import hashlib
 import re
 import selectors
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -119,24 +119,15 @@ def _mac(text: str) -> bytes:
     return mac
 
 
-def _vfs(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_VFS:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 to {MAX_VFS}")
-    return int(text)
+def _number(allowed: range, what: str = "number") -> Callable[[str], int]:
+    """What takes a number within limits from the command line."""
 
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) not in allowed:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {what} from {allowed[0]} to {allowed[-1]}")
+        return int(text)
 
-def _pairs(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_PAIRS:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 to {MAX_PAIRS}")
-    return int(text)
-
-
-def _mtu(text: str) -> int:
-    if not text.isdecimal() or int(text) not in MTU_RANGE:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not a number of bytes from {MTU_RANGE[0]} to {MTU_RANGE[-1]}"
-        )
-    return int(text)
+    return parse
 
 
 def _features(text: str) -> int:
@@ -162,7 +153,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, required=True, metavar="DIR", help="where vf0.sock, vf1.sock … appear"
     )
-    parser.add_argument("--vfs", type=_vfs, default=1, metavar="N", help="number of VFs (default: 1)")
+    parser.add_argument(
+        "--vfs",
+        type=_number(range(1, MAX_VFS + 1)),
+        default=1,
+        metavar="N",
+        help="number of VFs (default: 1)",
+    )
     parser.add_argument(
         "--mac", type=_mac, action="append", default=[], help="of the next VF (default: derived from DIR)"
     )
@@ -194,7 +191,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--queue-pairs",
-        type=_pairs,
+        type=_number(range(1, MAX_PAIRS + 1)),
         default=1,
         metavar="N",
         help="queue pairs of each VF, and queues of its TAP (default: 1)",
@@ -206,7 +203,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--mtu",
-        type=_mtu,
+        type=_number(MTU_RANGE, "number of bytes"),
         default=MTU,
         metavar="BYTES",
         help=f"largest packet that passes, and that the VFs advise guests of (default: {MTU})",

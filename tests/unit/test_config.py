@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from datapath.emulation.engine import MAX_PAIRS
+from datapath.emulation.nic import MAX_VFS, MTU_RANGE
 from datapath.vdpa import DRIVERS
+from libvirt_vdpa import config
 from libvirt_vdpa.config import Config, ConfigError, PoolConfig, SocketConfig, read_config
 
 WHOLE = """
@@ -32,6 +35,13 @@ driver = "ifcvf"
 pf = "0000:08:00.0"
 vfs = 4
 """
+
+
+def test_emulated_pools_may_be_what_the_nic_can_be() -> None:
+    """The daemon is not to load the NIC's engine only to know its limits."""
+    assert range(1, MAX_VFS + 1) == config.EMULATED_VFS
+    assert range(1, MAX_PAIRS + 1) == config.EMULATED_QUEUE_PAIRS
+    assert config.EMULATED_MTUS == MTU_RANGE
 
 
 @pytest.fixture
