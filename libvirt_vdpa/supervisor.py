@@ -285,7 +285,7 @@ class Port:
         self.feed(Event.DIED)
 
     def _heard(self, name: str, data: dict[str, object]) -> None:
-        """An event of the process: whether a front-end or a link is there, whether writes are marked …"""
+        """An event of the process: who is there, its VF's link, the log, announcements."""
         if name == "PORT_STATE":
             state, reason = data.get("state"), data.get("reason")
             logger.info("%s: %s%s", self.record.label, state, f" ({reason})" if reason else "")

@@ -59,7 +59,9 @@ FEATURES = Column(
             "tests/e2e/test_mtu.py::test_more_than_the_vf_takes_is_refused",
             note="libvirt gives a guest what its <mtu> says; more than the VF carries is refused",
         ).but_emulated("it drops what is longer than its MTU"),
-        Row.PERF_DOC: partly("docs/performance.md: what the driver costs; no card, and no packets yet"),
+        Row.PERF_DOC: partly(
+            "docs/performance.md: what the driver costs on an emulated VF; no card was at hand"
+        ),
         Row.PACKED: no("the registers that keep a ring's state have no room for its wrap counters"),
         Row.LINUX_VFIO: partly(
             "no such card was at hand, and QEMU has none; the bus and what IFCVF has of virtio are shown"
