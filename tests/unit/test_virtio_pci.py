@@ -196,6 +196,7 @@ def test_one_ring_stops_and_starts_by_all_of_them(
 ) -> None:
     mine = rings(guest)
     device.start(FEATURES, mine)
+    guest.set_index(mine[0].avail, 3)
     guest.set_index(mine[0].used, 3)
     function.log.clear()
     assert device.stop_ring(1) == RingState(0, 0)
