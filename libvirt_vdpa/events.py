@@ -15,20 +15,20 @@ import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import libvirt
 import libvirt_qemu
 
+from libvirt_vdpa.connections import Connections, keep_alive
 from libvirt_vdpa.hypervisor import WRITERS, Hypervisor, job_of
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-#: Seconds between two tries to reach libvirt, and between keep-alive messages to it.
+#: Seconds between two tries to reach libvirt.
 RECONNECT_INTERVAL = 2.0
-KEEPALIVE_INTERVAL = 5
-KEEPALIVE_COUNT = 3
 #: Seconds until a second look at ports whose domain does not run, but whose QEMU has not left.
 LOOK_AGAIN_INTERVAL = 5.0
 #: Milliseconds after which libvirt's event loop looks whether there is something else to do.
@@ -139,11 +139,10 @@ class DomainWatcher:
             self._lost.clear()
             self._due.set()
             connection.registerCloseCallback(lambda *_details: self._lost.set(), None)
-            keep_alive(connection)
             self._register(connection, writable)
             logger.info("libvirt (%s): connected", self._uri)
             self._complained = False
-            self._hypervisor.attach(connection, writable=writable)
+            self._hypervisor.attach(Connections(partial(self._connect, writable)), writable=writable)
             self._tell_found(connection)
             while not self._stopping.is_set() and not self._lost.is_set():
                 self._reconcile_if_due(connection)
@@ -160,15 +159,24 @@ class DomainWatcher:
         :raise libvirt.libvirtError: when there is none even to read.
         """
         try:
-            return libvirt.open(self._uri), True
+            return self._connect(writable=True), True
         except libvirt.libvirtError as error:
-            connection = libvirt.openReadOnly(self._uri)
+            connection = self._connect(writable=False)
             if not self._told_read_only:
                 logger.warning(
                     "libvirt (%s) can only be read: %s; not possible: %s", self._uri, error, WRITERS
                 )
                 self._told_read_only = True
             return connection, False
+
+    def _connect(self, writable: bool) -> libvirt.virConnect:
+        """A connection; called in any thread.
+
+        :raise libvirt.libvirtError: when there is none.
+        """
+        connection = libvirt.open(self._uri) if writable else libvirt.openReadOnly(self._uri)
+        keep_alive(connection)
+        return connection
 
     def _register(self, connection: libvirt.virConnect, writable: bool) -> None:
         """Have libvirt call us; what a driver does not know is gone without."""
@@ -296,12 +304,3 @@ class DomainWatcher:
             raise RuntimeError("the event loop ends") from None
         finally:
             work.close()  # without effect on one that was begun and has ended
-
-
-def keep_alive(connection: libvirt.virConnect) -> None:
-    """Notice a libvirtd that is gone without a word; a driver within this process needs none of that."""
-    try:
-        connection.setKeepAlive(KEEPALIVE_INTERVAL, KEEPALIVE_COUNT)
-    except libvirt.libvirtError as error:
-        if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
-            raise

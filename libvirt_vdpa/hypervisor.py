@@ -1,9 +1,10 @@
 """Calls into libvirt that somebody waits for, made so that nothing of ours hangs when libvirt does.
 
 Each call is made in a thread of its own, with a deadline: setMetadata, for example, waits until a migration
-of the domain has ended (seen with libvirt 9.0), and abortJob must not wait behind it. The connection is the
-one that events.py follows; between two of them every call fails at once. So does one that libvirt has not
-answered the last time, until it has: libvirtd takes no more than a few from us at a time.
+of the domain has ended (seen with libvirt 9.0), and abortJob must not wait behind it. They are made as long
+as events.py is connected to libvirt, by connections of their own (connections.py); otherwise every call
+fails at once. So does one that libvirt has not answered the last time, until it has: libvirtd takes no more
+than a few clients.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import libvirt
 import libvirt_qemu
 
 from libvirt_vdpa.background import in_background
+from libvirt_vdpa.connections import Connections
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -59,20 +61,23 @@ class Hypervisor:
     """One libvirt, as far as it is there. Used in the event loop, but for `attach`."""
 
     def __init__(self) -> None:
-        self._connection: libvirt.virConnect | None = None
+        self._connections: Connections | None = None
         #: UUID and name of calls that nobody waits for any more -> set when libvirt has answered after all.
         self._overdue: dict[tuple[str, str], threading.Event] = {}
         #: Whether the connection may change something.
         self.writable = False
 
-    def attach(self, connection: libvirt.virConnect | None, *, writable: bool = False) -> None:
-        """Use this connection from now on, None when it is lost. Called in the thread that follows it."""
-        self._connection, self.writable = connection, writable
+    def attach(self, connections: Connections | None, *, writable: bool = False) -> None:
+        """Use these connections from now on, None when libvirt is lost. Called in the thread that notices."""
+        before, self._connections = self._connections, connections
+        self.writable = writable
+        if before is not None:
+            before.close()
 
     @property
     def connected(self) -> bool:
         """Whether libvirt is there, as far as known."""
-        return self._connection is not None
+        return self._connections is not None
 
     async def abort_job(self, uuid: str) -> None:
         """Cancel what is being done with a domain: its migration at the source.
@@ -135,8 +140,8 @@ class Hypervisor:
         return answer.get("return")
 
     async def _call(self, uuid: str, name: str, call: Callable[[libvirt.virDomain], T], limit: float) -> T:
-        connection = self._connection
-        if connection is None:
+        connections = self._connections
+        if connections is None:
             raise HypervisorError(f"libvirt is not there for {name}")
         self._overdue = {key: answered for key, answered in self._overdue.items() if not answered.is_set()}
         if (uuid, name) in self._overdue:
@@ -145,7 +150,8 @@ class Hypervisor:
 
         def work() -> T:
             try:
-                return call(connection.lookupByUUIDString(uuid))
+                with connections.one() as connection:
+                    return call(connection.lookupByUUIDString(uuid))
             finally:
                 answered.set()
 

@@ -229,11 +229,20 @@ def test_a_call_that_hangs_keeps_nobody(domain: libvirt.virDomain, monkeypatch: 
     monkeypatch.setattr("libvirt_vdpa.hypervisor.CHANGE_LIMIT", 0.05)
     released = threading.Event()
 
-    def hang(*_arguments: object) -> int:
+    used: list[libvirt.virConnect] = []
+    real = libvirt.virDomain.XMLDesc
+
+    def hang(domain: libvirt.virDomain, *_arguments: object) -> int:
+        used.append(domain.connect())  # type: ignore[no-untyped-call]
         released.wait()
         return 0
 
+    def note(domain: libvirt.virDomain, flags: int) -> str:
+        used.append(domain.connect())  # type: ignore[no-untyped-call]
+        return real(domain, flags)
+
     monkeypatch.setattr(libvirt.virDomain, "setMetadata", hang)
+    monkeypatch.setattr(libvirt.virDomain, "XMLDesc", note)
 
     async def run() -> None:
         hypervisor, listener = Hypervisor(), Listener()
@@ -247,8 +256,12 @@ def test_a_call_that_hangs_keeps_nobody(domain: libvirt.virDomain, monkeypatch: 
             # No second one is made meanwhile.
             with pytest.raises(HypervisorError, match="has not answered an earlier setMetadata yet"):
                 await hypervisor.set_metadata(uuid, NAMESPACE, "<state/>")
-            # Others are answered, and events come, while it still hangs.
+            # Others are answered, by another connection, and events come, while it still hangs.
             assert uuid in await hypervisor.domain_xml(uuid)
+            assert uuid in await hypervisor.domain_xml(uuid)
+            hanging, first, second = used
+            assert hanging is not first, "libvirt may not send the second call before the first is answered"
+            assert first is second, "one is opened for each call"
             domain.suspend()
             suspended = libvirt.VIR_DOMAIN_EVENT_SUSPENDED
             paused = libvirt.VIR_DOMAIN_EVENT_SUSPENDED_PAUSED
