@@ -23,7 +23,9 @@ from datapath.control import Arguments, CommandError, ControlServer
 from datapath.endpoint import Connector, Endpoint, EndpointError, Listener, NoMoreFrontEndsError, from_fd
 from datapath.features import BACKEND_TYPE
 from datapath.loop import dispatch, ended_by_signals
+from datapath.port_filter import PortFilter
 from datapath.port_options import PROGRAM, parse_arguments
+from datapath.rx_filter import RxFilter
 from datapath.uplink import Uplink, UplinkError, open_uplink
 from datapath.vdpa import (
     DeviceError,
@@ -76,7 +78,9 @@ class Port:
         #: When to look at it by ourselves, by the monotonic clock.
         self._look_at_link_at: float | None = None
         self._uplink = uplink
-        self._announcer = Announcer(uplink, self._announced, options.mac)
+        self._filter = PortFilter(uplink, self._log)
+        self._announces = uplink is not None and not options.silent
+        self._announcer = Announcer(uplink if self._announces else None, self._announced, options.mac)
         self._timing = Timing()
         self._log_status = LogStatus()
         selector.register(device.event_fd, selectors.EVENT_READ, self._device_event)
@@ -86,6 +90,7 @@ class Port:
                 "query-stats": self._query_stats,
                 "announce": self._announce,
                 "disconnect": self._let_come_anew,
+                "set-rx-filter": self._set_rx_filter,
                 "quit": self.quit,
             }
             self._control = ControlServer(selector, options.control, commands)
@@ -289,7 +294,7 @@ class Port:
             mac = parse_mac(arguments.get("mac"))
         except ValueError as error:
             raise CommandError(f"mac: {error}") from error
-        if self._uplink is None:
+        if not self._announces:
             raise CommandError("the port has no uplink to announce a guest on")
         self._announce_guest(mac)
         return {}
@@ -299,6 +304,18 @@ class Port:
             self._log(f"{result['mac']} is not announced: {result['problem']}")
         if self._control is not None:
             self._control.event("PORT_ANNOUNCE", result)
+
+    # The receive filter
+
+    def _set_rx_filter(self, arguments: Arguments) -> dict[str, object]:
+        given = arguments.get("filter")
+        if self._state != "running":
+            raise CommandError("filter: no guest's rings run; it would be for the one before")
+        try:
+            self._filter.set(None if given is None else RxFilter.parse(given))
+        except ValueError as error:
+            raise CommandError(f"filter: {error}") from error
+        return {}
 
     # What the control socket tells
 
@@ -317,6 +334,8 @@ class Port:
         before, self._state = self._state, state
         if self._control is not None:
             self._control.event("PORT_STATE", {"state": state, "reason": reason})
+        if before == "running":
+            self._filter.forget()
         if "running" in (before, state):
             self._look_at_link()
 
@@ -345,9 +364,10 @@ class Port:
             "connections": self._connections,
             "log": self._describe_log(),
             "announce": {
-                "uplink": str(self._options.uplink) if self._options.uplink is not None else None,
+                "uplink": str(self._options.uplink) if self._announces else None,
                 **self._announcer.describe(),
             },
+            "rx_filter": self._filter.describe(),
             "timing": self._timing.describe(),
             "pauses": self._timing.pauses(),
         }

@@ -119,8 +119,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--uplink",
         type=_uplink_spec,
         metavar="interface=NAME|nic=SOCKET,vf=N",
-        help="where frames that announce the guest leave (default: nowhere)",
+        help="where frames that announce the guest leave (default: nowhere), and what filters for it",
     )
+    parser.add_argument("--silent", action="store_true", help="announce nothing on the uplink")
     parser.add_argument(
         "--mac",
         type=_mac,

@@ -1,8 +1,9 @@
-"""Where frames that announce a guest leave a port: what VFs cannot send by themselves.
+"""The wire of a VF as its port may use it beside the VF: frames that announce a guest, and a receive filter.
 
 An `UplinkSpec` is what the command line says: `interface=NAME`, a network interface on the VF's wire, or
-`nic=PATH,vf=N`, the control socket of an emulated NIC, which sends a frame as VF N does. (A packet socket on
-its TAP would not do: what is sent there goes into the VF, not to the bridge that the TAP is in.)
+`nic=PATH,vf=N`, the control socket of an emulated NIC, which sends a frame as VF N does, and filters what
+VF N receives. (A packet socket on its TAP would not do: what is sent there goes into the VF, not to the
+bridge that the TAP is in.)
 
 Owns the sockets. To send never waits: a guest that has just arrived stands still meanwhile. What can fail is
 tried when the uplink is opened.
@@ -21,6 +22,7 @@ from typing import Any
 
 from datapath.control import JsonStream, StreamError, encode
 from datapath.loop import dispatch
+from datapath.rx_filter import RxFilter
 
 #: Seconds that an emulated NIC has to answer.
 ANSWER_TIME = 2.0
@@ -72,6 +74,18 @@ class Uplink(abc.ABC):
     @abc.abstractmethod
     def send(self, frame: bytes, outcome: Outcome) -> None:
         """Send an Ethernet frame; `outcome` is called once, now or later."""
+
+    @property
+    def filters(self) -> bool:
+        """Whether it takes receive filters."""
+        return False
+
+    def set_rx_filter(self, wanted: RxFilter | None, outcome: Outcome) -> None:
+        """Have the VF receive what its guest wants and no more, None: all; `outcome` as with `send`.
+
+        The filter is gone when the VF is let go.
+        """
+        outcome("such an uplink has no filter for one VF")
 
     def deadline(self) -> float | None:
         """When to call `poll` next (time.monotonic), if at all."""
@@ -129,7 +143,7 @@ class InterfaceUplink(Uplink):
 
 
 class NicUplink(Uplink):
-    """A VF of an emulated NIC, asked over its control socket (QMP; `vf-send`).
+    """A VF of an emulated NIC, asked over its control socket (QMP; `vf-send`, `vf-rx-filter`).
 
     Commands are written as they come, `qmp_capabilities` first, and answered in order: nobody waits.
     """
@@ -166,15 +180,14 @@ class NicUplink(Uplink):
             raise
 
     def send(self, frame: bytes, outcome: Outcome) -> None:
-        def answered(reply: dict[str, Any]) -> None:
-            outcome(None if "return" in reply else f"{self._name}: {reply['error'].get('desc', 'refused')}")
+        self._order("vf-send", {"frame": frame.hex()}, outcome)
 
-        if self._socket is None:
-            self._connect()
-        if self._socket is None:
-            outcome(f"{self._name}: {self._problem}")
-        else:
-            self._ask("vf-send", {"vf": self._vf, "frame": frame.hex()}, answered)
+    @property
+    def filters(self) -> bool:
+        return True
+
+    def set_rx_filter(self, wanted: RxFilter | None, outcome: Outcome) -> None:
+        self._order("vf-rx-filter", {"filter": None if wanted is None else wanted.describe()}, outcome)
 
     def deadline(self) -> float | None:
         if self._socket is None:
@@ -204,6 +217,19 @@ class NicUplink(Uplink):
         self._stream = JsonStream()
         self._selector.register(sock, selectors.EVENT_READ, self._receive)
         self._ask("qmp_capabilities", {}, lambda reply: None)
+
+    def _order(self, command: str, arguments: dict[str, Any], outcome: Outcome) -> None:
+        """Have the NIC do something for our VF."""
+
+        def answered(reply: dict[str, Any]) -> None:
+            outcome(None if "return" in reply else f"{self._name}: {reply['error'].get('desc', 'refused')}")
+
+        if self._socket is None:
+            self._connect()
+        if self._socket is None:
+            outcome(f"{self._name}: {self._problem}")
+        else:
+            self._ask(command, {"vf": self._vf, **arguments}, answered)
 
     def _ask(self, command: str, arguments: dict[str, Any], then: Callable[[dict[str, Any]], None]) -> None:
         if self._socket is None:

@@ -408,6 +408,8 @@ def port_arguments(record: Record) -> list[str]:
         arguments.append(f"--features={record.features:#x}")
     if record.uplink is not None and record.announce not in SILENT:
         arguments += [f"--uplink={record.uplink}", f"--mac={record.mac}"]
+    elif record.uplink is not None and record.uplink.startswith("nic="):
+        arguments += [f"--uplink={record.uplink}", "--silent"]  # it filters what the guest receives
     return arguments
 
 

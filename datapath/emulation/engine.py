@@ -6,11 +6,16 @@ packet is C; a call here returns once the engine's thread has taken note.
 
 import fcntl
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from datapath.native._native import ffi, lib
+from datapath.rx_filter import RxFilter, Scope
 from datapath.vdpa import RingState
+
+if TYPE_CHECKING:
+    from _cffi_backend import FFI
 
 #: Largest ring in descriptors.
 MAX_QUEUE_SIZE: int = lib.RING_MAX_SIZE
@@ -45,8 +50,18 @@ class QueueCounters:
     packets: int
     bytes: int
     dropped: int
+    #: Of what came, not meant for the driver as the filter says.
+    filtered: int
     kicks: int
     interrupts: int
+
+
+#: Scope -> what the engine calls it.
+SCOPES: Mapping[Scope, int] = {
+    Scope.NONE: lib.FILTER_NONE,
+    Scope.LISTED: lib.FILTER_LISTED,
+    Scope.ALL: lib.FILTER_ALL,
+}
 
 
 class Uplink(Protocol):
@@ -129,6 +144,25 @@ def _doorbell_pages(queues: int) -> int:
     return fd
 
 
+def _native_filter(wanted: RxFilter) -> "FFI.CData":
+    vlans = bytearray(lib.FILTER_VLAN_BYTES)
+    for vlan in wanted.vlans:
+        vlans[vlan // 8] |= 1 << vlan % 8
+    macs = [list(mac) for mac in wanted.macs]
+    native = {
+        "on": True,
+        "promiscuous": wanted.promiscuous,
+        "broadcast": wanted.broadcast,
+        "unicast": SCOPES[wanted.unicast],
+        "multicast": SCOPES[wanted.multicast],
+        "vlan": SCOPES[wanted.vlan],
+        "macs": len(macs),
+        "mac": macs,
+        "vlans": list(vlans),
+    }
+    return ffi.new("struct filter *", native)
+
+
 def _check(result: int) -> None:
     if result < 0:
         raise OSError(-result, os.strerror(-result))
@@ -155,6 +189,8 @@ class Engine:
         self._engine = handle[0]
         lib.engine_keep_packets(self._engine, keep)
         self._prefetch = prefetch
+        #: What `set_filter` has set.
+        self.filter: RxFilter | None = None
         #: Eventfd, owned by the engine, that is readable after a fault.
         self.fault_fd: int = lib.engine_fault_fd(self._engine)
         #: Owned by the engine and shared with its client, while there are doorbells: an eventfd for each
@@ -274,4 +310,16 @@ class Engine:
     def count(self, index: int) -> QueueCounters:
         """The counters of a queue."""
         native = lib.engine_count(self._engine, index)
-        return QueueCounters(native.packets, native.bytes, native.dropped, native.kicks, native.interrupts)
+        return QueueCounters(
+            native.packets,
+            native.bytes,
+            native.dropped,
+            native.filtered,
+            native.kicks,
+            native.interrupts,
+        )
+
+    def set_filter(self, wanted: RxFilter | None) -> None:
+        """Which of the packets that come are for the driver; None: all. It stays after a reset."""
+        self.filter = wanted
+        lib.engine_set_filter(self._engine, ffi.NULL if wanted is None else _native_filter(wanted))

@@ -20,6 +20,7 @@ from datapath.emulation.tap import TapError
 from datapath.emulation.vf import MTU, Vf, VfSpec
 from datapath.emulation.virtio_net import FEATURES, consistent
 from datapath.loop import dispatch, ended_by_signals
+from datapath.rx_filter import RxFilter
 from datapath.virtio import Feature, bit
 
 PROGRAM = "virt-vdpa-nic"
@@ -63,6 +64,7 @@ class Nic:
                 "query-devices": self._query_devices,
                 "vf-stop": lambda arguments: self._set_link(arguments, False),
                 "vf-start": lambda arguments: self._set_link(arguments, True),
+                "vf-rx-filter": self._filter,
                 "vf-send": self._send,
                 "quit": self.quit,
             }
@@ -88,6 +90,15 @@ class Nic:
 
     def _set_link(self, arguments: Arguments, up: bool) -> object:
         self._named(arguments).set_link(up)
+        return {}
+
+    def _filter(self, arguments: Arguments) -> object:
+        """Set the receive filter of a VF, as a PF may; null: none."""
+        vf, given = self._named(arguments), arguments.get("filter")
+        try:
+            vf.set_rx_filter(None if given is None else RxFilter.parse(given))
+        except ValueError as error:
+            raise CommandError(f"filter: {error}") from error
         return {}
 
     def _send(self, arguments: Arguments) -> object:

@@ -127,6 +127,7 @@ class Session:
         self._device.vectors.clear()
         self._engine.unmap_all()
         self._engine.close_doorbells()
+        self._engine.set_filter(None)  # it was for this client's guest
         self._engine.set_client(None)
         for fd in self._other_irqs.values():
             os.close(fd)

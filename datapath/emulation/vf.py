@@ -14,6 +14,7 @@ from datapath.emulation.ifcvf import Ifcvf
 from datapath.emulation.server import Session, VfServer
 from datapath.emulation.tap import Tap
 from datapath.emulation.virtio_net import FEATURES, NetSpec
+from datapath.rx_filter import RxFilter
 
 DRIVER = "ifcvf"
 #: Largest packet without its Ethernet header, in bytes, if nothing else is said (RFC 894).
@@ -108,6 +109,17 @@ class Vf:
             raise OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
         self._tap.send(frame)
 
+    def set_rx_filter(self, wanted: RxFilter | None) -> None:
+        """Which of the frames that come the client gets, as long as it has the VF; None: all.
+
+        :raise ValueError: when nobody has the VF, or its frames come from itself.
+        """
+        if self._spec.echo:
+            raise ValueError("a VF that echoes has no frames of others to filter")
+        if not self._server.attached:
+            raise ValueError("nobody has the VF")
+        self._engine.set_filter(wanted)
+
     def describe(self) -> dict[str, object]:
         """What query-devices tells about it."""
         counters = [self._engine.count(index) for index in range(2 * self._engine.pairs)]
@@ -125,6 +137,8 @@ class Vf:
             "rx_packets": receive.packets,
             "rx_bytes": receive.bytes,
             "rx_dropped": receive.dropped,
+            "rx_filtered": receive.filtered,
+            "rx_filter": self._engine.filter.describe() if self._engine.filter is not None else None,
             "tx_packets": transmit.packets,
             "tx_bytes": transmit.bytes,
             "tx_dropped": transmit.dropped,

@@ -23,6 +23,7 @@ class EngineCounters(Protocol):
     packets: int
     bytes: int
     dropped: int
+    filtered: int
     kicks: int
     interrupts: int
 
@@ -54,6 +55,13 @@ class Library:
     DMA_MAX_MAPS: int
     # ring.h
     RING_MAX_SIZE: int
+    # filter.h
+    FILTER_MAC_SIZE: int
+    FILTER_MAX_MACS: int
+    FILTER_VLAN_BYTES: int
+    FILTER_NONE: int
+    FILTER_LISTED: int
+    FILTER_ALL: int
     # engine.h
     ENGINE_RX: int
     ENGINE_TX: int
@@ -79,6 +87,7 @@ class Library:
     def engine_run(self, engine: FFI.CData, on: bool) -> None: ...
     def engine_use_pairs(self, engine: FFI.CData, pairs: int) -> None: ...
     def engine_set_features(self, engine: FFI.CData, features: int) -> None: ...
+    def engine_set_filter(self, engine: FFI.CData, filter: FFI.CData) -> None: ...
     def engine_set_log(self, engine: FFI.CData, on: bool, base: int, end: int) -> None: ...
     def engine_reset(self, engine: FFI.CData) -> None: ...
     def engine_fault(self, engine: FFI.CData, queue: FFI.CData) -> FFI.CData: ...

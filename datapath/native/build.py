@@ -24,6 +24,7 @@ UNITS = (
     "forwarder",
     "ring",
     "offload",
+    "filter",
     "worker",
     "packets",
     "echo",

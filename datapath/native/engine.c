@@ -413,6 +413,13 @@ void engine_set_features(struct engine *engine, uint64_t features)
     leave(engine);
 }
 
+void engine_set_filter(struct engine *engine, const struct filter *filter)
+{
+    enter(engine);
+    engine->filter = filter != NULL ? *filter : (struct filter){ .on = false };
+    leave(engine);
+}
+
 void engine_set_log(struct engine *engine, bool on, uint64_t base, uint64_t end)
 {
     enter(engine);

@@ -16,6 +16,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "filter.h"
 #include "ring.h"
 
 /* cffi: begin */
@@ -32,6 +33,7 @@ struct engine_counters {
     uint64_t packets;
     uint64_t bytes;
     uint64_t dropped;
+    uint64_t filtered;          /* not for the driver, see engine_set_filter() */
     uint64_t kicks;             /* wake-ups by the driver */
     uint64_t interrupts;
 };
@@ -111,6 +113,12 @@ void engine_use_pairs(struct engine *engine, unsigned int pairs);
  * checksum, or unsegmented. What the driver sends against them is dropped, and so is what it could not take.
  */
 void engine_set_features(struct engine *engine, uint64_t features);
+
+/*
+ * Which of the packets that come are for the driver; NULL: all. It is no part of what the driver sets, and stays
+ * after a reset. An echo has none.
+ */
+void engine_set_filter(struct engine *engine, const struct filter *filter);
 
 /* Set bits for pages that packets are written to; the rings themselves are not logged. */
 void engine_set_log(struct engine *engine, bool on, uint64_t base, uint64_t end);

@@ -149,6 +149,12 @@ static void receive_one(struct engine *engine, unsigned int pair)
     struct uplink *uplink = &engine->uplink[pair];
     enum delivery result = UNFIT;
 
+    if (!filter_admits(&engine->filter, uplink->packet.frame, uplink->frame_length)) {
+        queue->held = false;
+        queue->count.filtered++;
+        uplink->frame_length = 0;
+        return;
+    }
     if (may_deliver(engine, uplink)) {
         result = packets_deliver(engine, &queue->ring, uplink);
     }

@@ -13,6 +13,7 @@
 
 #include "dma.h"
 #include "engine.h"
+#include "filter.h"
 #include "offload.h"
 #include "ring.h"
 
@@ -79,6 +80,7 @@ struct engine {
 
     bool running;
     uint64_t features;          /* accepted by the driver */
+    struct filter filter;
     bool client_gone;
     const char *fault;
     unsigned int fault_queue;

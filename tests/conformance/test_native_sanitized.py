@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 NEEDED = ("datapath", "tests/__init__.py", "tests/harness", "setup.py", "setup.cfg", "pyproject.toml")
 TESTS = (
     "tests/conformance/test_engine.py",
+    "tests/conformance/test_engine_filter.py",
     "tests/conformance/test_engine_hostile.py",
     "tests/conformance/test_engine_offloads.py",
     "tests/unit/conftest.py",

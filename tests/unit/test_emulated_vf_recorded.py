@@ -67,6 +67,7 @@ class NotedEngine:
         self.doorbells = False
 
     def set_client(self, fd: int | None) -> None: ...
+    def set_filter(self, wanted: object) -> None: ...
 
     def kick(self, index: int) -> None:
         self.kicks.append(index)

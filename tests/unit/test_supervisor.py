@@ -88,8 +88,11 @@ class TestCommandLine:
         ("announce", "told"), [("auto", True), ("rarp", True), ("guest", False), ("off", False)]
     )
     def test_an_uplink_where_the_port_may_announce(self, announce: str, told: bool) -> None:
-        expected = [f"--uplink={self.UPLINK}", f"--mac={MAC}"] if told else []
-        assert self.options(announce=announce, uplink=self.UPLINK) == expected
+        last = f"--mac={MAC}" if told else "--silent"
+        assert self.options(announce=announce, uplink=self.UPLINK) == [f"--uplink={self.UPLINK}", last]
+        interface = "interface=eth0"  # one that nothing can be filtered on
+        expected = [f"--uplink={interface}", f"--mac={MAC}"] if told else []
+        assert self.options(announce=announce, uplink=interface) == expected
 
 
 class TestUplinkThatHasGone:
