@@ -14,7 +14,19 @@ from typing import NoReturn, TextIO
 
 from qemu.qmp import QMPError
 
-from tests.bench import dirty_logging, hooks, kick, machine, migration, packets, relay, scale, setup, table
+from tests.bench import (
+    dirty_logging,
+    guest,
+    hooks,
+    kick,
+    machine,
+    migration,
+    packets,
+    relay,
+    scale,
+    setup,
+    table,
+)
 from tests.bench.rows import Measure, Row
 from tests.harness.processes import HarnessError
 
@@ -33,6 +45,7 @@ class Topic:
 TOPICS: Mapping[str, Topic] = {
     "relay": Topic("what the relay of a ring takes for a used entry, beside DPDK's", relay.measure),
     "packets": Topic("packets per second there and back, beside DPDK's vhost", packets.measure, 5),
+    "guest": Topic("TCP and UDP of a guest, beside QEMU's own TAP NIC", guest.measure, 5),
     "kick": Topic("from a guest's kick to the VF's doorbell, beside DPDK's notify relay", kick.measure),
     "setup": Topic("from connect to running rings and to the first frame, beside DPDK's", setup.measure, 20),
     "logging": Topic(

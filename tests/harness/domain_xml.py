@@ -139,6 +139,14 @@ class DomainXml:
         self.without_vdpa().element("devices").insert(where, etree.fromstring(text))
         return self
 
+    def add_tap(self, link: str) -> str:
+        """Give it one more NIC, an ordinary one that QEMU serves itself on a TAP that it makes; its MAC."""
+        mac = f"{self.mac[:-2]}{int(self.mac[-2:], 16) + 0x80:02x}"
+        text = f"""<interface type='ethernet'><mac address='{mac}'/><target dev='{link}'/>
+            <model type='virtio'/><driver name='qemu'/></interface>"""
+        self.root.findall("devices/interface")[-1].addnext(etree.fromstring(text))
+        return mac
+
     def rename(self, number: int) -> Self:
         """Make it another domain: name, UUID, MAC and socket path of its own."""
         old_uuid, old_mac = self.uuid, self.mac

@@ -6,6 +6,7 @@ Owns the image and what its /init understands:
 - a shell on the serial console (console.py talks to it);
 - `traffic serve` on TRAFFIC_PORT, for a peer that wants traffic of which nothing may be lost
   (guest_traffic.py, native/traffic.c);
+- `load serve` on LOAD_PORT, for a peer that wants as much traffic as goes (guest_load.py, native/load.c);
 - `channels eth0 N`, by which a NIC uses N of its queue pairs (native/channels.c);
 - `metronome`, without which a guest that migrates under software emulation is damaged (native/metronome.c);
 - the ACPI power button (`virsh shutdown`), `poweroff -f` and `reboot -f` work.
@@ -21,10 +22,10 @@ from tests.harness.compiled import NATIVE, compiled
 from tests.harness.kernel import BUSYBOX, BootImage, boot_image, pack_initrd
 
 #: Where the guest waits for a peer.
-TRAFFIC_PORT = 7000
+TRAFFIC_PORT, LOAD_PORT = 7000, 7001
 
 #: Our programs in the guest, in C (native/).
-PROGRAMS = ("traffic", "metronome", "channels")
+PROGRAMS = ("traffic", "load", "metronome", "channels")
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 
@@ -68,6 +69,7 @@ fi
 acpid
 metronome &
 traffic serve {TRAFFIC_PORT} &
+load serve {LOAD_PORT} &
 while :; do setsid cttyhack /bin/sh; done
 """
 
