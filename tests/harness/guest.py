@@ -22,7 +22,7 @@ from tests.harness.compiled import NATIVE, compiled
 from tests.harness.kernel import BUSYBOX, BootImage, boot_image, pack_initrd
 
 #: Where the guest waits for a peer.
-TRAFFIC_PORT, LOAD_PORT = 7000, 7001
+TRAFFIC_PORT, LOAD_PORT = 7000, 7100
 
 #: Our programs in the guest, in C (native/).
 PROGRAMS = ("traffic", "load", "metronome", "channels")
