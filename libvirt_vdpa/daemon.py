@@ -31,6 +31,7 @@ from libvirt_vdpa.links import Links
 from libvirt_vdpa.migration import Migrations
 from libvirt_vdpa.monitor import GuestMonitors
 from libvirt_vdpa.ports import Record
+from libvirt_vdpa.rx_filters import RxFilters
 from libvirt_vdpa.state_keeper import StateKeeper
 from libvirt_vdpa.supervisor import Port, Supervisor
 
@@ -47,6 +48,26 @@ class DaemonError(Exception):
     """A daemon that cannot start; the text is one line."""
 
 
+class DomainNews:
+    """What libvirt tells (events.Listener), passed on to those who follow domains."""
+
+    def __init__(self, migrations: Migrations, rx_filters: RxFilters) -> None:
+        self.lifecycle_event = migrations.lifecycle_event
+        self.iteration_event = migrations.iteration_event
+        self.job_event = migrations.job_event
+        self._migrations = migrations
+        self._rx_filters = rx_filters
+
+    def libvirt_found(self, jobs: Mapping[str, Mapping[str, object] | None]) -> None:
+        self._migrations.libvirt_found(jobs)
+        for uuid in jobs:
+            self._rx_filters.way_found(uuid)
+
+    def monitor_event(self, uuid: str, name: str, data: Mapping[str, object]) -> None:
+        self._migrations.monitor_event(uuid, name, data)
+        self._rx_filters.monitor_event(uuid, name, data)
+
+
 class Daemon:
     """The parts and what connects them."""
 
@@ -61,7 +82,7 @@ class Daemon:
             start_limit=config.hook_time_limit * START_SHARE,
         )
         self._hypervisor = Hypervisor()
-        self._monitors = GuestMonitors(self._hypervisor, self._monitor_event)
+        self._monitors = GuestMonitors(self._hypervisor, self._monitor_event, self._monitor_found)
         self._migrations = Migrations(
             self._supervisor,
             self._hypervisor,
@@ -71,6 +92,9 @@ class Daemon:
         )
         self._states = StateKeeper(self._supervisor, self._hypervisor, self._migrations.migrating)
         self._links = Links(self._hypervisor.domain_xml, self._monitors.execute, self._migrations.migrating)
+        self._rx_filters = RxFilters(
+            self._hypervisor.domain_xml, self._monitors.execute, self._migrations.migrating
+        )
         self._lifecycle = Lifecycle(config, self._inventory, self._supervisor, self._refresh_devices)
         self._lifecycle.migrations = self._migrations
         self._nics = [
@@ -107,6 +131,7 @@ class Daemon:
         self._migrations.stop()
         self._states.stop()
         self._links.stop()
+        self._rx_filters.stop()
         self._monitors.stop()
         await self._api.stop()
         await self._host_pools.stop()
@@ -128,9 +153,8 @@ class Daemon:
     def _watch_domains(self, loop: asyncio.AbstractEventLoop) -> DomainWatcher | None:
         if not self._config.libvirt_uri:
             return None
-        watcher = DomainWatcher(
-            self._config.libvirt_uri, self._lifecycle, loop, self._hypervisor, self._migrations
-        )
+        news = DomainNews(self._migrations, self._rx_filters)
+        watcher = DomainWatcher(self._config.libvirt_uri, self._lifecycle, loop, self._hypervisor, news)
         watcher.start()
         return watcher
 
@@ -141,10 +165,15 @@ class Daemon:
         self._migrations.port_changed(port)
         self._states.port_changed(port)
         self._links.port_changed(port)
+        self._rx_filters.port_changed(port)
         self._api.event("PORT_STATE_CHANGE", self._describe(port))
 
     def _monitor_event(self, uuid: str, name: str, data: Mapping[str, object]) -> None:
         self._migrations.monitor_event(uuid, name, data)
+        self._rx_filters.monitor_event(uuid, name, data)
+
+    def _monitor_found(self, uuid: str) -> None:
+        self._rx_filters.way_found(uuid)
 
     def _describe(self, port: Port) -> dict[str, object]:
         """A port with what its domain's migration means for it."""
@@ -266,6 +295,7 @@ def describe(port: Port) -> dict[str, object]:
         "link": status.get("link"),
         "features": status.get("feature_names", []),
         "queue_pairs": status.get("queue_pairs"),
+        "rx_filter": status.get("rx_filter"),
         "rings": status.get("rings", []),
         "log": status.get("log"),
         "announce": status.get("announce"),

@@ -35,7 +35,7 @@ LOOK_AGAIN_INTERVAL = 5.0
 TICK = 500
 #: QEMU's events that are passed on, where libvirt lets us have them (virConnectDomainQemuMonitorEventRegister
 #: taints nothing, but wants a connection that may write).
-MONITOR_EVENTS = ("MIGRATION",)
+MONITOR_EVENTS = ("MIGRATION", "NIC_RX_FILTER_CHANGED")
 
 
 class Reconciler(Protocol):

@@ -31,7 +31,7 @@ STATE_KEY = "vdpastate"
 #: What does not work with a connection that may only read.
 WRITERS = (
     "ending migrations, announcing by QEMU, following migrations by QEMU's events where the domain has no "
-    "monitor for us, and writing down what guests negotiated"
+    "monitor for us, receive filters there, and writing down what guests negotiated"
 )
 #: `operation` of virDomainGetJobStats -> which side of a migration this host is.
 SIDES = {

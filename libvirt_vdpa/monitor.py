@@ -38,13 +38,17 @@ Heard = Callable[[str, str, Mapping[str, object]], None]
 class GuestMonitors:
     """Connections to the monitors of this host's guests. Used in the event loop."""
 
-    def __init__(self, hypervisor: Hypervisor, heard: Heard) -> None:
+    def __init__(
+        self, hypervisor: Hypervisor, heard: Heard, found: Callable[[str], None] = lambda uuid: None
+    ) -> None:
         """Nothing is followed yet.
 
         :param heard: called for each event of a guest's QEMU.
+        :param found: called with a UUID when its monitor is ours; what came before was told to nobody.
         """
         self._hypervisor = hypervisor
         self._heard = heard
+        self._found = found
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._clients: dict[str, ControlClient] = {}
 
@@ -105,6 +109,7 @@ class GuestMonitors:
                 self._clients[uuid] = client
                 logger.info("domain %s: its QEMU is followed on %s", uuid, path)
                 complained = False
+                self._found(uuid)
                 await client.closed()
             except ControlError as error:
                 if not complained:

@@ -1,4 +1,4 @@
-"""The test guest: Debian's cloud kernel and a busybox initramfs, kept in the checkout's .cache/guest.
+"""The test guest: Debian's cloud kernel and a busybox initramfs, kept in the checkout's .cache/.
 
 Owns the image and what its /init understands:
 
@@ -8,10 +8,13 @@ Owns the image and what its /init understands:
   (guest_traffic.py, native/traffic.c);
 - `load serve` on LOAD_PORT, for a peer that wants as much traffic as goes (guest_load.py, native/load.c);
 - `channels eth0 N`, by which a NIC uses N of its queue pairs (native/channels.c);
+- `frames`, which shows what frames eth0 is given, and joins groups (native/frames.c);
+- `vlans`, after which there can be VLANs (`vconfig add eth0 5`);
 - `metronome`, without which a guest that migrates under software emulation is damaged (native/metronome.c);
 - the ACPI power button (`virsh shutdown`), `poweroff -f` and `reboot -f` work.
 """
 
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -25,7 +28,7 @@ from tests.harness.kernel import BUSYBOX, BootImage, boot_image, pack_initrd
 TRAFFIC_PORT, LOAD_PORT = 7000, 7100
 
 #: Our programs in the guest, in C (native/).
-PROGRAMS = ("traffic", "load", "metronome", "channels")
+PROGRAMS = ("traffic", "load", "metronome", "channels", "frames")
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 
@@ -42,6 +45,18 @@ MODULES = (
     "kernel/drivers/input/evdev.ko",
     "kernel/drivers/acpi/button.ko",
 )
+
+#: Those for VLANs, which `vlans` loads: a NIC that can filter is told of VLAN 0 from then on.
+VLAN_MODULES = (
+    "kernel/net/llc/llc.ko",
+    "kernel/net/802/stp.ko",
+    "kernel/net/802/garp.ko",
+    "kernel/net/802/mrp.ko",
+    "kernel/net/8021q/8021q.ko",
+)
+
+#: Where kernel and modules are kept; by another name when there are to be other modules.
+KEPT = CACHE / f"guest-{hashlib.sha256(repr((MODULES, VLAN_MODULES)).encode()).hexdigest()[:8]}"
 
 #: The guest's kernel command line, less its address. QEMU 7.2 under software emulation crashes when a
 #: vhost-user NIC uses MSI-X (fixed in 8.0), hence pci=nomsi. Skipping clock calibration and mitigations
@@ -73,6 +88,11 @@ load serve {LOAD_PORT} &
 while :; do setsid cttyhack /bin/sh; done
 """
 
+#: The program `vlans`.
+VLANS = "".join(
+    ["#!/bin/busybox sh\n", *(f"insmod /modules/{Path(module).name}\n" for module in VLAN_MODULES)]
+)
+
 #: What acpid runs when the power button is pressed. busybox's poweroff without -f asks an init to do it;
 #: ours is the script above.
 POWER_BUTTON = "#!/bin/busybox sh\nexec poweroff -f\n"
@@ -85,7 +105,7 @@ def guest_image() -> BootImage:
     """
     return boot_image(
         KERNEL_PACKAGE,
-        CACHE / "guest",
+        KEPT,
         keep_modules,
         make_initrd,
         [Path(__file__), *(NATIVE / f"{name}.c" for name in PROGRAMS)],
@@ -96,7 +116,7 @@ def keep_modules(tree: Path, release: str, folder: Path) -> None:
     """Put the modules that the guest needs into `folder`/modules-RELEASE, from an unpacked package."""
     modules = folder / f"modules-{release}"
     modules.mkdir()
-    for module in MODULES:
+    for module in (*MODULES, *VLAN_MODULES):
         shutil.copy(tree / "lib/modules" / release / module, modules)
 
 
@@ -109,10 +129,11 @@ def make_initrd(modules: Path, initrd: Path) -> None:
         shutil.copy(BUSYBOX, root / "bin/busybox")
         for name in PROGRAMS:
             shutil.copy(compiled(name, "-static"), root / "bin" / name)
-        for module in MODULES:
+        for module in (*MODULES, *VLAN_MODULES):
             shutil.copy(modules / Path(module).name, root / "modules")
         (root / "modules/order").write_text("".join(f"{Path(module).name}\n" for module in MODULES))
-        for path, text in (("init", INIT), ("etc/acpi/PWRF/00000080", POWER_BUTTON)):
+        scripts = {"init": INIT, "bin/vlans": VLANS, "etc/acpi/PWRF/00000080": POWER_BUTTON}
+        for path, text in scripts.items():
             (root / path).write_text(text)
             (root / path).chmod(0o755)
         pack_initrd(root, initrd)
