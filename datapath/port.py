@@ -467,6 +467,7 @@ def probe(options: argparse.Namespace) -> None:
             "max_queue_size": device.max_queue_size,
             "max_mtu": device.max_mtu,
             "log_modes": sorted(mode.value for mode in device.log_modes),
+            "serves_legacy": device.serves_legacy,
         }
     print(json.dumps(able))
 

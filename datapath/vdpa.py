@@ -155,6 +155,8 @@ class VdpaDevice(abc.ABC):
     max_mtu: int | None
     #: Who can mark the pages that the VF writes: HARDWARE, SOFTWARE or both.
     log_modes: tuple[LogMode, ...]
+    #: Whether guests without VERSION_1, those of virtio 0.95, are served.
+    serves_legacy: bool
 
     @abc.abstractmethod
     def map_memory(self, region: MemoryRegion) -> None:

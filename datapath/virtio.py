@@ -89,6 +89,8 @@ MAX_QUEUE_SIZE = 32768
 NO_VECTOR = 0xFFFF
 #: Bytes of `struct virtio_net_hdr_v1`, which VERSION_1 puts before every packet (section 5.1.6).
 NET_HEADER_SIZE = 12
+#: Bytes of `struct virtio_net_hdr`, where neither VERSION_1 nor MRG_RXBUF was accepted (section 5.1.6.1).
+SHORT_NET_HEADER_SIZE = 10
 #: Status bit in the network device's configuration: the link is up (section 5.1.4).
 NET_S_LINK_UP = 1
 

@@ -323,13 +323,17 @@ def check_announce(check: InterfaceCheck) -> Iterator[Finding]:
         yield check.request.line, f"{text}, {WITHOUT_ROUNDS[policy]}; remove one", True
 
 
+#: Models of virtio; the others say whether the device is for guests of virtio 0.95, too (libvirt 5.2).
+MODELS = ("virtio", "virtio-transitional", "virtio-non-transitional")
+
+
 def check_type(check: InterfaceCheck) -> Iterator[Finding]:
     """Only a vhostuser interface with a virtio model can be carried."""
     kind = check.element.get("type", "")
     if kind != "vhostuser":
         yield check.line(), f"<interface type='{kind}'>: must be type='vhostuser'", True
     model = attribute_of(check.element, "model", "type")
-    if model != "virtio":
+    if model not in MODELS:
         yield check.line("model"), f"<model type='{model}'/>: must be <model type='virtio'/>", True
     if not MAC_FORM.fullmatch(check.mac):
         text = f"<mac address='{check.mac}'/>: give the interface a MAC, the socket path contains it"

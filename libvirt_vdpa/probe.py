@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datapath.vdpa import LogMode
-from datapath.virtio import feature_names
+from datapath.virtio import Feature, bit, feature_names
 from libvirt_vdpa.process import ProgramError, find_program
 from libvirt_vdpa.state import NOT_THE_GUESTS
 
@@ -38,6 +38,8 @@ class Ability:
     max_mtu: int | None
     #: Who can mark its writes: values of LogMode.
     log_modes: frozenset[str]
+    #: Whether it serves guests without VERSION_1, those of virtio 0.95.
+    serves_legacy: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def misfits(need: Need, able: Ability) -> list[str]:
     if missing := need.features & ~able.features & ~NOT_THE_GUESTS:
         whose = "which the guest has negotiated" if need.negotiated else "which the source's VF has offered"
         found.append(f"lacks {', '.join(feature_names(missing))}, {whose}")
+    if need.negotiated and not need.features & bit(Feature.F_VERSION_1) and not able.serves_legacy:
+        found.append("needs VERSION_1, which the guest, one of virtio 0.95, has not negotiated")
     if need.queue_pairs > able.queue_pairs:
         found.append(f"has {_count(able.queue_pairs)}, the guest uses {need.queue_pairs}")
     elif need.queues_attribute > able.queue_pairs:
@@ -119,6 +123,7 @@ def _ability(output: bytes) -> Ability:
             max_queue_size=int(answer["max_queue_size"]),
             max_mtu=None if mtu is None else int(mtu),
             log_modes=frozenset(map(str, answer["log_modes"])),
+            serves_legacy=answer["serves_legacy"] is True,
         )
     except (ValueError, TypeError, KeyError):
         raise ProbeError(f"{PROGRAM} --probe gave no answer that makes sense") from None

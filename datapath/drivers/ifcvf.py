@@ -158,6 +158,7 @@ class IfcvfDevice(VirtioNetDevice):
 
     FEATURES = FEATURES
     HAS_RING_STATE = True
+    SERVES_LEGACY = True
     MAX_PAIRS = 32  # IFCVF_MAX_QUEUES of DPDK
 
     def __init__(self, name: str, function: PciFunction, log_mode: LogMode = LogMode.AUTO) -> None:

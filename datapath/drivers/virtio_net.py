@@ -79,6 +79,8 @@ class VirtioNetDevice(VdpaDevice):
     FEATURES: ClassVar[Column]
     #: Whether the function keeps ring state: its rings begin anywhere, and stop and start one by one.
     HAS_RING_STATE: ClassVar[bool]
+    #: Whether the family's functions do without VERSION_1, though virtio does not let them.
+    SERVES_LEGACY: ClassVar[bool]
     #: Most queue pairs that the driver runs.
     MAX_PAIRS: ClassVar[int]
 
@@ -89,6 +91,7 @@ class VirtioNetDevice(VdpaDevice):
         :raise DeviceError: when it is not what it should be; `function` is then the caller's to close.
         """
         self.name = name
+        self.serves_legacy = self.SERVES_LEGACY
         self._function = function
         self._running = False
         self._lost = False
@@ -184,9 +187,7 @@ class VirtioNetDevice(VdpaDevice):
         if self._running:
             raise DeviceError(f"{self.name}: is running already")
         if not features & bit(Feature.F_VERSION_1):
-            raise DeviceError(
-                f"{self.name}: the guest did not accept VERSION_1; legacy guests cannot be served"
-            )
+            self._check_legacy(features)
         for index, ring in rings.items():
             self._check_ring(index, ring)
         self._features = features & self._device_features
@@ -516,6 +517,23 @@ class VirtioNetDevice(VdpaDevice):
             raise DeviceError(
                 f"{self.name}: ring {index} of {ring.size} descriptors; the device takes"
                 f" powers of two up to {self.max_queue_size}"
+            )
+
+    def _check_legacy(self, features: int) -> None:
+        """Whether a guest of virtio 0.95 can be served.
+
+        :raise DeviceError: when it cannot, or may not be one.
+        """
+        if not self.SERVES_LEGACY:
+            raise DeviceError(
+                f"{self.name}: the guest did not accept VERSION_1, and the function needs it; boot a guest"
+                " whose driver knows virtio 1.0, with a device that is not disable-modern, or use an IFCVF"
+            )
+        if not features & ~self.FEATURES.mask(Way.PROMISED):
+            # QEMU that has lost what the guest accepted (see `Backend.former`): its header may be any.
+            raise DeviceError(
+                f"{self.name}: the guest did not accept VERSION_1 or anything else of the VF's, or its"
+                " front-end has forgotten it; reset the guest"
             )
 
     # Inside: when things go wrong

@@ -23,6 +23,13 @@ BESIDE: Mapping[Feature, Way] = {
 }
 
 
+#: What becomes of a guest of virtio 0.95.
+WITHOUT_VERSION_1 = {
+    "ifcvf": "guests of virtio 0.95, without the bit, are served as well",
+    "virtio": "a guest of virtio 0.95, without the bit, is refused in one line",
+}
+
+
 def common(driver: str) -> dict[Row, Cell]:
     """The cells that the drivers share.
 
@@ -64,7 +71,11 @@ def _offloads(driver: str) -> dict[Row, Cell]:
 
 def _rings(driver: str) -> dict[Row, Cell]:
     return {
-        Row.VERSION_1: yes(f"{HERE}::test_a_guest_of_virtio_1[{driver}]"),
+        Row.VERSION_1: yes(
+            f"{HERE}::test_a_guest_of_virtio_1[{driver}]",
+            f"{HERE}::test_a_guest_of_virtio_0_95[{driver}]",
+            note=WITHOUT_VERSION_1[driver],
+        ),
         Row.MRG_RXBUF: yes(f"{HERE}::test_a_packet_fills_several_buffers[{driver}]"),
         Row.ANY_LAYOUT: yes(
             f"{HERE}::test_header_and_packet_are_cut_anywhere[{driver}]",

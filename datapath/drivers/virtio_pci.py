@@ -60,6 +60,7 @@ class VirtioPciDevice(VirtioNetDevice):
 
     FEATURES = FEATURES
     HAS_RING_STATE = False
+    SERVES_LEGACY = False
     MAX_PAIRS = 1  # more want VIRTIO_NET_CTRL_MQ on the function's own control queue (section 5.1.6.5.5)
 
     def __init__(self, name: str, function: PciFunction, log_mode: LogMode = LogMode.AUTO) -> None:

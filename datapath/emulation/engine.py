@@ -41,6 +41,8 @@ class QueueSetup:
     event_idx: bool
     indirect: bool
     mergeable: bool
+    #: Whether the header before each packet is that of virtio 0.95, without num_buffers.
+    short_header: bool = False
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,7 @@ class Engine:
             "event_idx": setup.event_idx,
             "indirect": setup.indirect,
             "mergeable": setup.mergeable,
+            "short_header": setup.short_header,
             "prefetch": self._prefetch if index % 2 == lib.ENGINE_RX else 0,
         }
         _check(lib.engine_start_queue(self._engine, index, ffi.new("struct ring_setup *", native)))

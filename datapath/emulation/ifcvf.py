@@ -136,6 +136,9 @@ class LiveMigration:
 class IfcvfNet(VirtioNet):
     """The virtio device of an IFCVF, whose queues begin and end at the state in BAR 4."""
 
+    #: The card is said to serve guests of virtio 0.95 (DPDK doc/guides/vdpadevs/ifc.rst).
+    TAKES_LEGACY = True
+
     def __init__(self, engine: Engine, vectors: MsixVectors, spec: NetSpec) -> None:
         self.migration = LiveMigration()
         super().__init__(engine, vectors, spec)

@@ -46,6 +46,8 @@ NEEDS = {
     Feature.NET_F_HOST_TSO6: bit(Feature.NET_F_CSUM),
     Feature.NET_F_HOST_ECN: bit(Feature.NET_F_HOST_TSO4) | bit(Feature.NET_F_HOST_TSO6),
 }
+#: With one of these the header before a packet has its last field, num_buffers (section 5.1.6.1).
+LONG_HEADER = bit(Feature.F_VERSION_1) | bit(Feature.NET_F_MRG_RXBUF)
 #: Bits of the ISR byte (section 4.1.4.5); queue interrupts need MSI-X here and set none.
 ISR_CONFIG = 2
 
@@ -88,6 +90,10 @@ class Queue:
 
 class VirtioNet:
     """One virtio network device as its registers show it."""
+
+    #: Whether a driver may leave VERSION_1 out, and so be one of virtio 0.95 (section 6.1 forbids it by these
+    #: registers).
+    TAKES_LEGACY = False
 
     def __init__(self, engine: QueueEngine, vectors: MsixVectors, spec: NetSpec) -> None:
         """A device in reset, with its link up, and as many queue pairs as the engine."""
@@ -286,9 +292,9 @@ class VirtioNet:
         self._update_running()
 
     def _features_acceptable(self) -> bool:
-        return not self._driver_features & ~self._features and bool(
-            self._driver_features & bit(Feature.F_VERSION_1)
-        )
+        if self._driver_features & ~self._features:
+            return False
+        return self.TAKES_LEGACY or bool(self._driver_features & bit(Feature.F_VERSION_1))
 
     def _write_config_vector(self, value: int) -> None:
         self._config_vector = self._vector(value)
@@ -328,6 +334,7 @@ class VirtioNet:
             event_idx=bool(self._driver_features & bit(Feature.F_EVENT_IDX)),
             indirect=bool(self._driver_features & bit(Feature.F_INDIRECT_DESC)),
             mergeable=bool(self._driver_features & bit(Feature.NET_F_MRG_RXBUF)),
+            short_header=not self._driver_features & LONG_HEADER,
         )
         try:
             self._engine.start_queue(index, setup)

@@ -15,7 +15,10 @@
 /* cffi: end */
 
 #define NET_HEADER_SIZE 12
+/* Without num_buffers: where neither VERSION_1 nor MRG_RXBUF was accepted (section 5.1.6.1). */
+#define SHORT_NET_HEADER_SIZE 10
 _Static_assert(sizeof(struct virtio_net_hdr_v1) == NET_HEADER_SIZE, "section 5.1.6");
+_Static_assert(sizeof(struct virtio_net_hdr) == SHORT_NET_HEADER_SIZE, "section 5.1.6.1");
 
 /* Whether a header leaves nothing to anybody, so that the frame can go without it. */
 bool offload_is_plain(const struct virtio_net_hdr_v1 *header);

@@ -29,6 +29,12 @@ static void interrupt_for(struct engine *engine, unsigned int index)
     }
 }
 
+/* Bytes of the header before each packet of a queue. */
+static size_t header_of(const struct ring *ring)
+{
+    return ring->setup.short_header ? SHORT_NET_HEADER_SIZE : NET_HEADER_SIZE;
+}
+
 /* --- receive: uplink to driver --- */
 
 /* Copy into a chain, and log what was written. The chain is long enough. */
@@ -57,7 +63,8 @@ enum delivery packets_deliver(struct engine *engine, struct ring *ring, struct u
 {
     struct packet *packet = &uplink->packet;
     unsigned int buffers = 1;
-    size_t whole = NET_HEADER_SIZE + uplink->frame_length, first, done;
+    const size_t header = header_of(ring), whole = header + uplink->frame_length;
+    size_t first, done;
 
     if (ring_available(ring) == 0) {
         return ring->error ? BAD_RING : NO_BUFFERS;
@@ -65,7 +72,7 @@ enum delivery packets_deliver(struct engine *engine, struct ring *ring, struct u
     if (!ring_chain_at(ring, &engine->dma, 0, true, &engine->first)) {
         return BAD_RING;
     }
-    if (engine->first.bytes < NET_HEADER_SIZE) {
+    if (engine->first.bytes < header) {
         ring->error = "a receive buffer is shorter than the packet header";
         return BAD_RING;
     }
@@ -84,12 +91,13 @@ enum delivery packets_deliver(struct engine *engine, struct ring *ring, struct u
             return BAD_RING;
         }
         part = part < engine->chain.bytes ? part : engine->chain.bytes;
-        scatter(engine, &engine->chain, 0, (uint8_t *)packet + done, part);
+        scatter(engine, &engine->chain, 0, packet->frame + (done - header), part);
         engine->used[buffers] = (struct ring_element){ engine->chain.head, part };
         done += part;
     }
     packet->header.num_buffers = htole16(buffers);
-    scatter(engine, &engine->first, 0, packet, first);
+    scatter(engine, &engine->first, 0, &packet->header, header);
+    scatter(engine, &engine->first, header, packet->frame, first - header);
     ring_use(ring, engine->used, buffers);
     return DELIVERED;
 }
@@ -226,14 +234,14 @@ bool packets_receive(struct engine *engine, unsigned int pair)
 /* --- transmit: driver to uplink --- */
 
 /* Take the header off the front of a chain. Returns how many segments are left out after that. */
-static unsigned int take_header(struct ring_chain *chain, struct virtio_net_hdr_v1 *header)
+static unsigned int take_header(struct ring_chain *chain, struct virtio_net_hdr_v1 *header, size_t size)
 {
     size_t done = 0;
     unsigned int i = 0;
 
-    while (done < NET_HEADER_SIZE) {
+    while (done < size) {
         struct iovec *segment = &chain->segment[i];
-        size_t left = NET_HEADER_SIZE - done;
+        size_t left = size - done;
         size_t part = left < segment->iov_len ? left : segment->iov_len;
 
         memcpy((uint8_t *)header + done, segment->iov_base, part);
@@ -287,17 +295,18 @@ static bool transmit_one(struct engine *engine, unsigned int pair)
     const struct uplink *uplink = &engine->uplink[pair];
     struct ring_chain *chain = &engine->chain;
     const uint16_t head = chain->head;      /* an echo needs the chain for its own */
-    size_t length = chain->bytes - NET_HEADER_SIZE;
+    const size_t header_size = header_of(&queue->ring);
+    size_t length = chain->bytes - header_size;
     struct virtio_net_hdr_v1 header;
     unsigned int from;
     ssize_t sent = -EINVAL;
 
-    if (chain->bytes < NET_HEADER_SIZE) {
+    if (chain->bytes < header_size) {
         engine_break(engine, tx_of(pair), "a transmit buffer is shorter than the packet header");
         return false;
     }
     /* A copy: the driver must not change what has been looked at. */
-    from = take_header(chain, &header);
+    from = take_header(chain, &header, header_size);
     if (may_send(engine, &header, length)) {
         if (engine->echo) {
             sent = echo_frame(engine, pair, from, length);

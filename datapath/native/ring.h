@@ -28,6 +28,7 @@ struct ring_setup {
     bool event_idx;             /* negotiated features */
     bool indirect;
     bool mergeable;             /* of the network device: packets may span receive buffers */
+    bool short_header;          /* of the network device: the header of virtio 0.95, without num_buffers */
     uint16_t prefetch;          /* heads to fetch ahead of need, as hardware may */
 };
 

@@ -291,6 +291,8 @@ class Backend:
     def _settle_notifiers(self) -> None:
         """Let the guest kick those rings that the device runs all by itself."""
         able = self.protocol_features & NOTIFIER_NEEDS == NOTIFIER_NEEDS
+        # A guest of virtio 0.95 writes to another register, which is in no function's BAR.
+        able &= bool((self.acked or 0) & F_VERSION_1)
         direct = able and not (self._marking.wanted or self.device.shadowed)
         self.notifiers.settle([ring.index for ring in self.rings if direct and ring.running])
 
@@ -316,14 +318,18 @@ class Backend:
     def _remembered(self, features: int) -> int:
         """What the guest accepted, where its front-end has lost that: QEMU does (7.2, at least) when the
         back-end was away while the guest's state arrived, and sends hardly any feature from then on."""
-        self._forgetful = not features & F_VERSION_1
-        if not self._forgetful or self.former is None or not self.former & F_VERSION_1:
+        former = self.former or 0
+        lost = former & ~features & ~VHOST_FEATURES
+        # A guest of virtio 1 is known by that bit; one of before it has accepted what it had, or more.
+        self._forgetful = bool(lost & F_VERSION_1 if former & F_VERSION_1 else lost)
+        self._forgetful &= not features & F_VERSION_1
+        if not self._forgetful:
             return features
         if self.acked is None:
             self._report(
                 "the front-end has forgotten what the guest accepted; it is taken from its former host"
             )
-        return self.former & ~VHOST_FEATURES | features & VHOST_FEATURES
+        return former & ~VHOST_FEATURES | features & VHOST_FEATURES
 
     def _get_protocol_features(self, _message: Message) -> int:
         return self.offered_protocol

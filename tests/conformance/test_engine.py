@@ -140,6 +140,36 @@ def test_a_packet_fills_several_mergeable_buffers() -> None:
         assert b.memory.read(places[3], HEADER + 5) == header(1) + b"short"
 
 
+@pytest.mark.parametrize("has_header", [False, True])
+def test_the_header_of_virtio_0_95_has_two_bytes_less(has_header: bool) -> None:
+    """Out from one buffer and from pieces, in into one that fits just so, into pieces, and not into less."""
+    short = HEADER - 2
+    on_wire = bytes(HEADER) if has_header else b""
+    with bench(mergeable=False, has_header=has_header) as b:
+        b.run(short_header=True)
+        for sizes in ((short + len(PACKET),), (short, len(PACKET)), (3, short, len(PACKET) - 3)):
+            b.memory.write(TX_DATA, bytes(short) + PACKET)
+            starts = [TX_DATA + sum(sizes[:n]) for n in range(len(sizes))]
+            b.tx.add(*map(Buffer, starts, sizes))
+            b.kick(TX)
+            assert b.receive_from_wire() == on_wire + PACKET
+        [tight] = b.offer(short + len(PACKET) - 1)
+        b.wire.send(on_wire + PACKET)
+        b.wire.send(on_wire + PACKET[:-1])
+        assert b.rx.wait_used() == [(0, short + len(PACKET) - 1)]
+        assert b.memory.read(tight, short + len(PACKET) - 1) == bytes(short) + PACKET[:-1]
+        assert b.engine.count(RX).dropped == 1
+        pieces = [
+            Buffer(RX_DATA + PAGE, short, writable=True),
+            Buffer(RX_DATA + 2 * PAGE, 2000, writable=True),
+        ]
+        b.rx.add(*pieces)
+        b.kick(RX)
+        b.wire.send(on_wire + PACKET)
+        assert b.rx.wait_used() == [(1, short + len(PACKET))]
+        assert b.memory.read(RX_DATA + 2 * PAGE, len(PACKET)) == PACKET
+
+
 def test_a_packet_waits_for_enough_buffers() -> None:
     with bench() as b:
         b.run()

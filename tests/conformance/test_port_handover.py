@@ -10,7 +10,7 @@ import pytest
 
 from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES
 from datapath.vhost_user.messages import LogArea, Request
-from datapath.virtio import NET_HEADER_SIZE
+from datapath.virtio import NET_HEADER_SIZE, Feature, bit
 from tests.harness.dirty_log import PAGE
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
 from tests.harness.front_end import BUFFERS, MEMORY_SIZE, VIRTIO, SocketFrontEnd
@@ -96,11 +96,14 @@ def test_nothing_is_lost_or_doubled(nic: EmulatedNic, tmp_path: Path, mode: str,
         assert gone == list(range(FRAMES * 6))
 
 
+@pytest.mark.parametrize(
+    "negotiated", [VIRTIO, bit(Feature.NET_F_MAC) | bit(Feature.NET_F_MRG_RXBUF)], ids=["1.0", "0.95"]
+)
 def test_what_the_guest_had_accepted_is_for_a_front_end_that_never_knew(
-    nic: EmulatedNic, tmp_path: Path
+    nic: EmulatedNic, tmp_path: Path, negotiated: int
 ) -> None:
     """QEMU that came too late for its guest's features goes on without; a guest that boots has its own."""
-    with PortProcess(tmp_path, nic.device(0), f"--negotiated={VIRTIO:#x}") as port:
+    with PortProcess(tmp_path, nic.device(0), f"--negotiated={negotiated:#x}") as port:
 
         def serve(features: int) -> None:
             with closing(SocketFrontEnd.dial(port.socket)) as peer:
@@ -111,7 +114,7 @@ def test_what_the_guest_had_accepted_is_for_a_front_end_that_never_knew(
         for _ in range(2):
             serve(0)
             assert port.status()["last_error"] is None
-        serve(VIRTIO)
+        serve(negotiated)
         assert port.status()["last_error"] is None
         with pytest.raises(ConnectionError):
             serve(0)

@@ -118,9 +118,11 @@ class DomainXml:
 
     def override(self, name: str, kind: str, value: str) -> Self:
         """Set a property of the first NIC that libvirt does not know, which taints the domain."""
-        text = f"""<q:override xmlns:q='{QEMU}'><q:device alias='net0'><q:frontend>
-            <q:property name='{name}' type='{kind}' value='{value}'/></q:frontend></q:device></q:override>"""
-        self.root.append(etree.fromstring(text))
+        place = f"{{{QEMU}}}override/{{{QEMU}}}device/{{{QEMU}}}frontend"
+        if self.root.find(place) is None:
+            device = "<q:device alias='net0'><q:frontend/></q:device>"
+            self.root.append(etree.fromstring(f"<q:override xmlns:q='{QEMU}'>{device}</q:override>"))
+        etree.SubElement(self.element(place), f"{{{QEMU}}}property", name=name, type=kind, value=value)
         return self
 
     def with_monitor(self, path: str) -> Self:

@@ -41,6 +41,7 @@ class RecordingDevice(VdpaDevice):
     max_queue_size: int = 1024
     max_mtu: int | None = 9000
     log_modes: tuple[LogMode, ...] = (LogMode.HARDWARE, LogMode.SOFTWARE)
+    serves_legacy: bool = True
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     rings: dict[int, Ring] = field(default_factory=dict)
     mapped: list[MemoryRegion] = field(default_factory=list)

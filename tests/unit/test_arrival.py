@@ -236,6 +236,11 @@ class TestVeto:
                 {},
                 "lacks NET_F_CSUM, which the source's VF has offered",
             ),
+            (
+                {"negotiated": 0x2000_8000},
+                {},
+                "needs VERSION_1, which the guest, one of virtio 0.95, has not negotiated",
+            ),
             ({"queue_pairs": 2}, {}, "has 1 queue pair, the guest uses 2"),
             ({"ring_size": 1024}, {}, "has rings of at most 256 descriptors, the guest's have 1024"),
             (
@@ -256,6 +261,11 @@ class TestVeto:
             " (none of 2 free VFs of pool 'default' fits)"
         )
         assert (bench.clean, bench.promised) == (True, [])
+
+    def test_a_guest_of_virtio_0_95_goes_where_one_is_served(self, bench: Bench) -> None:
+        bench.able = {VF0: replace(ABLE, serves_legacy=True)}
+        bench.hook("migrate", xml=with_state(replace(STATE, negotiated=0x2000_8000)))
+        assert bench.promised == [MAC]
 
     def test_what_front_end_and_back_end_agree_on_is_not_the_guests(self, bench: Bench) -> None:
         bench.hook("migrate", xml=with_state(replace(STATE, negotiated=0x1_4400_8000)))

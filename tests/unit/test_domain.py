@@ -74,6 +74,11 @@ def test_demo() -> None:
     )
 
 
+@pytest.mark.parametrize("model", ["virtio-transitional", "virtio-non-transitional"])
+def test_models_of_virtio(model: str) -> None:
+    assert fatal(edited(DEMO, "<model type='virtio'/>", f"<model type='{model}'/>")) == []
+
+
 OVERRIDE = """<qemu:override xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
     <qemu:device alias='net0'><qemu:frontend>
     <qemu:property name='host_mtu' type='unsigned' value='9001'/></qemu:frontend></qemu:device>

@@ -224,7 +224,7 @@ def test_features_are_offered_in_two_words(function: Function) -> None:
         (ACCEPTABLE, True),
         (OFFERED, True),
         (FEATURES, False),
-        (bit(Feature.F_EVENT_IDX), False),
+        (bit(Feature.F_EVENT_IDX), True),  # a guest of virtio 0.95: an IFCVF takes it
         (ACCEPTABLE | bit(Feature.NET_F_GUEST_UFO), False),
         (ACCEPTABLE | bit(Feature.F_RING_PACKED), False),
     ],
@@ -273,6 +273,13 @@ def test_a_queue_is_programmed_as_written(function: Function) -> None:
     function.set_common(Common.QUEUE_DESC, 4, 0)
     assert function.common(Common.QUEUE_DESC, 8) == 0x1_0000_1000  # in use: not to be changed
     assert function.common(Common.QUEUE_NOTIFY_OFF, 2) == 1
+
+
+@pytest.mark.parametrize("feature", [Feature.F_VERSION_1, Feature.NET_F_MRG_RXBUF, Feature.F_EVENT_IDX])
+def test_who_has_the_short_header(function: Function, feature: Feature) -> None:
+    function.negotiate(bit(feature))
+    function.enable(0)
+    assert function.engine.queues[0].short_header is (feature is Feature.F_EVENT_IDX)
 
 
 def test_disabling_a_queue_publishes_where_it_stood(function: Function) -> None:

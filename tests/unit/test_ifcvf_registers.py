@@ -373,11 +373,20 @@ def test_rings_that_do_not_fit_are_refused(
     assert not function.log
 
 
-def test_a_legacy_guest_is_refused(
+def test_a_legacy_guest_is_served(
     device: IfcvfDevice, function: FakeFunction, rings: dict[int, Ring]
 ) -> None:
-    with pytest.raises(DeviceError, match="did not accept VERSION_1"):
-        device.start(bit(Feature.NET_F_MRG_RXBUF), pair(rings))
+    device.start(bit(Feature.NET_F_MRG_RXBUF), pair(rings))
+    assert function.status & Status.DRIVER_OK
+
+
+@pytest.mark.parametrize("features", [0, bit(Feature.NET_F_STATUS) | bit(Feature.NET_F_CTRL_VQ)])
+def test_a_guest_that_has_accepted_nothing_is_refused(
+    features: int, device: IfcvfDevice, function: FakeFunction, rings: dict[int, Ring]
+) -> None:
+    """How long its header is nobody can know: front-ends forget."""
+    with pytest.raises(DeviceError, match="its front-end has forgotten it; reset the guest"):
+        device.start(features, pair(rings))
     assert not function.log
 
 

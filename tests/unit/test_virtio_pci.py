@@ -110,6 +110,12 @@ def test_a_legacy_device_is_refused() -> None:
     function.close()
 
 
+def test_a_legacy_guest_is_refused(device: VirtioPciDevice, function: FakeFunction, guest: Guest) -> None:
+    with pytest.raises(DeviceError, match="VERSION_1, and the function needs it; boot a guest"):
+        device.start(bit(Feature.NET_F_MAC) | bit(Feature.F_EVENT_IDX), rings(guest))
+    assert function.log == [], "it was touched"
+
+
 def test_one_pair_until_somebody_speaks_to_the_control_queue(device: VirtioPciDevice) -> None:
     assert device.queue_pairs == 1
 
