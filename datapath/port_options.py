@@ -8,6 +8,7 @@ from pathlib import Path
 from datapath.announce import parse_mac
 from datapath.uplink import UplinkSpec, UplinkSpecError
 from datapath.vdpa import DeviceSpec, DeviceSpecError, LogMode
+from datapath.virtio import Feature, bit
 
 PROGRAM = "virt-vdpa-port"
 ALL_FEATURES = (1 << 64) - 1
@@ -116,6 +117,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         " (auto: where the device can; default: %(default)s)",
     )
     parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="offer packed rings, and no dirty log: the guest cannot be migrated while it runs",
+    )
+    parser.add_argument(
         "--uplink",
         type=_uplink_spec,
         metavar="interface=NAME|nic=SOCKET,vf=N",
@@ -134,4 +140,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.connect and options.socket_path is None:
         parser.error("--connect needs --socket-path")
+    # The relay, which logs, knows split rings only; and a log is promised before a guest can choose.
+    options.features &= ~bit(Feature.VHOST_F_LOG_ALL if options.packed else Feature.F_RING_PACKED)
     return options

@@ -28,6 +28,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from datapath.virtio import PACKED_START
+
 
 class DeviceError(Exception):
     """The VF cannot do what was asked, or does not answer; the text names the device and the reason."""
@@ -62,7 +64,11 @@ class MemoryRegion:
 
 @dataclass(frozen=True)
 class RingState:
-    """Where a split ring stands: free-running 16-bit indices of the next avail and used entry."""
+    """Where a ring stands.
+
+    A split one: free-running 16-bit indices of the next avail and used entry. A packed one: places of the
+    next descriptor to fetch and to give back in bits 0 to 14, their wrap counters in bit 15.
+    """
 
     avail: int
     used: int
@@ -70,11 +76,12 @@ class RingState:
 
 @dataclass(frozen=True)
 class Ring:
-    """All that a VF needs to run one split virtqueue (virtio 1.3 section 2.7)."""
+    """All that a VF needs to run one virtqueue, split (virtio 1.3 section 2.7) or packed (section 2.8)."""
 
     #: Number of descriptors, a power of two.
     size: int
-    #: Guest physical addresses of the descriptor table, the available ring and the used ring.
+    #: Guest physical addresses of the descriptor table, the available ring and the used ring; of a packed
+    #: ring those of the descriptor ring, and of what its driver and its device want to hear.
     descriptors: int
     avail: int
     used: int
@@ -84,6 +91,13 @@ class Ring:
     kick: int | None
     #: Eventfd that interrupts the guest; None when the front-end wants none.
     call: int | None
+    packed: bool = False
+
+    @property
+    def at_start(self) -> bool:
+        """Whether it begins where every ring does after a reset."""
+        start = PACKED_START if self.packed else 0
+        return self.state == RingState(start, start)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,8 @@ PCI_VENDOR = 0x1AF4
 PCI_MODERN_DEVICE_BASE = 0x1040
 #: PCI device id of a transitional network device, whose subsystem then is the type (section 4.1.2.3).
 PCI_TRANSITIONAL_NET = 0x1000
+#: Where a packed virtqueue begins: place 0, wrap counter 1 in bit 15 (sections 2.8.1 and 2.8.14).
+PACKED_START = 0x8000
 #: Largest size of a split virtqueue (section 2.7).
 MAX_QUEUE_SIZE = 32768
 #: "no vector", in the MSI-X vector registers (section 4.1.5.1.3).
@@ -143,3 +145,8 @@ def ring_bytes(size: int) -> tuple[int, int, int]:
     The last two include the 16-bit event fields of EVENT_IDX.
     """
     return 16 * size, 6 + 2 * size, 6 + 8 * size
+
+
+def packed_ring_bytes(size: int) -> tuple[int, int, int]:
+    """Bytes of a packed ring (section 2.8): its descriptors, and what driver and device want to hear."""
+    return 16 * size, 4, 4

@@ -21,16 +21,23 @@ class GuestRegions:
     def remove(self, region: MemoryRegion) -> None:
         self._regions.remove(region)
 
-    def read16(self, address: int) -> int:
-        """The little-endian 16-bit field at a guest physical address.
+    def read(self, address: int, size: int) -> bytes:
+        """Bytes at a guest physical address.
 
-        :raise DeviceError: when no region has it, or the memory has gone.
+        :raise DeviceError: when no region has them all, or the memory has gone.
         """
         for region in self._regions:
             offset = address - region.guest_address
-            if 0 <= offset <= region.size - 2:
-                data = os.pread(region.fd, 2, region.fd_offset + offset)
-                if len(data) == 2:
-                    return int.from_bytes(data, "little")
+            if 0 <= offset <= region.size - size:
+                data = os.pread(region.fd, size, region.fd_offset + offset)
+                if len(data) == size:
+                    return data
                 raise DeviceError(f"guest memory at {address:#x} has shrunk away")
         raise DeviceError(f"guest address {address:#x} lies in no memory region")
+
+    def read16(self, address: int) -> int:
+        """The little-endian 16-bit field at a guest physical address.
+
+        :raise DeviceError: as `read`.
+        """
+        return int.from_bytes(self.read(address, 2), "little")

@@ -19,6 +19,7 @@ from datapath.drivers.dma_addresses import DmaAddresses
 from datapath.drivers.private_rings import PrivateRings
 from datapath.native.relay import Doorbell, Relay, ShadowRing
 from datapath.vdpa import DeviceError, DirtyBitmap, MemoryRegion, Ring, RingState
+from datapath.virtio import Feature, bit
 
 
 class RingPaths:
@@ -35,7 +36,7 @@ class RingPaths:
         self._count = rings
         self._size = size
         self._open: set[int] = set()
-        self._event_idx = False
+        self._event_idx = self._in_order = False
         #: Whether the rings that run, or run next, are shadowed.
         self.shadowed = False
         self._relay = Relay(rings)
@@ -84,15 +85,17 @@ class RingPaths:
 
     # Rings
 
-    def prepare(self, shadowed: bool, event_idx: bool) -> None:
+    def prepare(self, shadowed: bool, features: int) -> None:
         """Say how rings travel from now on. None may run.
 
+        :param features: those that the guest has accepted.
         :raise DeviceError: when the private rings had to make room for guest memory, and there is no other.
         """
         if self._private is None:
             self._private = self._make_private()
         self.shadowed = shadowed
-        self._event_idx = event_idx
+        self._event_idx = bool(features & bit(Feature.F_EVENT_IDX))
+        self._in_order = bool(features & bit(Feature.F_IN_ORDER))
 
     def as_seen_by_device(self, index: int, ring: Ring) -> Ring:
         """A guest's ring as its VF is to be given it."""
@@ -180,6 +183,7 @@ class RingPaths:
         return ShadowRing(
             size=ring.size,
             event_idx=self._event_idx,
+            in_order=self._in_order,
             descriptors=ring.descriptors,
             avail=ring.avail,
             used=ring.used,

@@ -26,6 +26,7 @@ from typing import ClassVar, TypeVar
 
 from datapath.bus.function import PciFunction
 from datapath.bus.registry import open_function
+from datapath.drivers import packed_rings
 from datapath.drivers.dirty_logging import DirtyLogging, LogRegisters
 from datapath.drivers.dma_addresses import DmaAddresses
 from datapath.drivers.guest_regions import GuestRegions
@@ -365,7 +366,7 @@ class VirtioNetDevice(VdpaDevice):
         """Whether the function itself can take rings up where they stand, and nobody wants a log."""
         if self._log.mode is LogMode.SOFTWARE:
             return False
-        return self.HAS_RING_STATE or all(ring.state == RingState(0, 0) for ring in rings.values())
+        return self.HAS_RING_STATE or all(ring.at_start for ring in rings.values())
 
     def _could_go_on_directly(self) -> bool:
         """Whether the function itself could take the rings over where they stand now."""
@@ -393,8 +394,13 @@ class VirtioNetDevice(VdpaDevice):
 
     def _place(self, rings: Mapping[int, Ring]) -> dict[int, Ring]:
         """Decide how rings travel, of which none runs, and see them as the function is to be given them."""
-        event_idx = bool(self._features & bit(Feature.F_EVENT_IDX))
-        self._paths.prepare(not self._can_be_direct(rings), event_idx)
+        shadowed = not self._can_be_direct(rings)
+        if shadowed and any(ring.packed for ring in rings.values()):
+            raise DeviceError(
+                f"{self.name}: the guest's packed rings have been in use, and virtio has no register by which"
+                " the function could go on with them; have the guest's driver begin anew"
+            )
+        self._paths.prepare(shadowed, self._features)
         return {index: self._paths.as_seen_by_device(index, ring) for index, ring in rings.items()}
 
     def _change_path(self, meanwhile: Callable[[], None]) -> None:
@@ -456,8 +462,10 @@ class VirtioNetDevice(VdpaDevice):
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._config_fd)  # what the device said of the run before
         self._registers.acknowledge()
-        agreed = self._device_features & self.FEATURES.mask(Way.AGREED)
-        self._registers.accept_features(self._features | agreed)
+        features = self._features | self._device_features & self.FEATURES.mask(Way.AGREED)
+        if self._paths.shadowed:  # the relay keeps the order itself: native/shadow.h says why
+            features &= ~bit(Feature.F_IN_ORDER)
+        self._registers.accept_features(features)
         self._set_calls(rings)
         self._registers.set_config_vector(CONFIG_VECTOR)
         self._use_rings(rings)
@@ -488,18 +496,20 @@ class VirtioNetDevice(VdpaDevice):
         if (fault := self._fault(rings)) and not known:
             raise DeviceError(f"{self.name}: {fault}")
         # What was fetched but not completed is fetched again: the used index counts for both.
-        used = {index: self._stopped_at(index) for index in rings}
-        return {index: RingState(at, at) for index, at in used.items()}
+        return {index: self._stopped_at(index) for index in rings}
 
     def _fault(self, rings: Collection[int]) -> str | None:
         """What is wrong with a shadowed ring, if something is."""
         faults = ((index, self._paths.fault(index)) for index in rings)
         return next((f"ring {index}: {fault}" for index, fault in faults if fault), None)
 
-    def _stopped_at(self, index: int) -> int:
+    def _stopped_at(self, index: int) -> RingState:
         ring = self._rings[index]
+        if ring.packed:
+            return packed_rings.stopped_at(self._guest, ring)
         # What the function says of a shadowed ring is about the private one.
-        return self._guest_used(ring) if self._paths.shadowed else self._used_index(index, ring)
+        at = self._guest_used(ring) if self._paths.shadowed else self._used_index(index, ring)
+        return RingState(at, at)
 
     def _guest_used(self, ring: Ring) -> int:
         """The used index that the guest sees (section 2.7.8)."""

@@ -83,7 +83,6 @@ def _rings(driver: str) -> dict[Row, Cell]:
         ),
         Row.INDIRECT_DESC: yes(f"{HERE}::test_indirect_descriptors[{driver}]"),
         Row.EVENT_IDX: yes(f"{HERE}::test_interrupts_come_where_the_guest_wants_them[{driver}]"),
-        Row.IN_ORDER: no("a device may then leave used entries out, and a shadow ring wants each"),
         # DMA addresses that an IOMMU translates are the addresses that the function is given here, whether
         # the guest knows of an IOMMU or not (virtio 1.3 section 6.1).
         Row.IOMMU_PLATFORM: partly(

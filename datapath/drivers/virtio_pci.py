@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 from datapath.bus.function import PciFunction
 from datapath.bus.pci import MODERN_NET, PciIds
+from datapath.drivers import packed_rings
 from datapath.drivers.dirty_logging import LogRegisters
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
 from datapath.drivers.virtio_net_features import BESIDE, common
@@ -42,7 +43,11 @@ FEATURES = Column(
         ),
         Row.MTU: partly("as with ifcvf; no guest was seen to use it with this driver"),
         Row.PERF_DOC: no("docs/performance.md measures the driver ifcvf"),
-        Row.PACKED: no("the relay, which goes on where a reset has stopped a ring, knows split rings only"),
+        Row.IN_ORDER: partly("passed on to a VF that has it; the relay keeps the order by itself"),
+        Row.PACKED: partly(
+            "where the port is told to, and then without a dirty log; virtio has no register by which a"
+            " function could go on with a ring, so a guest that was paused has to begin anew",
+        ),
         Row.LINUX_VFIO: yes(
             "tests/nested/test_port_over_vfio.py::test_a_front_end_passes_frames_both_ways",
             "tests/nested/test_virtio_over_vfio.py::test_frames_pass_both_ways",
@@ -87,7 +92,7 @@ class VirtioPciDevice(VirtioNetDevice):
         pass  # there is but one pair
 
     def _restore_ring(self, index: int, state: RingState) -> None:
-        assert state == RingState(0, 0), "a ring that begins elsewhere is shadowed"
+        assert state in (RingState(0, 0), packed_rings.START), "a ring that begins elsewhere is shadowed"
 
     def _quiesce(self, rings: Collection[int]) -> None:
         sending = [index for index in rings if index % 2]
@@ -100,6 +105,8 @@ class VirtioPciDevice(VirtioNetDevice):
         if self._paths.shadowed:
             return self._paths.in_flight(index) > 0
         ring = self._rings[index]
+        if ring.packed:
+            return packed_rings.has_work(self._guest, ring)
         return self._guest.read16(ring.avail + 2) != self._guest.read16(ring.used + 2)
 
     def _used_index(self, index: int, ring: Ring) -> int:

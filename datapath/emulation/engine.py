@@ -31,7 +31,7 @@ PAGE = 4096
 
 @dataclass(frozen=True)
 class QueueSetup:
-    """A queue as the driver programmed it; addresses are DMA addresses."""
+    """A queue as the driver programmed it; addresses are DMA addresses, in the meaning of `vdpa.Ring`."""
 
     size: int
     descriptors: int
@@ -43,6 +43,8 @@ class QueueSetup:
     mergeable: bool
     #: Whether the header before each packet is that of virtio 0.95, without num_buffers.
     short_header: bool = False
+    #: Whether it is a packed ring, with `avail` and `used` in that meaning.
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,7 @@ class Engine:
     def start_queue(self, index: int, setup: QueueSetup) -> None:
         native = {
             "size": setup.size,
+            "packed": setup.packed,
             "descriptors": setup.descriptors,
             "avail": setup.avail,
             "used": setup.used,

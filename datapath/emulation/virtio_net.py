@@ -13,7 +13,7 @@ from functools import partial
 from datapath.emulation.engine import MAX_QUEUE_SIZE, QueueEngine, QueueSetup
 from datapath.emulation.msix import MsixVectors
 from datapath.vdpa import RingState
-from datapath.virtio import NET_S_LINK_UP, NO_VECTOR, Common, Feature, Status, bit
+from datapath.virtio import NET_S_LINK_UP, NO_VECTOR, PACKED_START, Common, Feature, Status, bit
 
 #: All that there is to offer; MQ by a device with more than one queue pair.
 FEATURES = sum(
@@ -35,6 +35,8 @@ FEATURES = sum(
         Feature.F_INDIRECT_DESC,
         Feature.F_EVENT_IDX,
         Feature.F_VERSION_1,
+        Feature.F_RING_PACKED,
+        Feature.F_IN_ORDER,
     )
 )
 #: What a feature needs one of to be offered (section 5.1.3.1), what is needed before what needs it.
@@ -211,7 +213,7 @@ class VirtioNet:
     # Hooks for a function that can restore queues
 
     def _initial_state(self, _index: int) -> RingState:
-        """Where a queue begins that is enabled."""
+        """Where a split queue begins that is enabled; a packed one always begins at its start."""
         return RingState(0, 0)
 
     def _publish_state(self, index: int, state: RingState) -> None:
@@ -325,16 +327,18 @@ class VirtioNet:
             self._publish_state(self._queue_select, self._engine.stop_queue(self._queue_select))
 
     def _start_queue(self, index: int, queue: Queue) -> None:
+        packed = bool(self._driver_features & bit(Feature.F_RING_PACKED))
         setup = QueueSetup(
             size=queue.size,
             descriptors=queue.descriptors,
             avail=queue.avail,
             used=queue.used,
-            state=self._initial_state(index),
+            state=RingState(PACKED_START, PACKED_START) if packed else self._initial_state(index),
             event_idx=bool(self._driver_features & bit(Feature.F_EVENT_IDX)),
             indirect=bool(self._driver_features & bit(Feature.F_INDIRECT_DESC)),
             mergeable=bool(self._driver_features & bit(Feature.NET_F_MRG_RXBUF)),
             short_header=not self._driver_features & LONG_HEADER,
+            packed=packed,
         )
         try:
             self._engine.start_queue(index, setup)

@@ -23,6 +23,7 @@ UNITS = (
     "relay",
     "forwarder",
     "ring",
+    "packed",
     "offload",
     "filter",
     "worker",

@@ -53,6 +53,8 @@ class ShadowRing:
     #: Eventfd that the device signals when it has completed something.
     interrupt: int
     doorbell: Doorbell
+    #: Whether the guest was promised its buffers back in order (IN_ORDER), which the device is not asked for.
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Relay:
         setup = {
             "size": shadow.size,
             "event_idx": shadow.event_idx,
+            "in_order": shadow.in_order,
             "descriptors": shadow.descriptors,
             "avail": shadow.avail,
             "used": shadow.used,

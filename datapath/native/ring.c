@@ -5,9 +5,9 @@
 #include <errno.h>
 #include <string.h>
 
-#include "split.h"
+#include "packed.h"
 
-static bool fail(struct ring *ring, const char *error)
+bool ring_fail(struct ring *ring, const char *error)
 {
     ring->error = error;
     return false;
@@ -23,6 +23,9 @@ int ring_start(struct ring *ring, const struct ring_setup *setup)
 {
     uint16_t size = setup->size;
 
+    if (setup->packed) {
+        return packed_start(ring, setup);
+    }
     if (size == 0 || size > RING_MAX_SIZE || (size & (size - 1)) != 0) {
         return -EINVAL;
     }
@@ -46,10 +49,13 @@ int ring_start(struct ring *ring, const struct ring_setup *setup)
 
 struct ring_state ring_position(const struct ring *ring)
 {
+    if (ring->setup.packed) {
+        return packed_position(ring);
+    }
     return (struct ring_state){ .avail = ring->next_avail, .used = ring->next_used };
 }
 
-static void *whole(struct dma_table *table, uint64_t iova, uint64_t bytes, bool write)
+void *ring_whole(struct dma_table *table, uint64_t iova, uint64_t bytes, bool write)
 {
     uint64_t length = bytes;
     void *host = dma_translate(table, iova, &length, write);
@@ -61,27 +67,34 @@ bool ring_resolve(struct ring *ring, struct dma_table *table)
 {
     const struct ring_setup *setup = &ring->setup;
 
+    if (setup->packed) {
+        return packed_resolve(ring, table);
+    }
     if (ring->descriptors != NULL && ring->generation == table->generation) {
         return true;
     }
-    ring->descriptors = whole(table, setup->descriptors, descriptors_bytes(setup->size), false);
-    ring->avail = whole(table, setup->avail, avail_bytes(setup->size), false);
-    ring->used = whole(table, setup->used, used_bytes(setup->size), true);
+    ring->descriptors = ring_whole(table, setup->descriptors, descriptors_bytes(setup->size), false);
+    ring->avail = ring_whole(table, setup->avail, avail_bytes(setup->size), false);
+    ring->used = ring_whole(table, setup->used, used_bytes(setup->size), true);
     ring->generation = table->generation;
     if (ring->descriptors == NULL || ring->avail == NULL || ring->used == NULL) {
         ring->descriptors = NULL;
-        return fail(ring, "a part of the ring is not in one mapping of memory");
+        return ring_fail(ring, "a part of the ring is not in one mapping of memory");
     }
     return true;
 }
 
 unsigned int ring_available(struct ring *ring)
 {
-    uint16_t index = le16toh(__atomic_load_n(&ring->avail->index, __ATOMIC_ACQUIRE));
-    uint16_t waiting = index - ring->next_avail;
+    uint16_t index, waiting;
 
+    if (ring->setup.packed) {
+        return packed_available(ring);
+    }
+    index = le16toh(__atomic_load_n(&ring->avail->index, __ATOMIC_ACQUIRE));
+    waiting = index - ring->next_avail;
     if (waiting > ring->setup.size - ring->fetched) {
-        fail(ring, "the available index is ahead by more than the ring holds");
+        ring_fail(ring, "the available index is ahead by more than the ring holds");
         return 0;
     }
     ring->seen = index;
@@ -95,6 +108,9 @@ static uint16_t *fetched_head(struct ring *ring, unsigned int ahead)
 
 void ring_prefetch(struct ring *ring)
 {
+    if (ring->setup.packed) {
+        return;                 /* the driver sees no index by which it could tell */
+    }
     while (ring->fetched < ring->setup.prefetch && ring->next_avail != ring->seen) {
         *fetched_head(ring, ring->fetched) = load16(&ring->avail->ring[slot(ring, ring->next_avail)]);
         ring->fetched++;
@@ -112,16 +128,16 @@ static uint16_t head_at(struct ring *ring, unsigned int ahead)
 }
 
 /* Add the memory of one descriptor to a chain. */
-static bool add_segments(struct ring *ring, struct dma_table *table, const struct ring_descriptor *from,
-                         struct ring_chain *chain, bool write)
+bool ring_add_segments(struct ring *ring, struct dma_table *table, const struct ring_descriptor *from,
+                       struct ring_chain *chain, bool write)
 {
     uint64_t iova = from->address, left = from->length, last;
 
     if (left > 0 && __builtin_add_overflow(iova, left - 1, &last)) {
-        return fail(ring, "a descriptor's memory wraps around the end of the address space");
+        return ring_fail(ring, "a descriptor's memory wraps around the end of the address space");
     }
     if (((from->flags & DESC_WRITE) != 0) != write) {
-        return fail(ring, write ? "a receive buffer is not for the device to write"
+        return ring_fail(ring, write ? "a receive buffer is not for the device to write"
                                 : "a transmit buffer is not for the device to read");
     }
     chain->bytes += left;
@@ -130,10 +146,10 @@ static bool add_segments(struct ring *ring, struct dma_table *table, const struc
         void *host = dma_translate(table, iova, &part, write);
 
         if (host == NULL) {
-            return fail(ring, "a descriptor's memory is not mapped");
+            return ring_fail(ring, "a descriptor's memory is not mapped");
         }
         if (chain->segments == RING_MAX_SEGMENTS) {
-            return fail(ring, "a chain is of too many pieces");
+            return ring_fail(ring, "a chain is of too many pieces");
         }
         chain->segment[chain->segments] = (struct iovec){ .iov_base = host, .iov_len = part };
         chain->iova[chain->segments] = iova;
@@ -157,12 +173,12 @@ static bool load_descriptor(struct ring *ring, struct dma_table *table, const st
     struct ring_descriptor raw;
 
     if (index >= view->entries) {
-        return fail(ring, "a descriptor number is beyond its table");
+        return ring_fail(ring, "a descriptor number is beyond its table");
     }
     if (!view->indirect) {
         memcpy(&raw, &ring->descriptors[index], sizeof(raw));
     } else if (!dma_read(table, view->iova + (uint64_t)index * sizeof(raw), &raw, sizeof(raw))) {
-        return fail(ring, "an indirect table is not mapped");
+        return ring_fail(ring, "an indirect table is not mapped");
     }
     /* From here on only the copy counts: keep the compiler from reading the driver's memory again. */
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
@@ -181,17 +197,17 @@ static bool enter_indirect(struct ring *ring, const struct ring_descriptor *from
     uint64_t last;
 
     if (!ring->setup.indirect) {
-        return fail(ring, "an indirect descriptor, though that was not negotiated");
+        return ring_fail(ring, "an indirect descriptor, though that was not negotiated");
     }
     if (view->indirect) {
-        return fail(ring, "an indirect descriptor within an indirect table");
+        return ring_fail(ring, "an indirect descriptor within an indirect table");
     }
     if (from->flags & DESC_NEXT) {
-        return fail(ring, "an indirect descriptor that has a next one");
+        return ring_fail(ring, "an indirect descriptor that has a next one");
     }
     if (from->length == 0 || from->length % sizeof(*from) != 0 ||
         __builtin_add_overflow(from->address, from->length - 1u, &last)) {
-        return fail(ring, "an indirect table of a size or place that cannot be");
+        return ring_fail(ring, "an indirect table of a size or place that cannot be");
     }
     *view = (struct table_view){ true, from->address, from->length / sizeof(*from) };
     return true;
@@ -202,8 +218,12 @@ bool ring_chain_at(struct ring *ring, struct dma_table *table, unsigned int ahea
 {
     struct table_view view = { .entries = ring->setup.size };
     struct ring_descriptor descriptor;
-    uint16_t index = head_at(ring, ahead);
+    uint16_t index;
 
+    if (ring->setup.packed) {
+        return packed_chain_at(ring, table, ahead, write, chain);
+    }
+    index = head_at(ring, ahead);
     chain->head = index;
     chain->bytes = 0;
     chain->segments = 0;
@@ -219,7 +239,7 @@ bool ring_chain_at(struct ring *ring, struct dma_table *table, unsigned int ahea
             index = 0;
             continue;           /* happens once: nesting is refused */
         }
-        if (!add_segments(ring, table, &descriptor, chain, write)) {
+        if (!ring_add_segments(ring, table, &descriptor, chain, write)) {
             return false;
         }
         if (!(descriptor.flags & DESC_NEXT)) {
@@ -228,7 +248,7 @@ bool ring_chain_at(struct ring *ring, struct dma_table *table, unsigned int ahea
         index = descriptor.next;
         count++;
     }
-    return fail(ring, "a chain is longer than the ring");
+    return ring_fail(ring, "a chain is longer than the ring");
 }
 
 static void drop_head(struct ring *ring)
@@ -243,6 +263,10 @@ static void drop_head(struct ring *ring)
 
 void ring_use(struct ring *ring, const struct ring_element *elements, unsigned int count)
 {
+    if (ring->setup.packed) {
+        packed_use(ring, elements, count);
+        return;
+    }
     for (unsigned int i = 0; i < count; i++) {
         struct ring_used_element *used = &ring->used->ring[slot(ring, ring->next_used + i)];
 
@@ -258,6 +282,10 @@ void ring_use(struct ring *ring, const struct ring_element *elements, unsigned i
 
 void ring_publish(struct ring *ring)
 {
+    if (ring->setup.packed) {
+        packed_publish(ring);
+        return;
+    }
     /* Release: the driver that sees the index sees the entries, and the data written before. */
     __atomic_store_n(&ring->used->index, htole16(ring->next_used), __ATOMIC_RELEASE);
 }
@@ -267,6 +295,9 @@ bool ring_wants_interrupt(struct ring *ring)
     uint16_t old = ring->reported, new = ring->next_used;
     bool valid = ring->reported_valid;
 
+    if (ring->setup.packed) {
+        return packed_wants_interrupt(ring);
+    }
     if (old == new) {
         return false;
     }
@@ -282,6 +313,9 @@ bool ring_wants_interrupt(struct ring *ring)
 
 bool ring_arm(struct ring *ring)
 {
+    if (ring->setup.packed) {
+        return packed_arm(ring);
+    }
     ring->armed = true;
     if (ring->setup.event_idx) {
         store16(avail_event_of(ring->used, ring->setup.size), ring->seen);
@@ -295,6 +329,10 @@ bool ring_arm(struct ring *ring)
 
 void ring_disarm(struct ring *ring)
 {
+    if (ring->setup.packed) {
+        packed_disarm(ring);
+        return;
+    }
     /* With EVENT_IDX nothing is to be done: avail_event falls behind by itself. */
     if (ring->armed && !ring->setup.event_idx) {
         store16(&ring->used->flags, USED_NO_NOTIFY);

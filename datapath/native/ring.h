@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The device side of one split virtqueue (virtio 1.3 section 2.7), with indirect descriptors and
- * EVENT_IDX. It trusts nothing that stands in the rings: what breaks a rule ends in `error`.
+ * The device side of one virtqueue with indirect descriptors and EVENT_IDX: a split one (virtio 1.3 section 2.7),
+ * or a packed one, for which packed.c does what is said here. It trusts nothing that stands in the rings: what
+ * breaks a rule ends in `error`. Buffers are given back in the order in which they were made available, as
+ * IN_ORDER promises, each with an entry of its own.
  *
  * Plain data without thread or lock. Everything but ring_start() touches the driver's memory and so runs
  * under guard_run().
@@ -15,24 +17,29 @@
 #include <sys/uio.h>
 
 #include "dma.h"
+#include "split.h"
 
 /* cffi: begin */
 /* How a driver has set a queue up; addresses are IOVAs. */
 struct ring_setup {
-    uint16_t size;              /* descriptors, a power of two up to RING_MAX_SIZE */
+    uint16_t size;              /* descriptors, up to RING_MAX_SIZE; of a split ring a power of two */
+    bool packed;                /* `avail` and `used` are then the event suppression structures of driver and device */
     uint64_t descriptors;
     uint64_t avail;
     uint64_t used;
-    uint16_t avail_index;       /* where to begin */
+    uint16_t avail_index;       /* where to begin; of a packed ring see struct ring_state */
     uint16_t used_index;
     bool event_idx;             /* negotiated features */
     bool indirect;
     bool mergeable;             /* of the network device: packets may span receive buffers */
     bool short_header;          /* of the network device: the header of virtio 0.95, without num_buffers */
-    uint16_t prefetch;          /* heads to fetch ahead of need, as hardware may */
+    uint16_t prefetch;          /* heads of a split ring to fetch ahead of need, as hardware may */
 };
 
-/* The next entry of the available ring to fetch, and of the used ring to write. */
+/*
+ * The next entry of the available ring to fetch, and of the used ring to write. Of a packed ring: places in the
+ * descriptor ring in bits 14 to 0, with the wrap counters in bit 15 (section 2.8.1).
+ */
 struct ring_state {
     uint16_t avail;
     uint16_t used;
@@ -46,6 +53,34 @@ struct ring_state {
  * before them.
  */
 #define RING_MAX_SEGMENTS 1023
+
+/* A chain of a packed ring that has been made available. */
+struct packed_chain {
+    uint16_t slot;              /* of its first descriptor */
+    uint16_t count;             /* of descriptors */
+    uint16_t id;
+};
+
+/* What is known of a packed ring, besides struct ring. */
+struct packed_state {
+    struct packed_descriptor *descriptors;
+    struct packed_event *driver_event;
+    struct packed_event *device_event;
+
+    /* Places as in struct ring_state. */
+    uint16_t found;             /* up to where chains have been found */
+    uint16_t next_used;
+    bool hides;                 /* a used descriptor's flags have yet to be written, at `hidden` */
+    uint16_t hidden;
+    uint16_t hidden_flags;
+    uint16_t moved;             /* descriptors used since the driver was last considered, at most a ring's */
+
+    /* Chains that were found and not used, the oldest at `oldest`, and how many descriptors they have. */
+    uint16_t oldest;
+    uint16_t waiting;
+    uint16_t taken;
+    struct packed_chain chain[RING_MAX_SIZE];
+};
 
 struct ring {
     struct ring_setup setup;
@@ -68,11 +103,13 @@ struct ring {
     uint16_t fetched_from;      /* first of the `fetched` heads that were taken ahead, modulo the ring size */
     uint16_t fetched;
     uint16_t head[RING_MAX_SIZE];
+
+    struct packed_state packed;
 };
 
 /* One chain of descriptors, all of which are for reading or all for writing. */
 struct ring_chain {
-    uint16_t head;
+    uint16_t head;              /* of a packed ring: the buffer id */
     size_t bytes;
     unsigned int segments;
     struct iovec segment[RING_MAX_SEGMENTS + 1];    /* the last stays free: room to put a header before all */
@@ -83,6 +120,12 @@ struct ring_element {
     uint16_t head;
     uint32_t written;
 };
+
+/* What both kinds of rings share: note what the driver did wrong, and add a descriptor's memory to a chain. */
+bool ring_fail(struct ring *ring, const char *error);
+bool ring_add_segments(struct ring *ring, struct dma_table *table, const struct ring_descriptor *from,
+                       struct ring_chain *chain, bool write);
+void *ring_whole(struct dma_table *table, uint64_t iova, uint64_t bytes, bool write);
 
 /* Begin. -EINVAL: a size, an alignment or an address that no driver may use. Touches no memory. */
 int ring_start(struct ring *ring, const struct ring_setup *setup);

@@ -49,7 +49,7 @@ int shadow_new(const struct shadow_setup *setup, struct shadow **out)
         setup->private_used == NULL || (uintptr_t)setup->private_used % 4 != 0) {
         return -EINVAL;
     }
-    shadow = calloc(1, sizeof(*shadow) + size * sizeof(shadow->outstanding[0]));
+    shadow = calloc(1, sizeof(*shadow) + size * sizeof(shadow->buffer[0]));
     if (shadow == NULL) {
         return -ENOMEM;
     }
@@ -104,12 +104,30 @@ bool shadow_resolve(struct shadow *shadow, struct dma_table *table)
     return true;
 }
 
+/* Of completions that were taken from the device, those that are next in the guest's order. */
+static void take_in_order(struct shadow *shadow)
+{
+    while (shadow->waiting < SHADOW_BATCH) {
+        uint16_t next = shadow->next_used + shadow->waiting;
+        uint16_t head = shadow->buffer[slot(shadow, next)].head;
+        struct shadow_buffer *buffer = &shadow->buffer[head];
+
+        if (next == shadow->next_avail || !buffer->done) {
+            return;
+        }
+        buffer->done = buffer->outstanding = false;
+        shadow->batch[shadow->waiting].head = head;
+        shadow->batch[shadow->waiting].length = buffer->length;
+        shadow->waiting++;
+    }
+}
+
 /* Take completions from the device, as far as they are of what it was given. */
 static void fetch(struct shadow *shadow)
 {
     uint16_t index = le16toh(device_load_acquire(&shadow->private_used->index));
     uint16_t done = index - shadow->completed;
-    unsigned int count = done < SHADOW_BATCH ? done : SHADOW_BATCH, i;
+    unsigned int count = done < SHADOW_BATCH || shadow->setup.in_order ? done : SHADOW_BATCH, i;
 
     if (done > (uint16_t)(shadow->given - shadow->completed)) {
         shadow_fail(shadow, "the device has completed more than it was given");
@@ -118,18 +136,27 @@ static void fetch(struct shadow *shadow)
     for (i = 0; i < count; i++) {
         const struct ring_used_element *entry =
             &shadow->private_used->ring[slot(shadow, shadow->completed + i)];
-        uint32_t id = load32(&entry->id);
+        uint32_t id = load32(&entry->id), length = load32(&entry->length);
 
-        if (id >= shadow->setup.size || !shadow->outstanding[id]) {
+        if (id >= shadow->setup.size || !shadow->buffer[id].outstanding || shadow->buffer[id].done) {
             shadow_fail(shadow, "the device has completed what it was not given");
             break;
         }
-        shadow->outstanding[id] = false;
+        if (shadow->setup.in_order) {
+            shadow->buffer[id].done = true;
+            shadow->buffer[id].length = length;
+            continue;
+        }
+        shadow->buffer[id].outstanding = false;
         shadow->batch[i].head = id;
-        shadow->batch[i].length = load32(&entry->length);
+        shadow->batch[i].length = length;
     }
     shadow->completed += i;
-    shadow->waiting = i;
+    if (shadow->setup.in_order) {
+        take_in_order(shadow);
+    } else {
+        shadow->waiting = i;
+    }
 }
 
 static void mark_batch(struct shadow *shadow, struct dma_table *table, struct dirty_log *log)
@@ -212,11 +239,12 @@ unsigned int shadow_give(struct shadow *shadow)
     for (unsigned int i = 0; i < count; i++) {
         uint16_t head = load16(&shadow->avail->ring[slot(shadow, shadow->next_avail + i)]);
 
-        if (head >= shadow->setup.size || shadow->outstanding[head]) {
+        if (head >= shadow->setup.size || shadow->buffer[head].outstanding) {
             shadow_fail(shadow, "a head is beyond the descriptor table, or available twice");
             return 0;
         }
-        shadow->outstanding[head] = true;
+        shadow->buffer[head].outstanding = true;
+        shadow->buffer[slot(shadow, shadow->next_avail + i)].head = head;
         store16(&shadow->private_avail->ring[slot(shadow, shadow->given + i)], head);
     }
     if (count > 0) {
@@ -315,7 +343,7 @@ void shadow_leave(struct shadow *shadow, struct dirty_log *log)
     for (uint16_t index = shadow->next_used; index != shadow->next_avail; index++) {
         uint16_t head = load16(&shadow->avail->ring[slot(shadow, index)]);
 
-        if (head >= shadow->setup.size || !shadow->outstanding[head]) {
+        if (head >= shadow->setup.size || !shadow->buffer[head].outstanding) {
             shadow_fail(shadow, "the device has completed out of order: what it still has cannot be given again");
             return;
         }

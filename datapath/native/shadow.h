@@ -5,6 +5,9 @@
  * towards the device the driver: heads are copied one way, used entries the other, and each side's wish for
  * notifications is heard, and ours told. The private rings begin at 0, the guest's wherever they are.
  *
+ * A device that is given the rings so does not begin where the guest's descriptor table does, as IN_ORDER has it
+ * (section 2.7.14), so it is never asked for it. A guest that was promised the order gets it here.
+ *
  * It trusts nothing that stands in either pair of rings: what breaks a rule ends in `error`, and what the
  * device completed without having been given it never reaches the guest.
  *
@@ -27,6 +30,7 @@
 struct shadow_setup {
     uint16_t size;              /* descriptors, a power of two up to 32768 */
     bool event_idx;             /* negotiated, on both sides */
+    bool in_order;              /* by the guest alone: completions that come too early wait for those before */
     uint64_t descriptors;       /* guest physical addresses of the guest's ring */
     uint64_t avail;
     uint64_t used;
@@ -76,7 +80,12 @@ struct shadow {
     unsigned int waiting;
     struct { uint16_t head; uint32_t length; } batch[SHADOW_BATCH];
 
-    bool outstanding[];         /* by head: the device has it */
+    struct shadow_buffer {
+        bool outstanding;       /* by head: the device has it, or */
+        bool done;              /* has completed it, but not yet one before it (in_order) */
+        uint32_t length;        /* as the device said when it was done */
+        uint16_t head;          /* by place in the guest's available ring: what was taken from there */
+    } buffer[];
 };
 
 /* -EINVAL: a size, an alignment or an address that cannot be. Touches no shared memory. */

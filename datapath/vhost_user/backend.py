@@ -29,7 +29,7 @@ from typing import Any
 
 from datapath import virtio
 from datapath.descriptors import close_all
-from datapath.vdpa import DeviceError, DeviceLostError, RingState, VdpaDevice
+from datapath.vdpa import DeviceError, DeviceLostError, VdpaDevice
 from datapath.vhost_user import memory as guest_memory
 from datapath.vhost_user.host_notifiers import HostNotifiers
 from datapath.vhost_user.log import DirtyLog
@@ -53,6 +53,7 @@ from datapath.vhost_user.vring import VRING_F_LOG, Vring
 
 F_PROTOCOL_FEATURES = virtio.bit(virtio.Feature.VHOST_USER_F_PROTOCOL_FEATURES)
 F_VERSION_1 = virtio.bit(virtio.Feature.F_VERSION_1)
+F_RING_PACKED = virtio.bit(virtio.Feature.F_RING_PACKED)
 F_LOG_ALL = virtio.bit(virtio.Feature.VHOST_F_LOG_ALL)
 #: Bits of the feature word that are vhost's and no virtio device's.
 VHOST_FEATURES = F_PROTOCOL_FEATURES | F_LOG_ALL
@@ -125,6 +126,11 @@ class Backend:
     def running(self) -> bool:
         """Whether the device runs any ring."""
         return any(ring.running for ring in self.rings)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the guest's rings are packed ones."""
+        return bool((self.acked or 0) & F_RING_PACKED)
 
     def negotiated(self, feature: ProtocolFeature) -> bool:
         """Whether the front-end accepted a protocol feature."""
@@ -229,11 +235,11 @@ class Backend:
             for ring in running:
                 if ring not in wanted:
                     with self._marking.covered(), self._timing.device():
-                        self._stopped(ring, self.device.stop_ring(ring.index))
+                        ring.stopped(self.device.stop_ring(ring.index), self.packed)
                     self._marking.rings_stopped()
             for ring in wanted:
                 if not ring.running:
-                    placed = ring.translate(self.memory)
+                    placed = ring.translate(self.memory, self.packed)
                     self._marking.rings_begin({ring.index: placed})
                     with self._marking.covered(), self._timing.device():
                         self.device.start_ring(ring.index, placed)
@@ -253,7 +259,7 @@ class Backend:
 
     def _start(self, rings: Sequence[Vring]) -> None:
         assert self.acked is not None
-        placed = {ring.index: ring.translate(self.memory) for ring in rings}
+        placed = {ring.index: ring.translate(self.memory, self.packed) for ring in rings}
         self._marking.rings_begin(placed)
         with self._marking.covered(), self._timing.starting_rings():
             self.device.start(self.acked & ~VHOST_FEATURES, placed)
@@ -275,12 +281,7 @@ class Backend:
         self._marking.rings_stopped()
         for ring in running:
             if ring.index in states:  # it has not failed, and stopped, before
-                self._stopped(ring, states[ring.index])
-
-    @staticmethod
-    def _stopped(ring: Vring, state: RingState) -> None:
-        ring.placed = None
-        ring.base = state.avail
+                ring.stopped(states[ring.index], self.packed)
 
     def _settle_log(self) -> None:
         if self._marking.wanted:
@@ -428,7 +429,7 @@ class Backend:
         self._idle_ring(message).resize(message.payload.num, self.device.max_queue_size)
 
     def _set_vring_base(self, message: Message) -> None:
-        self._idle_ring(message).rebase(message.payload.num)
+        self._idle_ring(message).rebase(message.payload.num, self.packed)
 
     def _set_vring_addr(self, message: Message) -> None:
         address = message.payload
@@ -440,7 +441,7 @@ class Backend:
                 raise ProtocolError(f"{ring.name} is running: its addresses cannot change")
         ring.address = address
         if ring.size and len(self.memory):
-            ring.translate(self.memory)  # a bad address is told here, where it was given
+            ring.translate(self.memory, self.packed)  # a bad address is told here, where it was given
 
     def _get_vring_base(self, message: Message) -> Any:
         ring = self._ring(message.payload.index)

@@ -34,9 +34,11 @@ class TooManyError(Exception):
 def suspects(memory: GuestMemory, ring: Ring) -> list[tuple[int, int]]:
     """What a device could have written for a ring: guest physical address and length in bytes, no overlaps.
 
-    :raise TooManyError: when its descriptors are too many.
+    :raise TooManyError: when its descriptors are too many, or it is packed.
     :raise ProtocolError: when the ring itself cannot be read.
     """
+    if ring.packed:
+        raise TooManyError  # its used descriptors have taken the place of what they tell of
     _, _, used_size = virtio.ring_bytes(ring.size)
     found = [(ring.used, used_size)]
     left = MAX_DESCRIPTORS

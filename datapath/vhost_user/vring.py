@@ -12,8 +12,9 @@ from datapath.vdpa import Ring, RingState
 from datapath.vhost_user.memory import GuestMemory
 from datapath.vhost_user.messages import ProtocolError, VringAddress
 
-#: Alignment in bytes of a split ring's parts (virtio 1.3 section 2.7).
+#: Alignment in bytes of the parts of a split ring (virtio 1.3 section 2.7) and of a packed one (section 2.8).
 ALIGNMENT = {"descriptor table": 16, "available ring": 2, "used ring": 4}
+PACKED_ALIGNMENT = {"descriptor ring": 16, "driver event area": 4, "device event area": 4}
 #: Flag of SET_VRING_ADDR: writes to the used ring are to be logged. (A device logs all or nothing.)
 VRING_F_LOG = 1
 
@@ -25,7 +26,9 @@ class Vring:
     index: int
     #: Number of descriptors; 0 before SET_VRING_NUM.
     size: int = 0
-    #: Next available entry, as the front-end set it or the VF left it.
+    #: Next available entry, as the front-end set it or the VF left it; of a packed ring the place and wrap
+    #: counter where buffers are fetched in bits 0 to 15, and where they are given back in bits 16 to 31
+    #: (which DPDK's virtio-user leaves out; with us both are the same).
     base: int = 0
     address: VringAddress | None = None
     #: The eventfds; None when there is none. A started ring without a kick is polled.
@@ -68,12 +71,12 @@ class Vring:
             raise ProtocolError(f"{self.name}: size {size} is no power of two from 1 to {largest}")
         self.size = size
 
-    def rebase(self, base: int) -> None:
-        """Set the next available entry of a split ring.
+    def rebase(self, base: int, packed: bool) -> None:
+        """Set where the ring is to go on.
 
-        :raise ProtocolError: when it does not fit in 16 bits.
+        :raise ProtocolError: when it is of a split ring and does not fit in 16 bits.
         """
-        if base > 0xFFFF:
+        if base > 0xFFFF and not packed:
             raise ProtocolError(f"{self.name}: base {base:#x} is no index of a split ring")
         self.base = base
 
@@ -84,12 +87,18 @@ class Vring:
         if old is not None:
             close_all([old])
 
-    def translate(self, memory: GuestMemory) -> Ring:
-        """The ring in guest physical addresses, beginning at the used index found in guest memory.
+    def stopped(self, state: RingState, packed: bool) -> None:
+        """The VF runs the ring no more, and left it so."""
+        self.placed = None
+        self.base = state.avail | (state.used << 16 if packed else 0)
+
+    def translate(self, memory: GuestMemory, packed: bool) -> Ring:
+        """The ring in guest physical addresses; a split one begins at the used index found in guest memory.
 
         What the front-end calls the base counts for less: a network ring's descriptors that were
         fetched but not completed are fetched again, and between a stop and a start QEMU itself may have
-        completed some (DPDK lib/vhost/vhost_user.c, translate_ring_addresses, decides likewise).
+        completed some (DPDK lib/vhost/vhost_user.c, translate_ring_addresses, decides likewise). In a
+        packed ring's memory stands no index: its base is all that is known.
 
         :raise ProtocolError: when the ring is incomplete, misaligned or outside the memory.
         """
@@ -97,24 +106,25 @@ class Vring:
             raise ProtocolError(f"{self.name}: started without {'an address' if self.size else 'a size'}")
         guest = []
         parts = (self.address.descriptors, self.address.avail, self.address.used)
-        for (part, alignment), start, size in zip(
-            ALIGNMENT.items(), parts, virtio.ring_bytes(self.size), strict=True
-        ):
+        sizes = virtio.packed_ring_bytes(self.size) if packed else virtio.ring_bytes(self.size)
+        alignments = PACKED_ALIGNMENT if packed else ALIGNMENT
+        for (part, alignment), start, size in zip(alignments.items(), parts, sizes, strict=True):
             what = f"{self.name}: {part}"
             found = memory.guest_address(start, size, what)
             if found % alignment:
                 raise ProtocolError(f"{what} at {found:#x} is not aligned to {alignment} bytes")
             guest.append(found)
         descriptors, avail, used = guest
-        index = _index(memory, used)
-        return Ring(self.size, descriptors, avail, used, RingState(index, index), self.kick, self.call)
+        index = self.base & 0xFFFF if packed else _index(memory, used)
+        state = RingState(index, index)
+        return Ring(self.size, descriptors, avail, used, state, self.kick, self.call, packed)
 
     def progress(self, memory: GuestMemory) -> tuple[int, int] | None:
-        """The ring's indices in guest memory now, available then used; None unless it runs.
+        """The indices in guest memory now, available then used; None unless it runs, or if it is packed.
 
         :raise ProtocolError: when the memory has gone.
         """
-        if self.placed is None:
+        if self.placed is None or self.placed.packed:
             return None
         return _index(memory, self.placed.avail), _index(memory, self.placed.used)
 

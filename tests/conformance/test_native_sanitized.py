@@ -21,6 +21,7 @@ TESTS = (
     "tests/conformance/test_engine_filter.py",
     "tests/conformance/test_engine_hostile.py",
     "tests/conformance/test_engine_offloads.py",
+    "tests/conformance/test_engine_packed.py",
     "tests/unit/conftest.py",
     "tests/unit/test_notify_relay.py",
     "tests/unit/test_shadow_ring.py",

@@ -43,21 +43,24 @@ class Testpmd(Process):
         queue_size: int = 256,
         memory: int = MEMORY,
         buffers: int = BUFFERS,
+        device: str = "",
         options: Sequence[str] = (),
     ) -> None:
         """
         :param folder: where its log and DPDK's runtime files go.
         :param mode: testpmd's --forward-mode: `txonly` sends for ever, `macswap` sends back what comes.
         :param memory: megabytes; `buffers` packet buffers take some of it.
+        :param device: more of virtio-user's arguments, such as `packed_vq=1`.
         :param options: more of testpmd's.
         """
-        device = f"net_virtio_user0,path={socket},queues={queue_pairs},queue_size={queue_size}"
+        user = f"net_virtio_user0,path={socket},queues={queue_pairs},queue_size={queue_size}"
+        user += f",{device}" if device else ""
         eal = ["--no-huge", "-m", str(memory), "--no-pci", "--single-file-segments", "--lcores=0@0,1@1"]
         # Without an interval for statistics it would wait for the end of its standard input and quit.
         application = ["--auto-start", "--stats-period=60", f"--forward-mode={mode}"]
         queues = [f"--total-num-mbufs={buffers}", f"--rxq={queue_pairs}", f"--txq={queue_pairs}", *options]
         super().__init__(
-            ["dpdk-testpmd", *eal, f"--vdev={device}", "--", *application, *queues],
+            ["dpdk-testpmd", *eal, f"--vdev={user}", "--", *application, *queues],
             folder / "testpmd.log",
             env={**os.environ, "RUNTIME_DIRECTORY": str(folder)},
         )

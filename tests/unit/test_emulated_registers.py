@@ -226,7 +226,8 @@ def test_features_are_offered_in_two_words(function: Function) -> None:
         (FEATURES, False),
         (bit(Feature.F_EVENT_IDX), True),  # a guest of virtio 0.95: an IFCVF takes it
         (ACCEPTABLE | bit(Feature.NET_F_GUEST_UFO), False),
-        (ACCEPTABLE | bit(Feature.F_RING_PACKED), False),
+        (ACCEPTABLE | bit(Feature.F_RING_PACKED), True),
+        (ACCEPTABLE | bit(Feature.F_NOTIFICATION_DATA), False),
     ],
 )
 def test_features_ok(function: Function, features: int, accepted: bool) -> None:

@@ -10,6 +10,7 @@ import pytest
 from datapath.drivers.ifcvf import FEATURES as IFCVF
 from datapath.feature_table import cells, columns
 from datapath.features import Cell, Column, Mark, Row, Way, no, partly, yes
+from datapath.port_options import parse_arguments
 from datapath.vdpa import DRIVERS, DeviceSpec
 from datapath.vhost_user.protocol_features import AT_TIMES, FEATURE_OF, PROTOCOL_CELLS, PROTOCOL_FEATURES
 from datapath.virtio import Feature, bit
@@ -105,8 +106,16 @@ def test_what_the_back_end_offers_follows() -> None:
 def test_a_guest_is_offered_nothing_that_a_shadow_ring_cannot_carry() -> None:
     for column in COLUMNS.values():
         offered = column.mask(Way.CARRIED) | column.mask(Way.PROMISED)
-        assert not offered & (bit(Feature.F_RING_PACKED) | bit(Feature.F_IN_ORDER))
         assert not offered & bit(Feature.F_NOTIFICATION_DATA)
+
+
+def test_packed_rings_or_a_log_are_offered_and_never_both() -> None:
+    """The relay, which logs, carries split rings only."""
+    given = ["--device=virtio,vfio-user=/nowhere", "--probe"]
+    log, packed = bit(Feature.VHOST_F_LOG_ALL), bit(Feature.F_RING_PACKED)
+    assert parse_arguments(given).features & (log | packed) == log
+    assert parse_arguments([*given, "--packed"]).features & (log | packed) == packed
+    assert not COLUMNS["ifcvf"].mask(Way.CARRIED) & (packed | bit(Feature.F_IN_ORDER))
 
 
 # What is printed

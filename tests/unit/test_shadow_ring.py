@@ -50,6 +50,35 @@ def test_rings_of_all_sizes_wrap_around(make_link: MakeLink, size: int, event_id
     assert link.state == ShadowState(link.guest.avail_index, link.guest.avail_index, 0, None)
 
 
+@pytest.mark.parametrize("size", [8, 128, 1024])
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_guest_that_was_promised_the_order_has_it(make_link: MakeLink, size: int, event_idx: bool) -> None:
+    """Whatever the device does: what comes too early waits, and is there again for the next device."""
+    link = make_link(size, start=0xFFFF - size // 2, event_idx=event_idx)
+    link.add(in_order=True)
+    for turn in range(3):
+        heads = link.offer(size, 16)
+        assert link.given(size) == heads
+        link.set_used_event(link.guest.seen + size - 1)
+        link.device.complete(*reversed(heads[1:]), length=turn)
+        link.device.complete(heads[0], length=turn)
+        assert link.guest.wait_used(size) == [(head, turn) for head in heads], "in another order"
+    heads = link.offer(3, 16)
+    assert link.given(3) == heads
+    link.device.complete(heads[2], length=9)
+    link.relay.remove(0)
+    assert link.state == ShadowState(link.guest.avail_index, link.guest.seen, 3, None)
+
+
+def test_what_was_completed_waits_and_cannot_be_again(make_link: MakeLink) -> None:
+    link = make_link()
+    link.add(in_order=True)
+    heads = link.offer(3)
+    link.given(3)
+    link.device.complete(heads[1], heads[1])
+    assert link.broken() == "the device has completed what it was not given"
+
+
 def test_without_a_kick_descriptor_the_ring_is_looked_at_by_time(make_link: MakeLink) -> None:
     link = make_link(polled=True)
     link.add()

@@ -30,6 +30,7 @@ from tests.harness.front_end import MEMORY_SIZE, USER, VIRTIO
 from tests.harness.recording_device import RecordingDevice, names
 
 END = USER + MEMORY_SIZE
+PACKED = bit(Feature.F_RING_PACKED)
 
 
 def open_descriptors() -> int:
@@ -151,6 +152,38 @@ def test_rings_begin_at_the_used_index_of_guest_memory(front_end: DirectFrontEnd
     front_end.set_used_index(0, 0xFFFE)
     front_end.start()
     assert front_end.device.rings[0].state == RingState(0xFFFE, 0xFFFE)
+
+
+def test_packed_rings_begin_at_their_base_and_leave_two_places() -> None:
+    """DPDK's virtio-user tells of one place, QEMU of two; ours are the same."""
+    peer = DirectFrontEnd()
+    peer.device.features |= PACKED
+    peer.backend.offered |= PACKED
+    peer.connect()
+    peer.enable()
+    peer.tell(Request.SET_FEATURES, VIRTIO | PACKED | F_PROTOCOL_FEATURES)
+    peer.share_memory()
+    peer.set_up_ring(0, base=0x8000)
+    peer.set_up_ring(1, base=0x7_8007)
+    peer.driver_ok()
+    assert [peer.device.rings[n].state for n in (0, 1)] == [RingState(at, at) for at in (0x8000, 0x8007)]
+    assert all(ring.packed for ring in peer.device.rings.values())
+    peer.device.states = {0: RingState(5, 5), 1: RingState(0x8009, 0x8009)}
+    assert peer.stop() == [0x5_0005, 0x8009_8009]
+    peer.close()
+
+
+def test_parts_of_packed_rings_have_sizes_and_places_of_their_own() -> None:
+    peer = DirectFrontEnd()
+    peer.backend.offered |= PACKED
+    peer.connect()
+    peer.tell(Request.SET_FEATURES, VIRTIO | PACKED | F_PROTOCOL_FEATURES)
+    peer.share_memory()
+    peer.tell(Request.SET_VRING_NUM, VringState(0, 256))
+    peer.tell(Request.SET_VRING_ADDR, VringAddress(0, 0, USER, END - 4, END - 8, 0))
+    with pytest.raises(ProtocolError, match="driver event area at 0x2 is not aligned to 4 bytes"):
+        peer.tell(Request.SET_VRING_ADDR, VringAddress(0, 0, USER, END - 4, USER + 2, 0))
+    peer.close()
 
 
 def test_stop_and_start_again_as_a_paused_guest(qemu: DirectFrontEnd) -> None:

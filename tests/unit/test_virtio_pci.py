@@ -1,6 +1,8 @@
 """The driver for any virtio-net function against registers in memory: what it takes, and how it gets along
 with a function that has nothing but what virtio defines."""
 
+import dataclasses
+import itertools
 import mmap
 import os
 import struct
@@ -19,6 +21,7 @@ from tests.harness.fake_function import FakeFunction, config_space
 
 PLAIN = (0x1AF4, 0x1041, 0x1AF4, 0x1100)
 FEATURES = bit(Feature.F_VERSION_1) | bit(Feature.F_EVENT_IDX)
+IN_ORDER, PACKED = bit(Feature.F_IN_ORDER), bit(Feature.F_RING_PACKED)
 BASE = 0x1_0000_0000
 MEMORY_SIZE = 0x20000
 
@@ -42,6 +45,9 @@ class Guest:
             self.set_index(part, at)
         kick, call = self.eventfds[index]
         return Ring(256, start, avail, used, RingState(at, at), kick, call)
+
+    def write(self, address: int, data: bytes) -> None:
+        self._view[address - BASE : address - BASE + len(data)] = data
 
     def set_index(self, part: int, index: int) -> None:
         struct.pack_into("<H", self._view, part + 2 - BASE, index)
@@ -176,6 +182,97 @@ def test_rings_elsewhere_are_private(
 def test_one_ring_elsewhere_takes_the_other_with_it(device: VirtioPciDevice, guest: Guest) -> None:
     device.start(FEATURES, {0: guest.ring(0, 0), 1: guest.ring(1, 5)})
     assert device.shadowed
+
+
+# The order of used buffers
+
+
+def accepted(function: FakeFunction) -> int:
+    """The features that the function was told last."""
+    words = {}
+    for before, after in itertools.pairwise(function.log):
+        for select in (0, 1):
+            if before == f"driver_feature_select = {select:#x}":
+                words[select] = int(after.removeprefix("driver_feature = "), 16)
+    return words[0] | words[1] << 32
+
+
+def test_a_function_keeps_the_order_of_rings_that_are_the_guests_own(guest: Guest) -> None:
+    """A shadowed ring begins in the middle of the guest's descriptor table, which IN_ORDER does not allow."""
+    function = FakeFunction(config=config_space(PLAIN), features=FEATURES | IN_ORDER)
+    device = VirtioPciDevice("virtio,fake", function)
+    assert device.features & IN_ORDER
+    device.map_memory(guest.region)
+    device.start(FEATURES | IN_ORDER, rings(guest))
+    assert accepted(function) & IN_ORDER
+    device.suspend()
+    device.start(FEATURES | IN_ORDER, rings(guest, 5))
+    assert not accepted(function) & IN_ORDER
+    device.close()
+
+
+# Packed rings
+
+
+def packed_device(guest: Guest) -> VirtioPciDevice:
+    function = FakeFunction(config=config_space(PLAIN), features=FEATURES | PACKED)
+    device = VirtioPciDevice("virtio,fake", function)
+    assert device.features & PACKED
+    device.map_memory(guest.region)
+    return device
+
+
+def packed_rings(guest: Guest, at: int = 0x8000) -> dict[int, Ring]:
+    state = RingState(at, at)
+    return {index: dataclasses.replace(guest.ring(index), packed=True, state=state) for index in (0, 1)}
+
+
+def descriptor(flags: int, address: int = 0x1000) -> bytes:
+    return struct.pack("<QIHH", address, 64, 0, flags)
+
+
+AVAIL, USED = 0x80, 0x8000
+
+
+@pytest.mark.parametrize(
+    ("written", "untouched"),
+    [
+        ([], True),
+        ([descriptor(AVAIL)], True),
+        ([descriptor(AVAIL)] * 256, True),
+        ([descriptor(AVAIL | USED)], False),
+        ([descriptor(AVAIL | USED), descriptor(AVAIL)], False),
+        ([descriptor(USED)] * 256, False),
+        ([descriptor(0)] * 256, False),
+        ([descriptor(AVAIL | 1), descriptor(AVAIL)] * 128, False),
+    ],
+)
+def test_packed_rings_go_on_only_where_nothing_was_used(
+    guest: Guest, written: list[bytes], untouched: bool
+) -> None:
+    device = packed_device(guest)
+    mine = packed_rings(guest)
+    device.start(FEATURES | PACKED, mine)
+    assert not device.shadowed
+    guest.write(mine[0].descriptors, b"".join(written))
+    states = device.suspend()
+    assert states[1] == RingState(0x8000, 0x8000)
+    assert (states[0] == RingState(0x8000, 0x8000)) is untouched
+    mine[0] = dataclasses.replace(mine[0], state=states[0])
+    if untouched:
+        device.start(FEATURES | PACKED, mine)
+    else:
+        with pytest.raises(DeviceError, match="have been in use, and virtio has no register"):
+            device.start(FEATURES | PACKED, mine)
+    device.close()
+
+
+@pytest.mark.parametrize("at", [0, 1, 0x8001])
+def test_packed_rings_begin_at_the_start_only(guest: Guest, at: int) -> None:
+    device = packed_device(guest)
+    with pytest.raises(DeviceError, match="packed rings have been in use"):
+        device.start(FEATURES | PACKED, packed_rings(guest, at))
+    device.close()
 
 
 # How rings stop
