@@ -117,6 +117,8 @@ class Way(Enum):
     PROMISED = "promised"
     #: Agreed on with a function that has it, without asking the guest.
     AGREED = "agreed"
+    #: Offered by the front-end, which does it itself, whatever it is offered: nothing of it is here.
+    FRONT_END = "front-end's"
     #: Neither offered nor agreed on.
     KEPT_BACK = "kept back"
 

@@ -50,17 +50,18 @@ def told(port: PortProcess) -> Any:
     return port.status()["rx_filter"]
 
 
-@pytest.mark.parametrize("wanted", [WANTED, replace(WANTED, vlan=Scope.ALL), LARGEST])
-def test_the_nic_filters(nic: EmulatedNic, port: PortProcess, wanted: RxFilter) -> None:
-    with closing(Guest(port)) as guest:
+@pytest.mark.parametrize("driver", ["ifcvf", "virtio"])
+def test_the_nic_filters(nic: EmulatedNic, tmp_path: Path, driver: str) -> None:
+    uplink = f"--uplink=nic={nic.control},vf=0"
+    with PortProcess(tmp_path, nic.device(0, driver), uplink) as port, closing(Guest(port)) as guest:
         guest.start(VIRTIO)
         port.wait_state("running")
         assert told(port) == {"wanted": None, "problem": None}
-        give(port, wanted)
-        wait_filter(nic, wanted)
-        assert told(port) == {"wanted": wanted.describe(), "problem": None}
-        give(port, None)
-        wait_filter(nic, None)
+        for wanted in (WANTED, replace(WANTED, vlan=Scope.ALL), LARGEST, None):
+            give(port, wanted)
+            wait_filter(nic, wanted)
+            expected = wanted.describe() if wanted is not None else None
+            assert told(port) == {"wanted": expected, "problem": None}
 
 
 def test_a_filter_ends_with_the_run(nic: EmulatedNic, port: PortProcess) -> None:

@@ -8,9 +8,11 @@ import pytest
 
 from tests.harness.console import Console
 from tests.harness.domain_xml import DomainXml
+from tests.harness.guest import guest_image
 from tests.harness.netns import inside, open_packet_socket
 from tests.harness.processes import wait_for
-from tests.harness.vdpa_host import VdpaHost
+from tests.harness.two_hosts import TwoHosts
+from tests.harness.vdpa_host import GUEST_ADDRESS, VdpaHost
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
 
@@ -126,6 +128,11 @@ def test_a_guest_gets_what_it_asks_for(host: VdpaHost, domain: DomainXml) -> Non
         wait_filter(host, promiscuous=False, vlans=[])
         wait_for("the group to be left", lambda: GROUP not in vf(host)["rx_filter"]["macs"], 10)
         assert received(host, domain, console) == ALWAYS
+
+        # An address of its own choice, in the place of what the domain has.
+        console.run(f"ip link set eth0 address {OTHER}")
+        wait_filter(host, macs=[OTHER])
+        assert received(host, domain, console) == {"other", "broadcast"}
     log = host.path(f"/var/log/libvirt/qemu/{domain.name}.log").read_text()
     assert "tainted: custom-monitor" not in log
 
@@ -170,3 +177,25 @@ def test_by_libvirt_alone(host: VdpaHost, domain: DomainXml) -> None:
         assert received(host, domain, console) == {*ALWAYS, "other-group"}
     log = host.path(f"/var/log/libvirt/qemu/{domain.name}.log").read_text()
     assert "tainted: custom-monitor" in log
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("own", [True, False], ids=["own monitor", "libvirt's"])
+def test_where_a_guest_arrives_it_gets_the_same(hosts: TwoHosts, own: bool) -> None:
+    domain = trusting(DomainXml.example().boot(guest_image(), GUEST_ADDRESS))
+    if own:
+        monitored(domain)
+    try:
+        with started(hosts.a, domain) as console:
+            begin(console, f"frames join eth0 {GROUP}")
+            wait_filter(hosts.a, promiscuous=False, macs=[domain.mac, GROUP])
+        hosts.migrate(domain, to=hosts.b)
+        wait_filter(hosts.b, promiscuous=False, macs=[domain.mac, GROUP])
+        with hosts.b.console(domain) as console:
+            assert received(hosts.b, domain, console) == {*ALWAYS, "group"}
+            # It is followed there as it was here.
+            console.run("ip link set eth0 promisc on")
+            wait_filter(hosts.b, promiscuous=True)
+        assert vf(hosts.a)["rx_filter"] is None
+    finally:
+        hosts.remove(domain)
