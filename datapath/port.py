@@ -23,6 +23,7 @@ from datapath.control import Arguments, CommandError, ControlServer
 from datapath.endpoint import Connector, Endpoint, EndpointError, Listener, NoMoreFrontEndsError, from_fd
 from datapath.features import BACKEND_TYPE
 from datapath.loop import dispatch, ended_by_signals
+from datapath.native._native import lib
 from datapath.port_filter import PortFilter
 from datapath.port_options import PROGRAM, parse_arguments
 from datapath.rx_filter import RxFilter
@@ -451,6 +452,7 @@ def serve(options: argparse.Namespace) -> int:
         if endpoint is None:  # last: whoever finds the socket finds a port that answers
             endpoint = Listener.bind(options.socket_path)
         stack.callback(endpoint.close)
+        lib.heap_trim()  # imports have needed a megabyte more than what stays
         log(options.name, f"{device.name} serves {options.socket_path or f'descriptor {options.fd}'}")
         return port.run(endpoint)
 

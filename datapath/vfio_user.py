@@ -10,7 +10,7 @@ Owns no socket and closes no descriptor: see `Message.fds` and `Decoder.abandon`
 
 import json
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, IntFlag
 from typing import Self
 
@@ -43,6 +43,10 @@ class HeaderFlag(IntFlag):
     REPLY = 0x01
     NO_REPLY = 0x10
     ERROR = 0x20
+
+
+#: Messages that are not answered.
+UNANSWERED = int(HeaderFlag.REPLY | HeaderFlag.NO_REPLY)
 
 
 class UnmapFlag(IntFlag):
@@ -86,7 +90,7 @@ class Message:
 
     @property
     def wants_reply(self) -> bool:
-        return not self.flags & (HeaderFlag.REPLY | HeaderFlag.NO_REPLY)
+        return not self.flags & UNANSWERED
 
     def pack(self) -> bytes:
         """The bytes to send; `fds` go along with the first of them."""
@@ -103,71 +107,83 @@ class Message:
 
 
 class Decoder:
-    """Cuts a byte stream into messages.
+    """Cuts a byte stream into messages, many at a time.
 
-    Descriptors arrive with the first byte of their message. To keep them apart, a reader takes no more
-    than `wanted` bytes from the socket at a time.
+    Descriptors end what one read gives (unix(7): ancillary data are a barrier), so that they belong to the
+    message which comes last in it, as long as no sender puts another one behind it in the same call. QEMU,
+    libvfio-user and this project send each message that has descriptors by itself.
     """
 
     def __init__(self, max_message: int = MAX_MESSAGE, max_fds: int = MAX_FDS) -> None:
         self._max_message = max_message
         self._max_fds = max_fds
         self._buffer = bytearray()
-        self._fds: list[int] = []
+        self._fds: tuple[int, ...] = ()
 
-    @property
-    def wanted(self) -> int:
-        """Bytes that are missing of the header, or of the message once its header is there; never 0.
+    def feed(self, data: bytes, fds: tuple[int, ...] = ()) -> list[Message]:
+        """Take what one read gave and return the messages that it completes.
+
+        :param fds: descriptors that came along; they belong to the last message that `data` has bytes of.
+        :raise ProtocolError: for a header that is none, or too many bytes or descriptors for one
+            message; the stream is then of no more use, see `abandon`. Complete messages before the
+            bad one are returned first, and `check` tells of it.
+        """
+        self._buffer += data
+        messages: list[Message] = []
+        try:
+            at = self._cut(messages)
+        except ProtocolError:
+            self._fds += fds
+            raise
+        del self._buffer[:at]
+        if fds and messages and not self._buffer:
+            messages[-1] = replace(messages[-1], fds=messages[-1].fds + fds)
+        else:
+            self._fds += fds
+        if fds and len(messages[-1].fds if messages and not self._buffer else self._fds) > self._max_fds:
+            self._fds = (*(fd for message in messages for fd in message.fds), *self._fds)
+            raise ProtocolError(f"more than {self._max_fds} descriptors with one message")
+        return messages
+
+    def check(self) -> None:
+        """See that what is left after the last messages can become one; to be called before the next read.
 
         :raise ProtocolError: as `feed`.
         """
-        return self._message_size() - len(self._buffer)
-
-    def feed(self, data: bytes, fds: tuple[int, ...] = ()) -> list[Message]:
-        """Take what was read and return the messages that it completes.
-
-        The descriptors belong to the message that the first byte of `data` is part of.
-
-        :raise ProtocolError: for a header that is none, or too many bytes or descriptors for one
-            message; the stream is then of no more use, see `abandon`. Complete messages before the
-            bad one are returned first.
-        """
-        self._fds += fds
-        if len(self._fds) > self._max_fds:
-            raise ProtocolError(f"{len(self._fds)} descriptors with one message, at most {self._max_fds}")
-        self._buffer += data
-        messages = []
-        try:
-            while len(self._buffer) >= max(HEADER.size, self._message_size()):
-                messages.append(self._take())
-        except ProtocolError:
-            if not messages:
-                raise
-        return messages
+        if len(self._buffer) >= HEADER.size:
+            _, _, size, flags, _ = HEADER.unpack_from(self._buffer)
+            self._check(size, flags)
 
     def abandon(self) -> tuple[int, ...]:
         """Forget an incomplete message; returns its descriptors, for the caller to close."""
-        fds, self._fds = tuple(self._fds), []
+        fds, self._fds = self._fds, ()
         self._buffer.clear()
         return fds
 
-    def _message_size(self) -> int:
-        if len(self._buffer) < HEADER.size:
-            return HEADER.size
-        _, _, size, flags, _ = HEADER.unpack_from(self._buffer)
+    def _cut(self, messages: list[Message]) -> int:
+        """Add the complete messages of the buffer to `messages`; returns where they end."""
+        at, end = 0, len(self._buffer)
+        while end - at >= HEADER.size:
+            number, command, size, flags, error = HEADER.unpack_from(self._buffer, at)
+            try:
+                self._check(size, flags)
+            except ProtocolError:
+                if messages:
+                    return at  # what follows is told of when these have been handled
+                raise
+            if end - at < size:
+                break
+            payload = bytes(self._buffer[at + HEADER.size : at + size])
+            messages.append(Message(number, command, flags, error, payload, self._fds))
+            self._fds = ()
+            at += size
+        return at
+
+    def _check(self, size: int, flags: int) -> None:
         if not HEADER.size <= size <= self._max_message:
             raise ProtocolError(f"message of {size} bytes, allowed are {HEADER.size} to {self._max_message}")
-        if flags & 0xF > HeaderFlag.REPLY or flags & ~0x3F:
+        if flags & ~0x3F or flags & 0xF > HeaderFlag.REPLY:
             raise ProtocolError(f"message flags {flags:#x}")
-        return int(size)
-
-    def _take(self) -> Message:
-        size = self._message_size()
-        number, command, _, flags, errno = HEADER.unpack_from(self._buffer)
-        payload = bytes(self._buffer[HEADER.size : size])
-        fds, self._fds = tuple(self._fds), []
-        del self._buffer[:size]
-        return Message(number, command, flags, errno, payload, fds)
 
 
 def _exactly(layout: struct.Struct, payload: bytes, what: str) -> tuple[int, ...]:

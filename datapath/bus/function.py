@@ -9,6 +9,7 @@ is gone; after that only `close` is of use.
 """
 
 import abc
+import contextlib
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,22 @@ class PciFunction(abc.ABC):
         Posted, as on PCI: it has arrived when a read that follows has come back, or any other call here; that
         the function refused it may not be heard of.
         """
+
+    def read_later(self, index: Region, offset: int, width: int) -> Callable[[], int]:
+        """Read a register now; what it held is had from the function returned, called once.
+
+        Of what is done `together`, the call may be where it is waited for, and an error be raised.
+        """
+        value = self.read(index, offset, width)
+        return lambda: value
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Around calls that a bus may carry out with fewer turns to the function and back.
+
+        They keep their order. Writes may travel with what is waited for next; that eventfds were refused
+        may be raised at the end. After a failure it is not known which were carried out.
+        """
+        return contextlib.nullcontext()
 
     @abc.abstractmethod
     def config_space(self) -> bytes:

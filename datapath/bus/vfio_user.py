@@ -8,7 +8,8 @@ come, so that whoever gives such a device up is not held for a deadline per comm
 
 Register writes are posted, without a reply, as QEMU's are: to start a device takes dozens of them, while a
 guest stands still. One that the device refuses is not heard of; whether a register holds what was written is
-the driver's to read.
+the driver's to read. What a driver does `together` travels in as few messages of the socket as its order
+allows, and is waited for once.
 """
 
 import contextlib
@@ -18,8 +19,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
@@ -54,6 +54,8 @@ from datapath.vfio_user import (
 
 #: Seconds that a device has to answer a command.
 DEADLINE = 5.0
+#: Bytes to read of the socket at a time.
+READ_SIZE = 4096
 #: Seconds to look whether the answer to a command that missed its deadline has come by now.
 LATE_TIME = 0.001
 #: Flag of an ioeventfd that signals only when one certain value is written (linux/kvm.h).
@@ -76,6 +78,11 @@ class Channel:
         self._deadline = deadline
         self._decoder = Decoder()
         self._next_id = 0
+        #: What waits to be sent with what comes next; None while everything is sent at once.
+        self._collected: list[Message] | None = None
+        #: Answers that are asked for later: the commands by id, and those that have come.
+        self._asked: dict[int, int] = {}
+        self._answers: dict[int, Message] = {}
         #: The command that missed its deadline, while its reply has not come.
         self._late: Message | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -98,12 +105,26 @@ class Channel:
         :raise DeviceError: when it misses the deadline.
         :raise DeviceLostError: when the connection is gone.
         """
-        deadline = time.monotonic() + self._deadline
-        request = self._issue(Message(0, command, payload=payload, fds=fds), deadline)
-        reply = self._await(request, deadline)
+        return self.answer(self.ask(command, payload, fds))
+
+    def ask(self, command: Command, payload: bytes = b"", fds: tuple[int, ...] = ()) -> Message:
+        """Send a command, or collect it; its reply is to be had from `answer`.
+
+        :raise DeviceError: when one before it has missed its deadline.
+        :raise DeviceLostError: when the connection is gone, or the device takes nothing.
+        """
+        request = Message(self._number(), command, 0, 0, payload, fds)
+        self._asked[request.id] = command
+        self._issue(request)
+        return request
+
+    def answer(self, request: Message) -> Message:
+        """The reply to what was asked, once; raises what `command` does."""
+        self._send_collected()
+        reply = self._await(request, time.monotonic() + self._deadline)
         if reply.is_error:
             close_all(reply.fds)
-            raise RefusedError(f"{self.name}: {command.name} refused: {os.strerror(reply.errno)}")
+            raise RefusedError(f"{self.name}: {_name(request)} refused: {os.strerror(reply.errno)}")
         return reply
 
     def post(self, command: Command, payload: bytes = b"") -> None:
@@ -112,8 +133,18 @@ class Channel:
         :raise DeviceError: when one before it has missed its deadline.
         :raise DeviceLostError: when the connection is gone, or the device takes nothing.
         """
-        deadline = time.monotonic() + self._deadline
-        self._issue(Message(0, command, HeaderFlag.NO_REPLY, payload=payload), deadline)
+        self._issue(Message(self._number(), command, HeaderFlag.NO_REPLY, 0, payload))
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Send what comes with what is waited for next, or at the end. After a failure it is forgotten."""
+        self._collected = []
+        try:
+            yield
+            self._send_collected()
+        finally:
+            self._collected = None
+            self._forget_asked()
 
     def command_without_fds(self, command: Command, payload: bytes = b"", fds: tuple[int, ...] = ()) -> bytes:
         """Like `command`, for replies that carry no descriptors: returns the payload."""
@@ -122,6 +153,7 @@ class Channel:
         return reply.payload
 
     def close(self) -> None:
+        self._forget_asked()
         close_all(self._decoder.abandon())
         self._socket.close()
 
@@ -131,61 +163,93 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
         return DeviceLostError(f"{self.name}: {reason}")
 
-    def _issue(self, message: Message, deadline: float) -> Message:
-        """Send a message under the next id."""
+    def _number(self) -> int:
+        self._next_id = (self._next_id + 1) & 0xFFFF
+        return self._next_id
+
+    def _issue(self, message: Message) -> None:
         if self._late is not None:
             close_all(self._await(self._late, time.monotonic() + LATE_TIME).fds)
-        self._next_id = (self._next_id + 1) & 0xFFFF
-        request = replace(message, id=self._next_id)
-        self._send(request, deadline)
-        return request
+        if self._collected is None:
+            self._send([message])
+        elif not message.fds:
+            self._collected.append(message)
+        else:
+            self._send_collected()  # descriptors go with a message that is sent by itself
+            self._send([message])
 
-    def _send(self, message: Message, deadline: float) -> None:
-        data = message.pack()
+    def _send_collected(self) -> None:
+        if self._collected:
+            messages, self._collected = self._collected, []
+            self._send(messages)
+
+    def _send(self, messages: Sequence[Message]) -> None:
+        """Send messages in one go; only one that is alone may have descriptors."""
+        data = b"".join([message.pack() for message in messages])
+        last = messages[-1]
         try:
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
-            sent = socket.send_fds(self._socket, [data], message.fds)
-            self._socket.sendall(data[sent:])
+            self._socket.settimeout(self._deadline)
+            if last.fds:
+                sent = socket.send_fds(self._socket, [data], last.fds)
+                data = data[sent:]
+            self._socket.sendall(data)
         except TimeoutError as error:
             # Part of a message may have gone: nothing that follows would be understood.
-            raise self.lose(f"does not take {_name(message)}") from error
+            raise self.lose(f"does not take {_name(last)}") from error
         except OSError as error:
-            raise self.lose(f"connection lost at {_name(message)}: {error.strerror}") from error
+            raise self.lose(f"connection lost at {_name(last)}: {error.strerror}") from error
 
     def _await(self, request: Message, deadline: float) -> Message:
-        """The reply to `request`; whatever else arrives meanwhile is refused or dropped."""
-        while True:
+        """The reply to `request`; whatever else arrives meanwhile is kept, refused or dropped."""
+        while request.id not in self._answers:
             for message in self._receive(request, deadline):
-                if message.is_reply and message.id == request.id and message.command == request.command:
-                    self._late = None
-                    return message
+                if message.is_reply and self._asked.get(message.id) == message.command:
+                    self._answers[message.id] = message
+                    del self._asked[message.id]
+                    continue
                 close_all(message.fds)
                 if message.wants_reply:
                     # DMA_READ and DMA_WRITE: guest memory is given as descriptors instead.
-                    self._send(message.error(errno.ENOSYS), time.monotonic() + self._deadline)
+                    self._send([message.error(errno.ENOSYS)])
+        if self._late is request:
+            self._late = None
+        return self._answers.pop(request.id)
+
+    def _forget_asked(self) -> None:
+        """Drop the answers that nobody has taken, or that come yet; but one that is late is awaited."""
+        for message in self._answers.values():
+            close_all(message.fds)
+        self._answers.clear()
+        late = self._late
+        self._asked = {} if late is None else {late.id: late.command}
 
     def _receive(self, request: Message, deadline: float) -> list[Message]:
         try:
+            self._decoder.check()
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError  # also of a device that sends, but not this
             self._socket.settimeout(left)
-            data, fds, _, _ = socket.recv_fds(
-                self._socket, self._decoder.wanted, MAX_FDS, socket.MSG_CMSG_CLOEXEC
-            )
+            data, fds, _, _ = socket.recv_fds(self._socket, READ_SIZE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError as error:
             self._late = request
+            self._forget_asked()
             text = f"{self.name}: no answer to {_name(request)} within {self._deadline:g} s"
             raise DeviceError(text) from error
         except OSError as error:
             raise self.lose(f"connection lost at {_name(request)}: {error.strerror}") from error
+        except ProtocolError as error:
+            raise self._misunderstood(request, error) from error
         if not data:
             close_all(fds)
             raise self.lose(f"connection closed by the device at {_name(request)}")
         try:
             return self._decoder.feed(data, tuple(fds))
         except ProtocolError as error:
-            raise self.lose(f"the answer to {_name(request)} is not vfio-user: {error}") from error
+            raise self._misunderstood(request, error) from error
+
+    def _misunderstood(self, request: Message, error: ProtocolError) -> DeviceLostError:
+        return self.lose(f"the answer to {_name(request)} is not vfio-user: {error}")
 
 
 def _name(message: Message) -> str:
@@ -214,6 +278,8 @@ class VfioUserFunction(PciFunction):
         self._areas: dict[tuple[Region, Area], int] = {}
         self._io_fds: dict[Region, list[tuple[IoFd, int]]] = {}
         self._dma_maps: set[tuple[int, int]] = set()
+        #: Of what is done together: commands whose answers are due at the end of it; None otherwise.
+        self._due: list[Message] | None = None
         try:
             self._limits = self._negotiate()
             with self._understanding(Command.GET_INFO):
@@ -242,6 +308,24 @@ class VfioUserFunction(PciFunction):
         request = RegionAccess(offset, index, width, value.to_bytes(width, "little"))
         self._channel.post(Command.REGION_WRITE, request.pack())
 
+    def read_later(self, index: Region, offset: int, width: int) -> Callable[[], int]:
+        if self._due is None:
+            return super().read_later(index, offset, width)
+        self._check_access(index, offset, width)
+        request = self._channel.ask(Command.REGION_READ, RegionAccess(offset, index, width).pack())
+        return lambda: int.from_bytes(self._data_of(self._channel.answer(request), width), "little")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        self._due = []
+        try:
+            with self._channel.collecting():
+                yield
+                for request in self._due:
+                    close_all(self._channel.answer(request).fds)
+        finally:
+            self._due = None
+
     def config_space(self) -> bytes:
         return self._read(Region.CONFIG, 0, CONFIG_SIZE)
 
@@ -265,9 +349,11 @@ class VfioUserFunction(PciFunction):
                 request = SetIrqs(
                     SetIrqsFlag.DATA_EVENTFD | SetIrqsFlag.ACTION_TRIGGER, index, part[0][0], len(part)
                 )
-                self._channel.command_without_fds(
-                    Command.SET_IRQS, request.pack(), tuple(fd for _, fd in part if fd is not None)
-                )
+                given_fds = tuple(fd for _, fd in part if fd is not None)
+                if self._due is None:
+                    self._channel.command_without_fds(Command.SET_IRQS, request.pack(), given_fds)
+                else:
+                    self._due.append(self._channel.ask(Command.SET_IRQS, request.pack(), given_fds))
 
     def disable_irqs(self, index: Irq) -> None:
         request = SetIrqs(SetIrqsFlag.DATA_NONE | SetIrqsFlag.ACTION_TRIGGER, index)
@@ -361,9 +447,13 @@ class VfioUserFunction(PciFunction):
 
     def _read(self, index: Region, offset: int, size: int) -> bytes:
         request = RegionAccess(offset, index, size)
+        return self._data_of(self._channel.command(Command.REGION_READ, request.pack()), size)
+
+    def _data_of(self, reply: Message, size: int) -> bytes:
+        """What a REGION_READ has read."""
+        close_all(reply.fds)
         with self._understanding(Command.REGION_READ):
-            payload = self._channel.command_without_fds(Command.REGION_READ, request.pack())
-            data = RegionAccess.unpack(payload).data
+            data = RegionAccess.unpack(reply.payload).data
             if len(data) != size:
                 raise ProtocolError(f"{len(data)} bytes instead of {size}")
         return data

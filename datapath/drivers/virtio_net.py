@@ -206,10 +206,11 @@ class VirtioNetDevice(VdpaDevice):
         self._rings[index] = ring
         try:
             placed = self._paths.as_seen_by_device(index, ring)
-            self._function.set_eventfds(Irq.MSIX, queue_vector(index), [placed.call])
-            self._use_rings(self._rings)
-            self._program(index, placed)
-            self._registers.flush()
+            with self._function.together():
+                self._function.set_eventfds(Irq.MSIX, queue_vector(index), [placed.call])
+                self._use_rings(self._rings)
+                self._program(index, placed)
+                self._registers.confirm()
             self._paths.open(index, ring, self._registers.doorbell(index))
         except BaseException:
             self._halt()
@@ -378,14 +379,16 @@ class VirtioNetDevice(VdpaDevice):
         self._rings.update(rings)
         try:
             placed = self._place(rings)
-            self._initialise(placed)
-            if not self._log.function_starts():
-                placed = self._place(rings)
-                self._set_calls(placed)
-            for index, ring in placed.items():
-                self._program(index, ring)
+            with self._function.together():
+                self._initialise(placed)
+                if not self._log.function_starts():
+                    placed = self._place(rings)
+                    self._set_calls(placed)
+                for index, ring in placed.items():
+                    self._program(index, ring)
+                self._registers.confirm()
             self._registers.add_status(Status.DRIVER_OK)
-            self._registers.flush()
+            self._registers.confirm()
             for index, ring in rings.items():
                 self._paths.open(index, ring, self._registers.doorbell(index))
         except BaseException:
@@ -418,10 +421,11 @@ class VirtioNetDevice(VdpaDevice):
             for index, state in states.items():
                 self._rings[index] = dataclasses.replace(self._rings[index], state=state)
             placed = self._place(self._rings)
-            self._set_calls(placed)
-            for index, ring in placed.items():
-                self._program(index, ring)
-            self._registers.flush()
+            with self._function.together():
+                self._set_calls(placed)
+                for index, ring in placed.items():
+                    self._program(index, ring)
+                self._registers.confirm()
             for index, ring in self._rings.items():
                 self._paths.open(index, ring, self._registers.doorbell(index))
         except BaseException:
@@ -458,7 +462,7 @@ class VirtioNetDevice(VdpaDevice):
 
     def _initialise(self, rings: Mapping[int, Ring]) -> None:
         """From reset up to the rings (section 3.1.1, steps 1 to 6 and the beginning of 7)."""
-        self._registers.reset()
+        self._registers.make_fresh()
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._config_fd)  # what the device said of the run before
         self._registers.acknowledge()

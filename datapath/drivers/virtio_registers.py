@@ -61,6 +61,10 @@ class VirtioRegisters:
         self._selected: int | None = None
         #: The status as it was last written: to read it costs a turn to the device and back.
         self._status = Status(0)
+        #: Whether the device has been reset, and not been told a status since.
+        self._fresh = False
+        #: Vectors that were written, and what the device then held; seen by `confirm`.
+        self._unsure: list[tuple[Callable[[], int], int, str]] = []
         self._doorbells: dict[int, Doorbell] = {}
         #: Where in the notify structure each queue is notified, as far as that has been asked.
         self._notify_offsets: dict[int, int] = {}
@@ -70,24 +74,18 @@ class VirtioRegisters:
     @property
     def status(self) -> Status:
         """:raise DeviceLostError: when it reads as a PCI function that is not there any more."""
-        status = self._read(Common.DEVICE_STATUS, 1)
-        if status == ALL_ONES:
-            raise DeviceLostError(f"{self._function.name}: is gone: its registers read as all ones")
-        return Status(status)
+        return self._present(self._read(Common.DEVICE_STATUS, 1))
 
     def add_status(self, bits: Status) -> None:
         """Set status bits; none is ever cleared but by `reset`."""
         self._status |= bits
+        self._fresh = False
         self._write(Common.DEVICE_STATUS, 1, self._status)
 
     def acknowledge(self) -> None:
         """Say, after a reset, that the device was seen and has a driver."""
         self.add_status(Status.ACKNOWLEDGE)
         self.add_status(Status.DRIVER)
-
-    def flush(self) -> None:
-        """Wait until all that was written has arrived: doorbells are rung on another way."""
-        self.status  # noqa: B018
 
     def reset(self) -> None:
         """Reset the virtio device and wait until it says that it is done (section 4.1.4.3.2).
@@ -97,9 +95,16 @@ class VirtioRegisters:
         self._status = Status(0)
         self._write(Common.DEVICE_STATUS, 1, self._status)
         self._selected = None
+        self._unsure.clear()
         self.stuck = True
         wait_until(lambda: self.status == 0, RESET_DEADLINE, lambda: f"{self._function.name}: is not reset")
         self.stuck = False
+        self._fresh = True
+
+    def make_fresh(self) -> None:
+        """Reset the device unless it is as the last reset has left it; raises what `reset` does."""
+        if not self._fresh:
+            self.reset()
 
     def device_features(self) -> int:
         """What the device offers."""
@@ -133,15 +138,27 @@ class VirtioRegisters:
         return self._read(Common.QUEUE_SIZE, 2)
 
     def set_config_vector(self, vector: int) -> None:
-        """:raise DeviceError: when the device has no room for the vector."""
-        self._write(Common.CONFIG_MSIX_VECTOR, 2, vector)
-        self._check_vector(Common.CONFIG_MSIX_VECTOR, vector, "configuration changes")
+        """Give configuration changes a vector; `confirm` sees whether the device has taken it."""
+        self._write_vector(Common.CONFIG_MSIX_VECTOR, vector, "configuration changes")
 
     def set_queue_vector(self, queue: int, vector: int) -> None:
-        """:raise DeviceError: when the device has no room for the vector."""
+        """Give a queue a vector; `confirm` sees whether the device has taken it."""
         self._select(queue)
-        self._write(Common.QUEUE_MSIX_VECTOR, 2, vector)
-        self._check_vector(Common.QUEUE_MSIX_VECTOR, vector, f"queue {queue}")
+        self._write_vector(Common.QUEUE_MSIX_VECTOR, vector, f"queue {queue}")
+
+    def confirm(self) -> None:
+        """Wait until all that was written has arrived, and see that the device has taken the vectors.
+
+        What follows may go on another way, as doorbells do. Vectors are to be read (section 4.1.5.1.2.1).
+
+        :raise DeviceError: when it has no room for a vector.
+        """
+        unsure, self._unsure = self._unsure, []
+        status = self._read_later(Common.DEVICE_STATUS, 1)
+        for held, vector, what in unsure:
+            if held() != vector:
+                raise DeviceError(f"{self._function.name}: has no MSI-X vector {vector} for {what}")
+        self._present(status())
 
     def set_ring(self, queue: int, ring: Ring) -> None:
         """Size and addresses of a queue that is not enabled."""
@@ -208,12 +225,20 @@ class VirtioRegisters:
 
     # Inside
 
+    def _present(self, status: int) -> Status:
+        if status == ALL_ONES:
+            raise DeviceLostError(f"{self._function.name}: is gone: its registers read as all ones")
+        return Status(status)
+
     @staticmethod
     def _place(structure: VirtioStructure, offset: int) -> tuple[Region, int]:
         return Region(structure.bar), structure.offset + offset
 
     def _read(self, field: int, width: int) -> int:
         return self._function.read(*self._place(self._common, field), width)
+
+    def _read_later(self, field: int, width: int) -> Callable[[], int]:
+        return self._function.read_later(*self._place(self._common, field), width)
 
     def _write(self, field: int, width: int, value: int) -> None:
         self._function.write(*self._place(self._common, field), width, value)
@@ -228,6 +253,7 @@ class VirtioRegisters:
             self._write(Common.QUEUE_SELECT, 2, queue)
             self._selected = queue
 
-    def _check_vector(self, field: int, vector: int, what: str) -> None:
-        if vector != NO_VECTOR and self._read(field, 2) != vector:
-            raise DeviceError(f"{self._function.name}: has no MSI-X vector {vector} for {what}")
+    def _write_vector(self, field: int, vector: int, what: str) -> None:
+        self._write(field, 2, vector)
+        if vector != NO_VECTOR:
+            self._unsure.append((self._read_later(field, 2), vector, what))

@@ -5,7 +5,6 @@ it from the VF when the client goes. `VfServer` owns the sockets. The wire forma
 A client that breaks the protocol is disconnected; one that asks for what cannot be gets an errno.
 """
 
-import contextlib
 import errno
 import os
 import selectors
@@ -15,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from datapath.descriptors import close_all
 from datapath.emulation.engine import MAX_MAPS, Engine
 from datapath.emulation.ifcvf import NOTIFY_BAR, Ifcvf
 from datapath.listening import ListeningSocket
@@ -47,8 +47,9 @@ DOORBELL_SIZE = 2
 PAGE = 4096
 #: What the device says of itself in VERSION.
 CAPABILITIES = Capabilities(max_msg_fds=MAX_FDS, max_dma_maps=MAX_MAPS)
-#: Times that one client's socket is read, at two for a message, before it is the others' turn.
-READS_AT_ONCE = 64
+#: Bytes that are read of one client's socket at a time, a hundred register writes, and how often before it is
+#: the others' turn.
+READ_SIZE, READS_AT_ONCE = 4096, 4
 ASSIGN = SetIrqsFlag.DATA_EVENTFD | SetIrqsFlag.ACTION_TRIGGER
 DISABLE = SetIrqsFlag.DATA_NONE | SetIrqsFlag.ACTION_TRIGGER
 FIRE = {DISABLE, SetIrqsFlag.DATA_BOOL | SetIrqsFlag.ACTION_TRIGGER}
@@ -81,6 +82,8 @@ class Session:
         engine.open_doorbells(mapped_doorbells)
         engine.set_client(client_fd)
         self._negotiated = False
+        sizes = device.layout.region_sizes
+        self._sizes = {int(region): (region, sizes.get(region, 0)) for region in Region}
         #: ERR and REQ: accepted, never signalled.
         self._other_irqs: dict[int, int] = {}
         self._handlers: dict[int, Callable[[Message], Message]] = {
@@ -101,25 +104,29 @@ class Session:
 
         :raise ProtocolError: when the conversation cannot go on. Descriptors are taken over in any case.
         """
-        kept = contextlib.ExitStack()
-        for fd in message.fds:
-            kept.callback(os.close, fd)
-        with kept:
-            if message.is_reply:
-                raise ProtocolError("a reply to a command that was not sent")
-            if not self._negotiated:
-                return self._version(message)
-            try:
-                answer = self._handlers.get(message.command, self._unknown)(message)
-            except RefusedError as refusal:
-                return message.error(refusal.errno)
-            except ProtocolError:  # a payload that is malformed: the next message may not be
-                return message.error(errno.EINVAL)
-            except OSError as error:
-                return message.error(error.errno or errno.EIO)
-            if message.command == Command.SET_IRQS:
-                kept.pop_all()  # the vectors have them now
+        taken = False
+        try:
+            answer = self._answer(message)
+            taken = message.command == Command.SET_IRQS and not answer.is_error  # the vectors have them now
             return answer
+        finally:
+            if not taken:
+                for fd in message.fds:
+                    os.close(fd)
+
+    def _answer(self, message: Message) -> Message:
+        if message.is_reply:
+            raise ProtocolError("a reply to a command that was not sent")
+        if not self._negotiated:
+            return self._version(message)
+        try:
+            return self._handlers.get(message.command, self._unknown)(message)
+        except RefusedError as refusal:
+            return message.error(refusal.errno)
+        except ProtocolError:  # a payload that is malformed: the next message may not be
+            return message.error(errno.EINVAL)
+        except OSError as error:
+            return message.error(error.errno or errno.EIO)
 
     def close(self) -> None:
         """Take back all that the client gave; the VF is as after power-on."""
@@ -207,15 +214,15 @@ class Session:
     def _region_write(self, message: Message) -> Message:
         request = RegionAccess.unpack(message.payload)
         region = self._accessed(request)
-        _require(len(request.data) == request.count)
+        if len(request.data) != request.count:
+            raise RefusedError(errno.EINVAL)
         self._device.write(region, request.offset, request.data)
-        return message.reply(RegionAccess(request.offset, region, request.count).pack())
+        return message.reply(message.payload[: RegionAccess.LAYOUT.size])
 
     def _accessed(self, request: RegionAccess) -> Region:
-        _require(request.region < len(Region))
-        region = Region(request.region)
-        size = self._device.layout.region_sizes.get(region, 0)
-        _require(request.count > 0 and request.offset + request.count <= size)
+        region, size = self._sizes.get(request.region, (Region.CONFIG, 0))
+        if not 0 < request.count <= size - request.offset:
+            raise RefusedError(errno.EINVAL)
         return region
 
     # Interrupts
@@ -344,27 +351,40 @@ class VfServer:
     def _receive(self) -> None:
         """Take messages, until none is left, the client has replies to read first, or others had to wait."""
         assert self._connection is not None
-        assert self._session is not None
         for _ in range(READS_AT_ONCE):
             if self._backlog:
                 return
             try:
                 data, fds, flags, _ = socket.recv_fds(
-                    self._connection, self._decoder.wanted, MAX_FDS, socket.MSG_CMSG_CLOEXEC
+                    self._connection, READ_SIZE, MAX_FDS, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 return
-            messages = self._decoder.feed(data, tuple(fds))
             if flags & socket.MSG_CTRUNC:
+                close_all(fds)
                 raise ProtocolError(f"more than {MAX_FDS} descriptors with one message")
             if not data:
+                close_all(fds)
                 self._disconnect("the client has disconnected")
                 return
-            for message in messages:
+            self._carry_out(self._decoder.feed(data, tuple(fds)))
+            self._decoder.check()
+            if len(data) < READ_SIZE and not fds:
+                return  # there is hardly more; if there is, the loop comes back
+
+    def _carry_out(self, messages: list[Message]) -> None:
+        """Handle messages, then send the answers: a client that waits does so for the last one."""
+        assert self._session is not None
+        left = iter(messages)
+        try:
+            for message in left:
                 answer = self._session.handle(message)
                 if message.wants_reply:
                     self._backlog.append((answer.pack(), answer.fds))
-                    self._flush()
+        finally:
+            for message in left:
+                close_all(message.fds)
+            self._flush()
 
     def _flush(self) -> None:
         """Send what there is to send; what the client does not take now, later."""

@@ -113,6 +113,8 @@ class VirtioNet:
         self._queue_select = 0
         self._isr = 0
         self._queues: list[Queue] = []
+        #: Whether the engine has been told to run.
+        self._moving = False
         #: Device status as the driver reads it.
         self.status = Status(0)
         #: Why the device needs a reset, while it does.
@@ -126,6 +128,7 @@ class VirtioNet:
     def reset(self) -> None:
         """What writing 0 to the status does (section 2.4). The link is as it was."""
         self._engine.reset()
+        self._moving = False
         self.status = Status(0)
         self.failure = None
         self._device_features_select = self._driver_features_select = self._driver_features = 0
@@ -258,7 +261,9 @@ class VirtioNet:
         return value >> 32 * select & 0xFFFFFFFF if select < 2 else 0
 
     def _update_running(self) -> None:
-        self._engine.run(self.running)
+        if self.running != self._moving:  # each turn to the engine wakes its thread
+            self._moving = self.running
+            self._engine.run(self._moving)
 
     def _config_changed(self) -> None:
         self._generation = self._generation + 1 & 0xFF

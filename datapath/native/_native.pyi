@@ -28,6 +28,8 @@ class EngineCounters(Protocol):
     interrupts: int
 
 class Library:
+    # heap.h
+    def heap_trim(self) -> None: ...
     # relay.h
     def relay_open(self, rings: int, relay: FFI.CData) -> int: ...
     def relay_add(

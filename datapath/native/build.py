@@ -13,6 +13,7 @@ from cffi import FFI
 HERE = Path(__file__).parent
 #: The C units that make up the module; each is UNIT.c with UNIT.h.
 UNITS = (
+    "heap",
     "guard",
     "interrupt",
     "dma",

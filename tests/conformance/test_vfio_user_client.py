@@ -1,5 +1,6 @@
 """The vfio-user bus against a device whose answers the test writes: limits, deadlines, malformed answers."""
 
+import contextlib
 import errno
 import os
 import select
@@ -30,6 +31,7 @@ from datapath.vfio_user import (
     SetIrqs,
     Version,
 )
+from tests.harness.processes import wait_for
 from tests.harness.scripted_device import AREA, BAR_OFFSET, BAR_SIZE, Answer, ScriptedDevice
 
 #: Short, so that a test of a missed deadline is; a device of these tests answers at once or never.
@@ -218,6 +220,77 @@ def test_a_write_after_a_missed_deadline_fails_at_once(
     with pytest.raises(DeviceError, match="no answer to DEVICE_RESET"):
         function.write(Region.BAR0, 0, 4, 1)
     assert not device.commands(Command.REGION_WRITE)
+
+
+# What is done together
+
+
+def test_what_is_done_together_keeps_its_order_and_is_waited_for_once(
+    device: ScriptedDevice, function: VfioUserFunction
+) -> None:
+    """Nothing is answered before the last of it has come: whoever waited for one would wait for ever."""
+    held: list[Message] = []
+
+    def hold(message: Message) -> None:
+        held.append(message)
+        if len(held) == 4:
+            answers = [device.register(message) for message in held if message.command == Command.REGION_READ]
+            device.send(b"".join(answer.pack() for answer in answers))
+            device.send(held[1].reply().pack())  # order is not what they are told apart by
+
+    device.answers[Command.REGION_READ] = device.answers[Command.SET_IRQS] = hold
+    with function.together():
+        function.write(Region.BAR0, 8, 4, 1)
+        first = function.read_later(Region.BAR0, 1, 1)
+        function.set_eventfds(Irq.MSIX, 0, [2])
+        second = function.read_later(Region.BAR0, 2, 2)
+        function.write(Region.BAR0, 8, 4, 2)
+        assert function.read(Region.BAR0, 4, 1) == 4
+        assert (second(), first()) == (0x0302, 1)
+    wanted = [Command.REGION_WRITE, Command.REGION_READ, Command.SET_IRQS, Command.REGION_READ]
+    wanted += [Command.REGION_WRITE, Command.REGION_READ]
+    assert [message.command for message in device.received[-6:]] == wanted
+
+
+def test_writes_together_have_left_at_the_end(device: ScriptedDevice, function: VfioUserFunction) -> None:
+    with function.together():
+        function.write(Region.BAR0, 8, 4, 1)
+    wait_for("the write", lambda: device.commands(Command.REGION_WRITE), 5)
+
+
+def test_refused_eventfds_are_told_at_the_end(device: ScriptedDevice, function: VfioUserFunction) -> None:
+    device.refuse(Command.SET_IRQS, errno.EINVAL)
+    with pytest.raises(DeviceError, match="SET_IRQS refused: Invalid argument"), function.together():
+        function.set_eventfds(Irq.MSIX, 0, [2])
+    assert function.read(Region.BAR0, 0, 1) == 0
+
+
+def test_after_a_failure_answers_that_are_left_are_for_nobody(
+    device: ScriptedDevice, function: VfioUserFunction
+) -> None:
+    with contextlib.suppress(ZeroDivisionError), function.together():
+        function.read_later(Region.BAR0, 1, 1)
+        function.set_eventfds(Irq.MSIX, 0, [2])  # sends what has been collected
+        function.write(Region.BAR0, 8, 4, 1)
+        raise ZeroDivisionError
+    assert function.read(Region.BAR0, 2, 1) == 2
+    assert not device.commands(Command.REGION_WRITE), "sent after the failure"
+
+
+def test_who_is_silent_to_one_of_many_costs_one_deadline(
+    device: ScriptedDevice, function: VfioUserFunction
+) -> None:
+    late: list[Message] = []
+    device.answers[Command.REGION_READ] = late.append
+    with function.together():
+        values = [function.read_later(Region.BAR0, at, 1) for at in range(3)]
+        with pytest.raises(DeviceError, match="no answer to REGION_READ"):
+            values[1]()
+    with pytest.raises(DeviceError, match="no answer to REGION_READ"):
+        function.write(Region.BAR0, 8, 4, 1)
+    device.send(b"".join(device.register(message).pack() for message in late))
+    device.answers[Command.REGION_READ] = device.register
+    assert function.read(Region.BAR0, 2, 1) == 2
 
 
 # Doorbells

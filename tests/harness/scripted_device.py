@@ -54,7 +54,7 @@ class ScriptedDevice(Closeable):
                 IrqInfo(IrqInfo.unpack(message.payload).index, IrqFlag.EVENTFD, 64).pack()
             ),
             Command.GET_REGION_IO_FDS: lambda message: message.error(errno.ENOSYS),
-            Command.REGION_READ: self._read,
+            Command.REGION_READ: self.register,
             Command.REGION_WRITE: lambda message: message.reply(message.payload[:16]),
         }
         self.bar = os.memfd_create("bar")
@@ -90,7 +90,7 @@ class ScriptedDevice(Closeable):
             self._client, _ = self._listener.accept()
             decoder = Decoder()
             while True:
-                data, fds, _, _ = socket.recv_fds(self._client, decoder.wanted, MAX_FDS)
+                data, fds, _, _ = socket.recv_fds(self._client, 4096, MAX_FDS)
                 if not data:
                     return
                 for message in decoder.feed(data, tuple(fds)):
@@ -119,7 +119,7 @@ class ScriptedDevice(Closeable):
         return message.reply(info.pack_reply(asked.argsz), fds)
 
     @staticmethod
-    def _read(message: Message) -> Message:
+    def register(message: Message) -> Message:
         """Each byte reads as the low byte of its offset."""
         asked = RegionAccess.unpack(message.payload)
         data = bytes((asked.offset + n) & 0xFF for n in range(asked.count))

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import socket
 import struct
 from collections.abc import Callable
 
@@ -143,16 +145,26 @@ def test_eventfds_do_not_travel_in_the_data_of_set_irqs() -> None:
         SetIrqs.unpack(SetIrqs(SetIrqsFlag.DATA_EVENTFD, Irq.MSIX, 0, 1, bytes(4)).pack())
 
 
-def test_decoder_keeps_the_descriptors_of_messages_apart() -> None:
+@pytest.mark.parametrize("size", [1, 20, 4096])
+def test_the_descriptors_of_messages_are_kept_apart(size: int) -> None:
+    """As the kernel gives them: with the last bytes of a read, whatever that read can take."""
+    ours, theirs = socket.socketpair()
+    sent = [os.eventfd(0) for _ in range(3)]
     decoder = Decoder()
-    first, second = Message(1, Command.DMA_MAP, payload=bytes(32)), Message(2, Command.GET_INFO)
-    stream = memoryview(first.pack() + second.pack())
     found: list[Message] = []
-    fds = iter([(7,), (), (8,)])
-    while stream:
-        part, stream = stream[: decoder.wanted], stream[decoder.wanted :]
-        found += decoder.feed(bytes(part), next(fds))
-    assert [(message.id, message.fds) for message in found] == [(1, (7,)), (2, (8,))]
+    with ours, theirs:
+        for number, fds in enumerate([(), (sent[0],), (), (), (sent[1], sent[2]), ()]):
+            socket.send_fds(theirs, [Message(number, Command.DMA_MAP, payload=bytes(32)).pack()], fds)
+        while len(found) < 6:
+            data, received, _, _ = socket.recv_fds(ours, size, 8)
+            found += decoder.feed(data, tuple(received))
+    try:
+        assert [(message.id, len(message.fds)) for message in found] == [
+            (number, count) for number, count in enumerate([0, 1, 0, 0, 2, 0])
+        ]
+    finally:
+        for fd in [*sent, *(fd for message in found for fd in message.fds)]:
+            os.close(fd)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +180,10 @@ def test_bad_header_ends_the_stream(size: int, flags: int) -> None:
 
 def test_messages_before_a_bad_header_are_not_lost() -> None:
     decoder = Decoder()
-    assert [m.fds for m in decoder.feed(Message(1, 4).pack() + bytes(16), (5,))] == [(5,)]
+    decoder.feed(Message(1, 4).pack()[:8], (5,))
+    assert [m.fds for m in decoder.feed(Message(1, 4).pack()[8:] + bytes(16))] == [(5,)]
+    with pytest.raises(ProtocolError):
+        decoder.check()
     with pytest.raises(ProtocolError):
         decoder.feed(b"")
 
