@@ -387,8 +387,9 @@ class VirtioNetDevice(VdpaDevice):
                 for index, ring in placed.items():
                     self._program(index, ring)
                 self._registers.confirm()
-            self._registers.add_status(Status.DRIVER_OK)
-            self._registers.confirm()
+            with self._function.together():
+                self._registers.add_status(Status.DRIVER_OK)
+                self._registers.confirm()
             for index, ring in rings.items():
                 self._paths.open(index, ring, self._registers.doorbell(index))
         except BaseException:

@@ -219,7 +219,7 @@ class Ifcvf:
         if region is Region.CONFIG:
             window = self._window(offset, size)
             return self._config.read(offset, size) if window is None else self._read_bar(*window, size)
-        if not self._config.command & PciCommand.MEMORY:
+        if not self._config.decodes_memory:
             return b"\xff" * size
         return self._read_bar(region, offset, size)
 
@@ -231,7 +231,7 @@ class Ifcvf:
             window = self._window(offset, len(data))
             if window is not None:
                 self._write_bar(*window, data)
-        elif self._config.command & PciCommand.MEMORY:
+        elif self._config.decodes_memory:
             self._write_bar(region, offset, data)
 
     def doorbell_offsets(self) -> list[int]:

@@ -23,6 +23,8 @@ from datapath.pci import (
 from datapath.virtio import PciCapability
 
 MSIX_ENABLE_AND_MASK = 0xC000
+#: As plain numbers: an enumeration's operators are slower than the rest of an access together.
+MEMORY = int(PciCommand.MEMORY)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class ConfigSpace:
     @property
     def command(self) -> PciCommand:
         return PciCommand(struct.unpack_from("<H", self._data, COMMAND)[0])
+
+    @property
+    def decodes_memory(self) -> bool:
+        """Whether BARs are reached; asked at each access to one."""
+        return bool(self._data[COMMAND] & MEMORY)
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes, of any range within the space."""

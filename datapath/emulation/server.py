@@ -376,15 +376,28 @@ class VfServer:
         """Handle messages, then send the answers: a client that waits does so for the last one."""
         assert self._session is not None
         left = iter(messages)
+        answers = bytearray()
         try:
             for message in left:
                 answer = self._session.handle(message)
-                if message.wants_reply:
+                if not message.wants_reply:
+                    continue
+                if answer.fds:  # go with what is sent by itself
+                    self._answer_with(answers)
                     self._backlog.append((answer.pack(), answer.fds))
+                else:
+                    answers += answer.pack()
         finally:
+            self._answer_with(answers)
             for message in left:
                 close_all(message.fds)
             self._flush()
+
+    def _answer_with(self, answers: bytearray) -> None:
+        """Move answers without descriptors to those that are to be sent."""
+        if answers:
+            self._backlog.append((bytes(answers), ()))
+            answers.clear()
 
     def _flush(self) -> None:
         """Send what there is to send; what the client does not take now, later."""
@@ -392,7 +405,10 @@ class VfServer:
         while self._backlog:
             data, fds = self._backlog[0]
             try:
-                sent = socket.send_fds(self._connection, [data], fds, socket.MSG_NOSIGNAL)
+                if fds:
+                    sent = socket.send_fds(self._connection, [data], fds, socket.MSG_NOSIGNAL)
+                else:
+                    sent = self._connection.send(data, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 break
             if sent < len(data):

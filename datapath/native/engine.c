@@ -70,6 +70,15 @@ static void leave_and_wake(struct engine *engine)
     leave(engine);
 }
 
+/* The same of what concerns packets: while none move there is nothing to see, and to be woken takes its time. */
+static void leave_and_wake_if_running(struct engine *engine)
+{
+    if (engine->running) {
+        signal_fd(engine->wake_fd);
+    }
+    leave(engine);
+}
+
 static int watch(struct engine *engine, int fd, uint32_t events, uint32_t token)
 {
     struct epoll_event event = { .events = events, .data.u32 = token };
@@ -339,7 +348,7 @@ int engine_start_queue(struct engine *engine, unsigned int index, const struct r
             engine->queue[index ^ 1].awake = true;
         }
     }
-    leave_and_wake(engine);
+    leave_and_wake_if_running(engine);
     return result;
 }
 
@@ -368,7 +377,7 @@ struct ring_state engine_stop_queue(struct engine *engine, unsigned int queue)
     enter(engine);
     engine->queue[queue].programmed = false;
     state = ring_position(&engine->queue[queue].ring);
-    leave_and_wake(engine);
+    leave_and_wake_if_running(engine);
     return state;
 }
 
@@ -403,7 +412,7 @@ void engine_use_pairs(struct engine *engine, unsigned int pairs)
     for (unsigned int i = pairs; i < engine->pairs; i++) {
         drop_packet(engine, i);
     }
-    leave_and_wake(engine);
+    leave_and_wake_if_running(engine);
 }
 
 void engine_set_features(struct engine *engine, uint64_t features)
