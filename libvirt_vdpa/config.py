@@ -39,11 +39,13 @@ EMULATED_VFS = range(1, 65)
 EMULATED_MTUS = range(68, 9001)
 #: Queue pairs that its VFs may have (--queue-pairs).
 EMULATED_QUEUE_PAIRS = range(1, 9)
+#: How its VFs can be notified (--doorbell): by an eventfd, or by memory that a guest can be given.
+EMULATED_DOORBELLS = ("eventfd", "mapped")
 #: Most VFs that a physical function can have: NumVFs has 16 bits (PCI Express Base Specification, 9.3.3.7).
 MAX_VFS = 65535
 #: What makes up a pool -> further keys that such a pool takes.
 POOL_KINDS: dict[str, tuple[str, ...]] = {
-    "emulated": ("tap", "bridge", "mtu", "queue-pairs"),
+    "emulated": ("tap", "bridge", "mtu", "queue-pairs", "doorbell"),
     "devices": ("bind", "uplink"),
     "pf": ("vfs", "bind", "uplink"),
 }
@@ -84,6 +86,8 @@ class PoolConfig:
     mtu: int = 1500
     #: Queue pairs of each emulated VF.
     queue_pairs: int = 1
+    #: How emulated VFs are notified.
+    doorbell: str = "eventfd"
     #: Addresses of PCI functions, such as "0000:06:00.3".
     devices: tuple[str, ...] = ()
     #: Address of the physical function whose VFs make up the pool.
@@ -259,6 +263,7 @@ def _emulated_pool(name: str, driver: str, table: _Table) -> PoolConfig:
         queue_pairs=_number(
             table, "queue-pairs", PoolConfig.queue_pairs, "of queue pairs", EMULATED_QUEUE_PAIRS
         ),
+        doorbell=_doorbell(table),
     )
 
 
@@ -271,6 +276,13 @@ def _number(table: _Table, key: str, default: int, what: str, allowed: range) ->
     if number not in allowed:
         raise table.error(key, f"must be a number {what} from {allowed[0]} to {allowed[-1]}")
     return number
+
+
+def _doorbell(table: _Table) -> str:
+    doorbell = table.take("doorbell", str, PoolConfig.doorbell)
+    if doorbell not in EMULATED_DOORBELLS:
+        raise table.error("doorbell", f"must be one of {', '.join(EMULATED_DOORBELLS)}, not '{doorbell}'")
+    return doorbell
 
 
 def _devices_pool(name: str, driver: str, table: _Table) -> PoolConfig:

@@ -69,6 +69,8 @@ class EmulatedNic:
         arguments += [f"--tap={pool.tap}"] if pool.tap else []
         arguments += [f"--bridge={pool.bridge}"] if pool.bridge else []
         arguments += [f"--mtu={pool.mtu}", f"--queue-pairs={pool.queue_pairs}"]
+        # Only where it is another: a NIC that a daemon of before started has the same settings otherwise.
+        arguments += [f"--doorbell={pool.doorbell}"] if pool.doorbell != PoolConfig.doorbell else []
         return arguments
 
     async def _keep(self) -> None:

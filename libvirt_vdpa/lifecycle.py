@@ -290,6 +290,7 @@ class Lifecycle:
         :param expected: the guest, when it is yet to come.
         """
         holder = Holder(spec.name, spec.uuid, wanted.mac)
+        arriving = expected is not None and expected.migrating
         try:
             vf = self._inventory.lend(wanted.driver, wanted.pool, wanted.device, wanted.queue_pairs, holder)
         except InventoryError as error:
@@ -306,8 +307,10 @@ class Lifecycle:
             log=str(self._config.log_folder / log_name(spec.name, wanted.mac)),
             features=state.offered | (state.negotiated or 0) if state is not None else None,
             negotiated=state.negotiated if state is not None and expected is not None else None,
-            arriving=expected is not None and expected.migrating,
+            arriving=arriving,
             link_up=wanted.link_up,
+            # What it sees is not known until it has been looked at here, by this daemon or one after it.
+            link_cut=arriving,
             reconnect=wanted.reconnect,
             log_mode=wanted.migration,
             host_notifiers="auto" if wanted.page_per_vq else "off",

@@ -220,7 +220,8 @@ class Record:
     arriving: bool = False
     #: Whether the guest is to see a link, as the operator wants it.
     link_up: bool = True
-    #: Whether it sees none, though it is to, because its VF has none.
+    #: Whether it sees none, though it is to, because its VF has none; or, having come from elsewhere, may
+    #: see none.
     link_cut: bool = False
     #: Seconds after which QEMU looks for a port that has gone; 0: it does not.
     reconnect: int = 0

@@ -48,6 +48,16 @@ class TestArrival:
         (record,) = bench.records
         assert (record.features, record.negotiated) == (STATE.offered, STATE.negotiated)
 
+    def test_what_it_sees_of_its_link_is_not_known_to_a_daemon_that_was_away(self, bench: Bench) -> None:
+        """From before QEMU came until the guest had arrived, so that `arriving` is gone when it looks."""
+        bench.hook("migrate", "prepare", xml=with_state(STATE))
+        (record,) = bench.records
+        assert record.link_cut
+        bench.hook("stopped", "release")
+        bench.hook("prepare", xml=DEMO)
+        (record,) = bench.records
+        assert not record.link_cut
+
     def test_an_ordinary_start_knows_nothing_of_that(self, bench: Bench) -> None:
         bench.hook("prepare", xml=with_state(STATE))
         (record,) = bench.records

@@ -26,6 +26,7 @@ tap = "fast%d"
 bridge = "br0"
 mtu = 9000
 queue-pairs = 8
+doorbell = "mapped"
 [pool.cards]
 driver = "ifcvf"
 devices = ["0000:06:0A.3", "10000:07:00.0"]
@@ -58,7 +59,7 @@ def test_everything(file: Path) -> None:
         hook_time_limit=4.0,
         socket=SocketConfig(0, 0, 0o666),
         pools=(
-            PoolConfig("fast", "ifcvf", 3, "fast%d", "br0", mtu=9000, queue_pairs=8),
+            PoolConfig("fast", "ifcvf", 3, "fast%d", "br0", mtu=9000, queue_pairs=8, doorbell="mapped"),
             PoolConfig("cards", "ifcvf", devices=("0000:06:0a.3", "10000:07:00.0"), bind=True),
             PoolConfig("card", "ifcvf", pf="0000:08:00.0", vfs=4),
         ),
@@ -126,6 +127,10 @@ def test_mistakes_name_file_and_key(file: Path, text: str, message: str) -> None
                 "pool.a.queue-pairs: must be a number of queue pairs from 1 to 8",
             )
             for n in (0, 9)
+        ),
+        (
+            "emulated = 1\ndoorbell = 'page'",
+            "pool.a.doorbell: must be one of eventfd, mapped, not 'page'",
         ),
         ("emulated = 1\nmtu = '1500'", "pool.a.mtu: must be a whole number, not '1500'"),
         ("emulated = 1\nbind = true", "pool.a.bind: is for pools with 'devices', this one has 'emulated'"),
