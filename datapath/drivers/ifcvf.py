@@ -12,7 +12,7 @@ from datapath.bus.function import PciFunction
 from datapath.bus.pci import PciIds
 from datapath.drivers.dirty_logging import LogRefusedError, LogRegisters
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
-from datapath.drivers.virtio_net_features import BESIDE, common
+from datapath.drivers.virtio_net_features import BESIDE, common, mac_offered, mtu_offered
 from datapath.drivers.virtio_registers import wait_until
 from datapath.features import Column, Row, Way, no, partly, yes
 from datapath.vdpa import DeviceError, DeviceSpec, LogMode, Ring, RingState
@@ -37,7 +37,11 @@ FEATURES = Column(
     "virtio-net VFs of Intel FPGA and IPU cards",
     {
         **common("ifcvf"),
-        Row.MAC: yes(ANNOUNCED, note="the guest's is the domain's; a VF that filters wants the same"),
+        Row.MAC: yes(
+            ANNOUNCED,
+            mac_offered("ifcvf"),
+            note="the guest's is the domain's; a VF that filters wants the same",
+        ),
         Row.CTRL_VQ: yes(
             ANNOUNCED, note="the front-end serves it; the VF's own is never set up", way=Way.PROMISED
         ),
@@ -57,6 +61,7 @@ FEATURES = Column(
         Row.MTU: yes(
             "tests/e2e/test_mtu.py::test_guest_uses_the_mtu",
             "tests/e2e/test_mtu.py::test_more_than_the_vf_takes_is_refused",
+            mtu_offered("ifcvf"),
             note="libvirt gives a guest what its <mtu> says; more than the VF carries is refused",
         ).but_emulated("it drops what is longer than its MTU"),
         Row.PERF_DOC: partly(

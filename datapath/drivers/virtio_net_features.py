@@ -38,6 +38,16 @@ def common(driver: str) -> dict[Row, Cell]:
     return {**_packets(driver), **_rings(driver), **_platforms(driver), **_documents(driver)}
 
 
+def mac_offered(driver: str) -> str:
+    """The test that the driver offers a MAC where the VF has one, and not else."""
+    return f"{HERE}::test_a_mac_is_offered_where_the_vf_has_one[{driver}]"
+
+
+def mtu_offered(driver: str) -> str:
+    """The same of an MTU."""
+    return f"{HERE}::test_an_mtu_is_offered_where_the_vf_has_one[{driver}]"
+
+
 def _packets(driver: str) -> dict[Row, Cell]:
     return {
         **_offloads(driver),

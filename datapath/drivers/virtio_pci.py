@@ -16,7 +16,7 @@ from datapath.bus.pci import MODERN_NET, PciIds
 from datapath.drivers import packed_rings
 from datapath.drivers.dirty_logging import LogRegisters
 from datapath.drivers.virtio_net import VirtioNetDevice, take_hold
-from datapath.drivers.virtio_net_features import BESIDE, common
+from datapath.drivers.virtio_net_features import BESIDE, common, mac_offered, mtu_offered
 from datapath.drivers.virtio_registers import wait_until
 from datapath.features import Column, Row, Way, no, partly, yes
 from datapath.vdpa import DeviceError, DeviceSpec, LogMode, Ring, RingState
@@ -24,24 +24,30 @@ from datapath.virtio import PCI_TRANSITIONAL_NET, PCI_VENDOR
 
 #: A guest announces itself when its front-end tells it to, and says by the control queue that it has.
 ANNOUNCED = "tests/e2e/test_plain_virtio.py::test_a_guest_announces_itself"
+#: Shows one without: the port was told to keep the bit back.
+UNANNOUNCED = "tests/conformance/test_port_announce.py::test_a_guest_that_cannot_is_announced[virtio]"
 
 FEATURES = Column(
     "virtio",
     "any modern virtio-net PCI function",
     {
         **common("virtio"),
-        Row.MAC: yes(ANNOUNCED, note="the guest's is the domain's; a function that filters wants the same"),
+        Row.MAC: yes(
+            ANNOUNCED,
+            mac_offered("virtio"),
+            note="the guest's is the domain's; a function that filters wants the same",
+        ),
         Row.CTRL_VQ: yes(
             ANNOUNCED, note="the front-end serves it; the function's own is never set up", way=Way.PROMISED
         ),
-        Row.GUEST_ANNOUNCE: yes(ANNOUNCED, way=Way.PROMISED),
+        Row.GUEST_ANNOUNCE: yes(ANNOUNCED, UNANNOUNCED, way=Way.PROMISED),
         Row.MQ: no("more pairs want VIRTIO_NET_CTRL_MQ on the function's own control queue"),
         Row.LOG_ALL: yes(
             "tests/conformance/test_shadow_rings.py::test_what_the_function_and_the_relay_write_is_marked",
             note="by the relay: virtio has no dirty log",
             way=Way.PROMISED,
         ),
-        Row.MTU: partly("as with ifcvf; no guest was seen to use it with this driver"),
+        Row.MTU: partly("as with ifcvf; no guest was seen to use it with this driver", mtu_offered("virtio")),
         Row.PERF_DOC: no("docs/performance.md measures the driver ifcvf"),
         Row.IN_ORDER: partly("passed on to a VF that has it; the relay keeps the order by itself"),
         Row.PACKED: partly(

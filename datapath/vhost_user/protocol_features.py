@@ -20,9 +20,13 @@ FEATURE_OF: Mapping[Row, ProtocolFeature] = {
 
 PROTOCOL_CELLS: Mapping[Row, Cell] = {
     Row.PROTO_MQ: yes("tests/conformance/test_features.py::test_the_number_of_queue_pairs_is_told"),
-    Row.PROTO_LOG_SHMFD: yes("tests/conformance/test_port_logging.py::test_just_what_was_written_is_marked"),
+    Row.PROTO_LOG_SHMFD: yes(
+        "tests/conformance/test_port_logging.py::test_just_what_was_written_is_marked",
+        "tests/conformance/test_port_logging.py::test_who_has_not_agreed_on_a_shared_log_has_none",
+    ),
     Row.PROTO_RARP: yes(
         "tests/conformance/test_port_announce.py::test_a_request_is_kept_until_rings_run",
+        "tests/conformance/test_port_announce.py::test_who_has_not_agreed_on_rarp_sends_none",
         "tests/e2e/test_migration.py::test_bridges_are_told[rarp]",
     ),
     Row.PROTO_REPLY_ACK: yes("tests/conformance/test_features.py::test_who_asks_is_told_how_it_went"),

@@ -16,11 +16,13 @@ from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
 from datapath.virtio import NET_HEADER_SIZE, SHORT_NET_HEADER_SIZE, Feature, bit
 from tests.harness.emulated_nic import EmulatedNic, PortProcess, ask
 from tests.harness.front_end import BUFFERS, VIRTIO, SocketFrontEnd
+from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import wait_for
 from tests.harness.traffic import RX, TX, both_ways, offer_buffers, transmit
 from tests.harness.virtqueue import DESC_F_NEXT, Buffer, Virtqueue
 from tests.harness.wire import HEADER, Wire, frame
 
+MAC = bit(Feature.NET_F_MAC)
 MRG_RXBUF = bit(Feature.NET_F_MRG_RXBUF)
 INDIRECT = bit(Feature.F_INDIRECT_DESC)
 EVENT_IDX = bit(Feature.F_EVENT_IDX)
@@ -38,6 +40,25 @@ def driver(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def port(nic: EmulatedNic, driver: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PortProcess]:
     with PortProcess(tmp_path_factory.mktemp("port"), nic.device(0, driver)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bare_nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
+    """One whose VF says neither its MAC nor its MTU."""
+    folder = tmp_path_factory.mktemp("bare")
+    with (
+        NetworkNamespace() as network,
+        EmulatedNic(folder, network, 1, "--keep", "--without=mac,mtu") as running,
+    ):
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bare(
+    bare_nic: EmulatedNic, driver: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PortProcess]:
+    with PortProcess(tmp_path_factory.mktemp("port"), bare_nic.device(0, driver)) as running:
         yield running
 
 
@@ -91,6 +112,37 @@ def test_frames_pass_on_x86_64(port: PortProcess, wire: Wire) -> None:
     with guest(port) as peer:
         offer_buffers(peer)
         both_ways(peer, wire, 110)
+
+
+def test_a_mac_is_offered_where_the_vf_has_one(
+    port: PortProcess, bare: PortProcess, wire: Wire, bare_nic: EmulatedNic
+) -> None:
+    """The guest may know of it or not: its frames are its own business."""
+    with guest(port) as peer:
+        assert peer.tell(Request.GET_FEATURES) & MAC
+        offer_buffers(peer)
+        both_ways(peer, wire, 170)
+    version_1 = bit(Feature.F_VERSION_1)
+    with closing(Wire(bare_nic.namespace, "vf0")) as bare_wire:
+        for made, cable in ((port, wire), (bare, bare_wire)):
+            with guest(made, version_1) as peer:
+                assert bool(peer.tell(Request.GET_FEATURES) & MAC) is (made is port)
+                offer_buffers(peer)
+                both_ways(peer, cable, 172)
+    bare.wait_state("waiting")
+    with front_end(bare) as peer, pytest.raises(ConnectionError):
+        peer.start(VIRTIO)
+    assert "features NET_F_MAC were not offered" in str(bare.wait_state("waiting")["last_error"])
+
+
+def test_an_mtu_is_offered_where_the_vf_has_one(port: PortProcess, bare: PortProcess) -> None:
+    more = 1501
+    for made, has_one in ((port, True), (bare, False)):
+        with front_end(made) as peer:
+            assert bool(peer.tell(Request.GET_FEATURES) & bit(Feature.NET_F_MTU)) is has_one
+            assert (made.status()["max_mtu"] is not None) is has_one
+            peer.need_reply = True
+            assert (peer.tell(Request.NET_SET_MTU, more) != 0) is has_one
 
 
 def filled(peer: SocketFrontEnd, head: int, length: int) -> bytes:

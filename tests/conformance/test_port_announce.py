@@ -11,15 +11,20 @@ import pytest
 from qemu.qmp import QMPError
 
 from datapath.announce import rarp_frame
-from datapath.vhost_user.messages import Request
+from datapath.vhost_user.messages import ProtocolFeature, Request
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
+from datapath.virtio import Feature, bit
 from tests.harness.emulated_nic import BIN, EmulatedNic, PortProcess, ask
-from tests.harness.front_end import SocketFrontEnd
+from tests.harness.front_end import VIRTIO, SocketFrontEnd
 from tests.harness.netns import NetworkNamespace
 from tests.harness.processes import wait_for
 
 MAC = bytes.fromhex("525400123456")
 #: The number of a SEND_RARP.
 NUMBER = int.from_bytes(MAC, "little")
+ANNOUNCE = bit(Feature.NET_F_GUEST_ANNOUNCE)
+#: The mask of all features.
+ALL = (1 << 64) - 1
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +90,40 @@ def test_a_request_is_kept_until_rings_run(
     told = port.status()["announce"]
     assert (told["pending"], told["problem"]) == (False, None)
     assert abs(time.time() - told["last_sent"]) < 60
+
+
+@pytest.mark.parametrize("driver", ["ifcvf", "virtio"])
+def test_a_guest_that_cannot_is_announced(
+    nic: EmulatedNic, tmp_path: Path, bridge: socket.socket, driver: str
+) -> None:
+    """It has not accepted GUEST_ANNOUNCE, or was not offered it: then QEMU asks the back-end."""
+    options = (f"--uplink=nic={nic.control},vf=0", f"--features={ALL & ~ANNOUNCE:#x}")
+    with PortProcess(tmp_path, nic.device(0, driver), *options) as port:
+        with closing(SocketFrontEnd.dial(port.socket)) as peer:
+            peer.connect()
+            assert not peer.tell(Request.GET_FEATURES) & ANNOUNCE
+            with pytest.raises(ConnectionError):
+                peer.start(VIRTIO | ANNOUNCE)
+        port.wait_state("waiting")
+        with closing(SocketFrontEnd.dial(port.socket)) as peer:
+            peer.connect()
+            peer.start()
+            peer.tell(Request.SEND_RARP, NUMBER)
+            assert next_rarp(bridge) == rarp_frame(MAC)
+
+
+def test_who_has_not_agreed_on_rarp_sends_none(
+    port: PortProcess, nic: EmulatedNic, bridge: socket.socket
+) -> None:
+    protocol = PROTOCOL_FEATURES & ~bit(ProtocolFeature.RARP)
+    with closing(SocketFrontEnd.dial(port.socket, protocol)) as peer:
+        peer.connect()
+        peer.start()
+        peer.need_reply = True
+        assert peer.tell(Request.SEND_RARP, NUMBER) != 0
+        told = port.status()["announce"]
+        assert (told["pending"], told["sent"]) == (False, 0)
+        assert nothing_there(bridge)
 
 
 def test_another_guest_is_not_announced(nic: EmulatedNic, tmp_path: Path, bridge: socket.socket) -> None:

@@ -11,11 +11,14 @@ from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES
 from datapath.vhost_user.messages import (
     LogArea,
     Message,
+    ProtocolFeature,
     Request,
     VringFd,
     VringState,
     encode_request,
 )
+from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
+from datapath.virtio import bit
 from tests.harness.dirty_log import PAGE, marked_pages
 from tests.harness.emulated_nic import EmulatedNic, PortProcess, ask
 from tests.harness.front_end import BUFFERS, MEMORY_SIZE, VIRTIO, SocketFrontEnd
@@ -82,6 +85,21 @@ def test_just_what_was_written_is_marked(
     assert all(BUFFERS <= page < MEMORY_SIZE for page in marked - rings)
     assert len(marked - rings) <= 3 + 1
     assert os.pread(log, OFFSET, 0) == bytes(OFFSET), "before the bitmap is not ours"
+
+
+def test_who_has_not_agreed_on_a_shared_log_has_none(port: PortProcess, wire: Wire, log: int) -> None:
+    """A bitmap that comes all the same is not answered, and not written to."""
+    protocol = PROTOCOL_FEATURES & ~bit(ProtocolFeature.LOG_SHMFD)
+    with closing(SocketFrontEnd.dial(port.socket, protocol)) as peer:
+        peer.connect()
+        peer.start()
+        peer.send(encode_request(Message(Request.SET_LOG_BASE, LogArea(SIZE, OFFSET))), [log])
+        switch(peer, True)
+        offer_buffers(peer)
+        both_ways(peer, wire, 300)
+        assert port.status()["log"]["mode"] != "software"
+        peer.stop()
+        assert take(log) == set()
 
 
 def test_a_given_up_migration_leaves_the_way_as_it_was(
