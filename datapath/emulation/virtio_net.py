@@ -3,7 +3,8 @@
 Owns the common configuration, the device configuration and the ISR byte: features, status, queues and
 their vectors. What moves packets is the engine; where the registers lie, and PCI, is the function's.
 Offers no control queue, though there is a queue in its place: an IFCVF is told by a register of its own how
-many pairs are used. MQ without CTRL_VQ is against section 5.1.3.1; who minds withholds MQ (`NetSpec.features`).
+many pairs are used. MQ without CTRL_VQ is against section 5.1.3.1; who minds withholds MQ
+(`NetSpec.features`).
 """
 
 import struct
