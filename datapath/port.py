@@ -420,6 +420,15 @@ def may_offer_notifiers(device: VdpaDevice, wanted: str) -> bool:
     return able
 
 
+def check_packed(device: VdpaDevice, wanted: bool) -> None:
+    """See that there are packed rings where they are to be offered in place of a dirty log.
+
+    :raise DeviceError: when the device has none, or its driver carries none.
+    """
+    if wanted and not device.features & virtio.bit(virtio.Feature.F_RING_PACKED):
+        raise DeviceError(f"{device.name}: has no packed rings: leave --packed out")
+
+
 def log(name: str | None, text: str) -> None:
     """One line on standard error, with the port that it speaks of."""
     print(f"{PROGRAM}: {name}: {text}" if name else f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
@@ -442,6 +451,7 @@ def serve(options: argparse.Namespace) -> int:
             endpoint = Connector(options.socket_path, options.connect_timeout)
         device = open_device(options.device, options.log_mode)
         stack.callback(device.close)
+        check_packed(device, options.packed)
         uplink: Uplink | None = None
         if options.uplink is not None:
             uplink = open_uplink(options.uplink, selector)
@@ -463,6 +473,7 @@ def probe(options: argparse.Namespace) -> None:
     :raise DeviceError: when the VF cannot be had.
     """
     with contextlib.closing(open_device(options.device, options.log_mode)) as device:
+        check_packed(device, options.packed)
         able = {
             "features": device.features & options.features,
             "queue_pairs": device.queue_pairs,

@@ -67,8 +67,10 @@ FEATURES = Column(
         Row.PERF_DOC: partly(
             "docs/performance.md: what the driver costs on an emulated VF; no card was at hand"
         ),
-        Row.IN_ORDER: no("IFCVF does not offer it"),
-        Row.PACKED: no("the registers that keep a ring's state have no room for its wrap counters"),
+        Row.IN_ORDER: no("no IFCVF is known to offer it").but_emulated("it has it, for the driver virtio"),
+        Row.PACKED: no("the registers that keep a ring's state are for split rings").but_emulated(
+            "it has them, for the driver virtio"
+        ),
         Row.LINUX_VFIO: partly(
             "no such card was at hand, and QEMU has none; the bus and what IFCVF has of virtio are shown"
             " with the driver virtio",

@@ -26,12 +26,20 @@ def stopped_at(guest: GuestRegions, ring: Ring) -> RingState:
 
     :raise DeviceError: when the ring's memory has gone.
     """
+    return START if at_start(guest, ring) else IN_USE
+
+
+def at_start(guest: GuestRegions, ring: Ring) -> bool:
+    """Whether nothing has been given back in a ring since it was made.
+
+    :raise DeviceError: when its memory has gone.
+    """
     descriptors = list(_descriptors(guest, ring))
     first, last = descriptors[0], descriptors[-1]
     nothing_there = not any(first)
     first_round = _waits(first[3]) and not any(last)
     all_wait = all(_waits(flags) and not flags & NEXT for *_, flags in descriptors)
-    return START if nothing_there or first_round or all_wait else IN_USE
+    return nothing_there or first_round or all_wait
 
 
 def has_work(guest: GuestRegions, ring: Ring) -> bool:

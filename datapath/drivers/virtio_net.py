@@ -399,7 +399,9 @@ class VirtioNetDevice(VdpaDevice):
     def _place(self, rings: Mapping[int, Ring]) -> dict[int, Ring]:
         """Decide how rings travel, of which none runs, and see them as the function is to be given them."""
         shadowed = not self._can_be_direct(rings)
-        if shadowed and any(ring.packed for ring in rings.values()):
+        packed = [ring for ring in rings.values() if ring.packed]
+        # A front-end whose back-end has died may not know that a ring was in use: the memory does.
+        if any(shadowed or not packed_rings.at_start(self._guest, ring) for ring in packed):
             raise DeviceError(
                 f"{self.name}: the guest's packed rings have been in use, and virtio has no register by which"
                 " the function could go on with them; have the guest's driver begin anew"

@@ -27,6 +27,8 @@ ANNOUNCED = "tests/e2e/test_plain_virtio.py::test_a_guest_announces_itself"
 #: Shows one without: the port was told to keep the bit back.
 UNANNOUNCED = "tests/conformance/test_port_announce.py::test_a_guest_that_cannot_is_announced[virtio]"
 
+RINGS = "tests/conformance/test_packed_rings.py"
+
 FEATURES = Column(
     "virtio",
     "any modern virtio-net PCI function",
@@ -49,10 +51,17 @@ FEATURES = Column(
         ),
         Row.MTU: partly("as with ifcvf; no guest was seen to use it with this driver", mtu_offered("virtio")),
         Row.PERF_DOC: no("docs/performance.md measures the driver ifcvf"),
-        Row.IN_ORDER: partly("passed on to a VF that has it; the relay keeps the order by itself"),
+        Row.IN_ORDER: yes(
+            f"{RINGS}::test_frames_pass[True-True]",
+            f"{RINGS}::test_what_is_offered",
+            "tests/unit/test_shadow_ring.py::test_a_guest_that_was_promised_the_order_has_it",
+            note="by the function; where rings are shadowed, by the relay",
+        ),
         Row.PACKED: partly(
-            "where the port is told to, and then without a dirty log; virtio has no register by which a"
+            "where the port is told to offer them, and then no dirty log; virtio has no register by which a"
             " function could go on with a ring, so a guest that was paused has to begin anew",
+            f"{RINGS}::test_frames_pass[True-True]",
+            f"{RINGS}::test_what_is_offered",
         ),
         Row.LINUX_VFIO: yes(
             "tests/nested/test_port_over_vfio.py::test_a_front_end_passes_frames_both_ways",

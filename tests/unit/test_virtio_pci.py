@@ -267,6 +267,16 @@ def test_packed_rings_go_on_only_where_nothing_was_used(
     device.close()
 
 
+def test_packed_rings_of_which_a_front_end_has_forgotten_that_they_were_in_use(guest: Guest) -> None:
+    """As QEMU does when its back-end has died."""
+    device = packed_device(guest)
+    mine = packed_rings(guest)
+    guest.write(mine[1].descriptors, descriptor(AVAIL | USED))
+    with pytest.raises(DeviceError, match="packed rings have been in use"):
+        device.start(FEATURES | PACKED, mine)
+    device.close()
+
+
 @pytest.mark.parametrize("at", [0, 1, 0x8001])
 def test_packed_rings_begin_at_the_start_only(guest: Guest, at: int) -> None:
     device = packed_device(guest)
