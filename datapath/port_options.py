@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,9 +64,20 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """As argparse makes it, told the terminal's width: to find it, it would load shutil and much more."""
+    try:
+        width = os.get_terminal_size().columns or 80
+    except OSError:
+        width = 80
+    return argparse.HelpFormatter(prog, width=width - 2)
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with 2 where it is wrong."""
-    parser = argparse.ArgumentParser(PROGRAM, description="A vhost-user back-end for one vDPA device.")
+    parser = argparse.ArgumentParser(
+        PROGRAM, description="A vhost-user back-end for one vDPA device.", formatter_class=_formatter
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--socket-path", type=Path, metavar="PATH", help="UNIX socket to listen on")
     where.add_argument("--fd", type=int, metavar="N", help="listening or connected socket to use")
