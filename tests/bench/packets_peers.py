@@ -30,12 +30,14 @@ class BackEnd(Protocol):
 
 
 class OurBackEnd:
-    """A port with an emulated VF that sends everything back."""
+    """A port with an emulated VF that sends everything back: one thread, whatever the number of pairs."""
 
-    def __init__(self, folder: Path, network: NetworkNamespace, features: int) -> None:
+    def __init__(self, folder: Path, network: NetworkNamespace, features: int, pairs: int) -> None:
         """:raise HarnessError: when it does not start."""
         with ExitStack() as undo:
-            self._nic = undo.enter_context(EmulatedNic(folder / "nic", network, 1, "--echo"))
+            self._nic = undo.enter_context(
+                EmulatedNic(folder / "nic", network, 1, "--echo", f"--queue-pairs={pairs}")
+            )
             options = [f"--features={features:#x}"]
             self._port = undo.enter_context(PortProcess(folder, self._nic.device(0), *options))
             for task in Path(f"/proc/{self._nic.pid}/task").iterdir():
@@ -57,19 +59,21 @@ class OurBackEnd:
 
 
 class DpdkBackEnd:
-    """dpdk-testpmd that sends back what its vhost device receives."""
+    """dpdk-testpmd that sends back what its vhost device receives: one thread for all pairs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pairs: int) -> None:
         """:raise HarnessError: when it does not start."""
         self.socket = folder / "vhost.sock"
         # Its main thread rests on the second processor, its forwarding thread runs on the first.
         eal = [*EAL, "-m", "256", "--file-prefix=vhost", "--lcores=0@1,1@0"]
-        device = f"--vdev=net_vhost0,iface={self.socket},queues=1"
+        device = f"--vdev=net_vhost0,iface={self.socket},queues={pairs}"
         application = [
             "--auto-start",
             "--stats-period=600",
             "--forward-mode=macswap",
             "--total-num-mbufs=8192",
+            f"--rxq={pairs}",
+            f"--txq={pairs}",
         ]
         self._process = Process(
             ["dpdk-testpmd", *eal, device, "--", *application],
@@ -105,12 +109,13 @@ class DpdkBackEnd:
 class Generator:
     """dpdk-testpmd with a virtio-user device: sends packets, and counts those that come back."""
 
-    def __init__(self, folder: Path, socket: Path, mode: str, size: int) -> None:
+    def __init__(self, folder: Path, socket: Path, mode: str, size: int, pairs: int) -> None:
         """Start it; it stands still until it is told to go on.
 
-        :param mode: `flowgen`, or `tx-first`: 256 packets on their way, and what comes is sent back.
+        :param mode: `flowgen`, or `tx-first`: 256 packets on their way on each pair, sent back as they come.
         """
-        device = f"net_virtio_user0,path={socket},queues=1,queue_size={QUEUE_SIZE},in_order=0,packed_vq=0"
+        rings = f"queues={pairs},queue_size={QUEUE_SIZE},in_order=0,packed_vq=0"
+        device = f"net_virtio_user0,path={socket},{rings}"
         eal = [*EAL, "-m", "256", "--file-prefix=user", "--lcores=0@0,1@1", f"--vdev={device}"]
         forward = "io" if mode == "tx-first" else mode
         application = [
@@ -118,6 +123,8 @@ class Generator:
             f"--forward-mode={forward}",
             f"--txpkts={size}",
             "--total-num-mbufs=8192",
+            f"--rxq={pairs}",
+            f"--txq={pairs}",
         ]
         log = folder / f"{mode}-{size}.log"
         self._process = Process(
