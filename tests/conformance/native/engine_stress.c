@@ -2,8 +2,8 @@
 /*
  * A driver that notifies, and sleeps, exactly as the rules of a split virtqueue allow, as fast as C is.
  * Fails when a notification or an interrupt is lost: the window is less than a microsecond, and opens
- * whenever the engine or the driver falls asleep. Made to run under the sanitizers. Argument: whether to
- * use EVENT_IDX (1 or 0).
+ * whenever the engine or the driver falls asleep. Made to run under the sanitizers. Arguments: whether to
+ * use EVENT_IDX (1 or 0), and `echo` for an engine without an uplink.
  */
 #define _GNU_SOURCE
 #include "engine.h"
@@ -31,6 +31,9 @@
 /* The engine polls for 50 microseconds: so long, give or take, the driver waits between two packets. */
 #define PAUSE_NS 25000
 #define JITTER_NS 40000
+/* Looks for what the engine wishes, some milliseconds; and the time in which it then looks for buffers. */
+#define WISH_LOOKS 1000000
+#define WINDOW_NS 200
 
 struct descriptor { uint64_t address; uint32_t length; uint16_t flags, next; };
 struct avail { uint16_t flags, index, ring[SIZE], used_event; };
@@ -164,6 +167,55 @@ static void exchange_packets(struct engine *engine, int wire)
     close(tx.call_fd);
 }
 
+/* Wait until the engine wants notifications, for it falls asleep, or does not, for it is awake; but not for long. */
+static void await_wish(const struct driver_queue *queue, bool wanted)
+{
+    for (unsigned int i = 0; i < WISH_LOOKS; i++) {
+        if (!(__atomic_load_n(&queue->used->flags, __ATOMIC_SEQ_CST) & 1) == wanted) {
+            return;
+        }
+    }
+}
+
+/*
+ * What is sent comes back, once there is a buffer for it. Here that comes just after the engine has woken for
+ * the packet: while it looks for a buffer, and while it asks to be notified of one. Not for EVENT_IDX, with which
+ * a driver cannot see an engine wake.
+ */
+static void exchange_echoes(struct engine *engine)
+{
+    struct driver_queue rx = { 0 }, tx = { 0 };
+    unsigned int seed = 1;
+
+    set_up(engine, &rx, ENGINE_RX);
+    set_up(engine, &tx, ENGINE_TX);
+    engine_run(engine, true);
+    for (unsigned int round = 0; round < ROUNDS; round++) {
+        await_wish(&tx, true);
+        offer(&tx, DATA + 2048 * (round % SIZE), PACKET_SIZE, 0);
+        await_wish(&tx, false);
+        pause_for(rand_r(&seed) % WINDOW_NS);
+        offer(&rx, DATA + 0x8000, 2048, DESC_WRITE);
+        wait_used(&rx, "a notification or an interrupt was lost: an echo's buffer");
+        wait_used(&tx, "an interrupt was lost: an echo was sent");
+    }
+    printf("echo: %lu kicks for packets, %lu for buffers, of %d\n", tx.kicks, rx.kicks, ROUNDS);
+    require(rx.kicks < ROUNDS && rx.kicks > 0, "an echo never, or always, wanted notifications");
+    close(rx.call_fd);
+    close(tx.call_fd);
+}
+
+/* An engine of its own for each exchange. */
+static struct engine *open_engine(const struct engine_uplink *uplink, int memory_fd)
+{
+    struct engine *engine;
+
+    require(engine_open(uplink, &engine) == 0, "engine_open");
+    require(engine_open_doorbells(engine, -1) == 0, "engine_open_doorbells");
+    require(engine_map(engine, 0, MEMORY, memory_fd, 0, true) == 0, "engine_map");
+    return engine;
+}
+
 static void touch(void *page)
 {
     *(volatile uint8_t *)page = 1;
@@ -208,10 +260,13 @@ int main(int argc, char **argv)
     memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     require(memory != MAP_FAILED, "mmap");
     require(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK, 0, sockets) == 0, "socketpair");
-    require(engine_open(&(struct engine_uplink){ .pairs = 1, .packet_fd = { sockets[0] } }, &engine) == 0, "engine_open");
-    require(engine_open_doorbells(engine, -1) == 0, "engine_open_doorbells");
-    require(engine_map(engine, 0, MEMORY, fd, 0, true) == 0, "engine_map");
-    exchange_packets(engine, sockets[1]);
+    if (argc > 2 && strcmp(argv[2], "echo") == 0) {
+        engine = open_engine(&(struct engine_uplink){ .pairs = 1, .packet_fd = { -1 } }, fd);
+        exchange_echoes(engine);
+    } else {
+        engine = open_engine(&(struct engine_uplink){ .pairs = 1, .packet_fd = { sockets[0] } }, fd);
+        exchange_packets(engine, sockets[1]);
+    }
     engine_close(engine);
     close(sockets[0]);
     close(sockets[1]);
