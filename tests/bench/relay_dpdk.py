@@ -33,11 +33,15 @@ class DpdkRelay:
         """:raise HarnessError: when DPDK cannot be compiled against, does not start or takes no front-end."""
         module = compiled("relay_dpdk", folder, libraries=["libdpdk"], defines=["ALLOW_INTERNAL_API"])
         self._ffi, self._lib = module.ffi, module.lib
-        os.environ["RUNTIME_DIRECTORY"] = str(folder)
         words = [self._ffi.new("char[]", word.encode()) for word in EAL]
         # It binds this thread to one processor, where the other relay is measured too.
         self._processors = os.sched_getaffinity(0)
-        self._ask("dpdk_begin", words, len(words))
+        # Where DPDK keeps its own files; who is started later is to have a place of its own.
+        os.environ["RUNTIME_DIRECTORY"] = str(folder)
+        try:
+            self._ask("dpdk_begin", words, len(words))
+        finally:
+            del os.environ["RUNTIME_DIRECTORY"]
         self._path = str(folder / "dpdk.sock").encode()
         self._ask("dpdk_serve", self._path)
         self.front_end = SocketFrontEnd.dial(folder / "dpdk.sock", PROTOCOL)

@@ -8,7 +8,19 @@ from tests.harness.processes import run
 from tests.harness.sanitizers import NATIVE, SANITIZERS, build
 
 SOURCE = Path(__file__).parent / "native" / "engine_stress.c"
-NAMES = ("guard", "interrupt", "dma", "ring", "offload", "packets", "filter", "echo", "worker", "engine")
+NAMES = (
+    "guard",
+    "interrupt",
+    "dma",
+    "ring",
+    "packed",
+    "offload",
+    "packets",
+    "filter",
+    "echo",
+    "worker",
+    "engine",
+)
 UNITS = [NATIVE / f"{unit}.c" for unit in NAMES]
 
 
