@@ -82,10 +82,9 @@ class VirtioRegisters:
         self._fresh = False
         self._write(Common.DEVICE_STATUS, 1, self._status)
 
-    def acknowledge(self) -> None:
-        """Say, after a reset, that the device was seen and has a driver."""
-        self.add_status(Status.ACKNOWLEDGE)
-        self.add_status(Status.DRIVER)
+    def status_later(self) -> Callable[[], int]:
+        """The status as it is now, from a function that is called when it may be waited for."""
+        return self._read_later(Common.DEVICE_STATUS, 1)
 
     def reset(self) -> None:
         """Reset the virtio device and wait until it says that it is done (section 4.1.4.3.2).
@@ -115,10 +114,12 @@ class VirtioRegisters:
         return words[0] | words[1] << 32
 
     def accept_features(self, features: int) -> None:
-        """Tell the device which of its features will be used.
+        """Say, after a reset, that the device was seen and has a driver, and which features that will use.
 
         :raise DeviceError: when it refuses the combination.
         """
+        self.add_status(Status.ACKNOWLEDGE)
+        self.add_status(Status.DRIVER)
         for select in (0, 1):
             self._write(Common.DRIVER_FEATURE_SELECT, 4, select)
             self._write(Common.DRIVER_FEATURE, 4, features >> 32 * select & 0xFFFFFFFF)
@@ -154,7 +155,7 @@ class VirtioRegisters:
         :raise DeviceError: when it has no room for a vector.
         """
         unsure, self._unsure = self._unsure, []
-        status = self._read_later(Common.DEVICE_STATUS, 1)
+        status = self.status_later()
         for held, vector, what in unsure:
             if held() != vector:
                 raise DeviceError(f"{self._function.name}: has no MSI-X vector {vector} for {what}")

@@ -328,6 +328,16 @@ def test_a_function_that_cannot_be_stopped_is_let_go(
         device.start(FEATURES, pair(rings))
 
 
+def test_what_has_failed_while_idle_is_reset(
+    device: IfcvfDevice, function: FakeFunction, rings: dict[int, Ring]
+) -> None:
+    function.registers["status"] = Status.DEVICE_NEEDS_RESET
+    device.start(FEATURES, pair(rings))
+    statuses = [int(line.partition(" = ")[2], 0) for line in function.log if line.startswith("status")]
+    assert statuses == [1, 3, 0xB, 0, 1, 3, 0xB, 0xF]
+    assert function.status == 0xF
+
+
 def test_events(device: IfcvfDevice, function: FakeFunction, rings: dict[int, Ring]) -> None:
     assert device.take_event() is None
     device.start(FEATURES, pair(rings))
