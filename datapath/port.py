@@ -71,6 +71,8 @@ class Port:
         self._host_notifiers = may_offer_notifiers(device, options.host_notifiers)
         self._state = "waiting"
         self._last_error: str | None = None
+        #: Why the last connection ended.
+        self._last_end: str | None = None
         self._connections = 0
         self._quit = False
         self._failure: str | None = None
@@ -219,7 +221,10 @@ class Port:
         if connection is None:
             return
         self._selector.unregister(connection.socket)
-        self._log(reason)
+        # QEMU comes back every second to be refused for the same reason: once is enough until rings run.
+        if self._state == "running" or reason != self._last_end or reason != self._last_error:
+            self._log(reason)
+        self._last_end = reason
         connection.close()
         self._negotiated = connection.backend.former
         # One that has refused is not to be asked again, see `host_notifiers`; it is the same, most likely.
