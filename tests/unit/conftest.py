@@ -3,10 +3,15 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import hypothesis
 import pytest
 
 from datapath.native.relay import Relay
 from tests.harness.shadow_link import Link, MakeLink
+
+# An example that takes long on a busy machine says nothing about the code.
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ class UnloggingDevice(RecordingDevice):
         raise DeviceError("cannot")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from([RecordingDevice, UnloggingDevice]), st.booleans(), st.lists(messages(), max_size=25))
 def test_any_messages_in_any_order(
     kind: type[RecordingDevice], started: bool, sequence: list[tuple[int, Any, bool]]
