@@ -9,6 +9,7 @@ from datapath.virtio import Feature, bit
 from tests.harness.domain_xml import STATE, DomainXml
 from tests.harness.guest import guest_image
 from tests.harness.guest_traffic import Traffic
+from tests.harness.processes import wait_for
 from tests.harness.two_hosts import TwoHosts
 from tests.harness.vdpa_host import GUEST_ADDRESS, VdpaHost
 
@@ -32,8 +33,11 @@ def assert_is_legacy(host: VdpaHost, domain: DomainXml, mergeable: bool) -> None
     """Its driver has accepted neither VERSION_1 nor what it was not offered."""
     with host.console(domain) as console:
         assert console.run("cat /sys/class/net/eth0/device/../device").strip() == LEGACY_ID
-    text = host.virsh("metadata", domain.name, STATE).stdout
-    (word,) = NEGOTIATED.findall(text)
+
+    def written_down() -> list[str]:
+        return NEGOTIATED.findall(host.virsh("metadata", domain.name, STATE, check=False).stdout)
+
+    (word,) = wait_for("what the guest has accepted to be written down", written_down, 10) or []
     negotiated = int(word, 16)
     assert not negotiated & bit(Feature.F_VERSION_1)
     assert bool(negotiated & bit(Feature.NET_F_MRG_RXBUF)) is mergeable
