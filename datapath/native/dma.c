@@ -203,28 +203,15 @@ void dma_remove_all(struct dma_table *table)
     *table = (struct dma_table){ .generation = table->generation + 1 };
 }
 
-void *dma_translate(struct dma_table *table, uint64_t iova, uint64_t *length, bool write)
+ssize_t dma_find(struct dma_table *table, uint64_t iova)
 {
-    const struct dma_map *map;
-    uint64_t into;
+    size_t at = first_ending_behind(table, iova);
 
-    if (table->recent >= table->count || !contains(&table->map[table->recent], iova)) {
-        size_t at = first_ending_behind(table, iova);
-
-        if (at == table->count || !contains(&table->map[at], iova)) {
-            return NULL;
-        }
-        table->recent = at;
+    if (at == table->count || !contains(&table->map[at], iova)) {
+        return -1;
     }
-    map = &table->map[table->recent];
-    if (map->host == NULL || (write && !map->writable)) {
-        return NULL;
-    }
-    into = iova - map->iova;
-    if (*length > map->size - into) {
-        *length = map->size - into;
-    }
-    return map->host + into;
+    table->recent = at;
+    return at;
 }
 
 bool dma_read(struct dma_table *table, uint64_t iova, void *to, uint64_t length)

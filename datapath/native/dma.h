@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 /* cffi: begin */
 /*
@@ -60,11 +61,36 @@ int dma_remove(struct dma_table *table, uint64_t iova, uint64_t size);
 
 void dma_remove_all(struct dma_table *table);
 
+/* Where a map is that holds iova; -1: nowhere. Remembers it as the most likely one. */
+ssize_t dma_find(struct dma_table *table, uint64_t iova);
+
 /*
  * Where `*length` bytes at iova are. Shortens *length at the end of the mapping; the rest may be in
- * another. NULL: not mapped, or not writable though that is what is wanted.
+ * another. NULL: not mapped, or not writable though that is what is wanted. Here, for it is what the engine does
+ * most.
  */
-void *dma_translate(struct dma_table *table, uint64_t iova, uint64_t *length, bool write);
+static inline void *dma_translate(struct dma_table *table, uint64_t iova, uint64_t *length, bool write)
+{
+    const struct dma_map *map = &table->map[table->recent];
+    uint64_t into;
+
+    if (table->recent >= table->count || iova - map->iova >= map->size) {
+        ssize_t at = dma_find(table, iova);
+
+        if (at < 0) {
+            return NULL;
+        }
+        map = &table->map[at];
+    }
+    into = iova - map->iova;
+    if (map->host == NULL || (write && !map->writable)) {
+        return NULL;
+    }
+    if (*length > map->size - into) {
+        *length = map->size - into;
+    }
+    return map->host + into;
+}
 
 /* Copy from memory that may span mappings. False: not all of it is mapped. */
 bool dma_read(struct dma_table *table, uint64_t iova, void *to, uint64_t length);

@@ -26,4 +26,7 @@ ssize_t echo_frame(struct engine *engine, unsigned int pair, unsigned int from, 
 /* Show the driver all that has been sent and has come back. */
 void echo_show(struct engine *engine, unsigned int pair);
 
+/* Have the processor fetch what the next ECHO_SHOWN frames of a pair will need. */
+void echo_warm(struct engine *engine, unsigned int pair);
+
 #endif

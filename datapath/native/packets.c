@@ -29,12 +29,6 @@ static void interrupt_for(struct engine *engine, unsigned int index)
     }
 }
 
-/* Bytes of the header before each packet of a queue. */
-static size_t header_of(const struct ring *ring)
-{
-    return ring->setup.short_header ? SHORT_NET_HEADER_SIZE : NET_HEADER_SIZE;
-}
-
 /* --- receive: uplink to driver --- */
 
 /* Copy into a chain, and log what was written. The chain is long enough. */
@@ -66,7 +60,7 @@ enum delivery packets_deliver(struct engine *engine, struct ring *ring, struct u
     const size_t header = header_of(ring), whole = header + uplink->frame_length;
     size_t first, done;
 
-    if (ring_available(ring) == 0) {
+    if (!ring_has(ring, 1)) {
         return ring->error ? BAD_RING : NO_BUFFERS;
     }
     if (!ring_chain_at(ring, &engine->dma, 0, true, &engine->first)) {
@@ -84,7 +78,7 @@ enum delivery packets_deliver(struct engine *engine, struct ring *ring, struct u
         if (!ring->setup.mergeable || buffers == ring->setup.size) {
             return UNFIT;
         }
-        if (buffers >= ring_available(ring)) {
+        if (!ring_has(ring, buffers + 1)) {
             return ring->error ? BAD_RING : NO_BUFFERS;
         }
         if (!ring_chain_at(ring, &engine->dma, buffers, true, &engine->chain)) {
@@ -98,7 +92,11 @@ enum delivery packets_deliver(struct engine *engine, struct ring *ring, struct u
     packet->header.num_buffers = htole16(buffers);
     scatter(engine, &engine->first, 0, &packet->header, header);
     scatter(engine, &engine->first, header, packet->frame, first - header);
-    ring_use(ring, engine->used, buffers);
+    if (buffers == 1) {
+        ring_use_one(ring, engine->first.head, first);
+    } else {
+        ring_use(ring, engine->used, buffers);
+    }
     return DELIVERED;
 }
 
@@ -328,7 +326,7 @@ static bool transmit_one(struct engine *engine, unsigned int pair)
         queue->count.packets++;
         queue->count.bytes += sent;
     }
-    ring_use(&queue->ring, &(struct ring_element){ .head = head }, 1);
+    ring_use_one(&queue->ring, head, 0);
     return true;
 }
 
@@ -344,11 +342,15 @@ bool packets_transmit(struct engine *engine, unsigned int pair)
     queue->held = false;
     if (ring_resolve(ring, &engine->dma)) {
         ring_disarm(ring);
-        while (moved < BATCH && ring_available(ring) > 0 &&
+        if (engine->echo) {
+            echo_warm(engine, pair);
+        }
+        while (moved < BATCH && ring_has(ring, 1) &&
                ring_chain_at(ring, &engine->dma, 0, false, &engine->chain) && transmit_one(engine, pair)) {
             moved++;
             if (engine->echo && moved % ECHO_SHOWN == 0) {
                 echo_show(engine, pair);
+                echo_warm(engine, pair);
             }
         }
         if (engine->echo) {

@@ -28,4 +28,10 @@ enum delivery packets_deliver(struct engine *engine, struct ring *ring, struct u
 bool packets_receive(struct engine *engine, unsigned int pair);
 bool packets_transmit(struct engine *engine, unsigned int pair);
 
+/* Bytes of the header before each packet of a queue. */
+static inline size_t header_of(const struct ring *ring)
+{
+    return ring->setup.short_header ? SHORT_NET_HEADER_SIZE : NET_HEADER_SIZE;
+}
+
 #endif

@@ -139,6 +139,15 @@ bool ring_resolve(struct ring *ring, struct dma_table *table);
 /* Read the available index. Returns how many chains ring_chain_at() can look at, 0 on error too. */
 unsigned int ring_available(struct ring *ring);
 
+/*
+ * Whether ring_chain_at() can look at so many chains; false on error too. Reads the available index, which costs
+ * both sides a cache line, only when it has not seen enough yet.
+ */
+static inline bool ring_has(struct ring *ring, unsigned int count)
+{
+    return (uint16_t)(ring->seen - ring->next_avail) + ring->fetched >= count || ring_available(ring) >= count;
+}
+
 /* Take heads ahead of need, as many as the setup says and there are. */
 void ring_prefetch(struct ring *ring);
 
@@ -149,8 +158,21 @@ void ring_prefetch(struct ring *ring);
 bool ring_chain_at(struct ring *ring, struct dma_table *table, unsigned int ahead, bool write,
                    struct ring_chain *chain);
 
+/*
+ * Have the processor fetch what the next `count` chains will need, all at once instead of one after the other:
+ * their memory as far as a small packet goes, and their used elements. count <= ring_available(). Changes
+ * nothing, and judges nothing.
+ */
+void ring_warm(struct ring *ring, struct dma_table *table, unsigned int count, bool write);
+
 /* Give the next `count` chains back, in order, all at once as seen by the driver. */
 void ring_use(struct ring *ring, const struct ring_element *elements, unsigned int count);
+
+/*
+ * The same of the next chain alone, in registers: an element that has just been stored in two parts and is loaded in
+ * one waits until all stores before it are out, those to lines of the other processor among them.
+ */
+void ring_use_one(struct ring *ring, uint16_t head, uint32_t written);
 
 /* Show the driver what a lazy ring has given back. */
 void ring_publish(struct ring *ring);

@@ -12,6 +12,11 @@
 
 /* How long the thread looks for more work before it sleeps. */
 #define POLL_NS 50000
+/*
+ * Turns of an echo after which it looks at events while there is work: nothing but the driver brings any, and a call
+ * into the kernel costs as much as two frames. With an uplink each frame is one already.
+ */
+#define ECHO_TURNS 16
 /* How long it sleeps at most when doorbells have to be polled. */
 #define NAP_MS 1
 
@@ -224,6 +229,12 @@ static void forget_awake(struct engine *engine)
     }
 }
 
+/* Whether events can wait for a few more turns. */
+static bool is_engrossed(const struct engine *engine, unsigned int turns)
+{
+    return engine->echo && engine->worked && turns % ECHO_TURNS != 0;
+}
+
 static void let_callers_in(struct engine *engine)
 {
     while (engine->callers > 0) {
@@ -235,6 +246,7 @@ void *worker_main(void *argument)
 {
     struct engine *engine = argument;
     int64_t poll_until = 0;
+    unsigned int turns = 0;
 
     pthread_mutex_lock(&engine->mutex);
     while (!engine->quit) {
@@ -249,7 +261,9 @@ void *worker_main(void *argument)
         if (engine->may_sleep) {
             forget_awake(engine);
         }
-        collect_events(engine, engine->may_sleep);
+        if (!is_engrossed(engine, ++turns)) {
+            collect_events(engine, engine->may_sleep);
+        }
         let_callers_in(engine);
     }
     pthread_mutex_unlock(&engine->mutex);
