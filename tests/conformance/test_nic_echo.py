@@ -1,5 +1,6 @@
 """A NIC without TAPs: what a guest sends comes back to it, addresses exchanged (virt-vdpa-nic --echo)."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -39,20 +40,26 @@ def payload(number: int) -> bytes:
     return b"\x88\xb5" + number.to_bytes(2, "big") + bytes(100)
 
 
-def send(front: SocketFrontEnd, count: int) -> None:
-    """Make numbered frames available, header and frame in buffers of their own, and tell the VF once."""
+def send(front: SocketFrontEnd, count: int, pieces: int = 1) -> None:
+    """Make numbered frames available, the header and so many pieces of the frame in buffers of their own, and
+    tell the VF once."""
     for number in range(count):
         at = BUFFERS + 0x200 * number
         front.memory.write(at, bytes(NET_HEADER_SIZE) + DESTINATION + SOURCE + payload(number))
         head = Buffer(at, NET_HEADER_SIZE)
-        frame = Buffer(at + NET_HEADER_SIZE, 2 * 6 + len(payload(number)))
-        front.queues[TX].add(head, frame)
+        size = 2 * 6 + len(payload(number))
+        ends = [at + NET_HEADER_SIZE + size * piece // pieces for piece in range(pieces + 1)]
+        frame = [Buffer(begin, end - begin) for begin, end in itertools.pairwise(ends)]
+        front.queues[TX].add(head, *frame)
     front.queues[TX].kick()
 
 
-def offer(front: SocketFrontEnd, begin: int, end: int) -> None:
+def offer(front: SocketFrontEnd, begin: int, end: int, first: int = 0x100) -> None:
+    """Receive buffers, each of two pieces."""
     for number in range(begin, end):
-        front.queues[RX].add(Buffer(BUFFERS + 0x10000 + 0x200 * number, 0x200, writable=True))
+        at = BUFFERS + 0x10000 + 0x200 * number
+        pieces = Buffer(at, first, writable=True), Buffer(at + first, 0x200 - first, writable=True)
+        front.queues[RX].add(*pieces)
     front.queues[RX].kick()
 
 
@@ -70,6 +77,13 @@ def test_frames_come_back(front_end: SocketFrontEnd) -> None:
     send(front_end, FRAMES)
     expect(front_end, 0, FRAMES)
     assert len(front_end.queues[TX].wait_used(FRAMES)) == FRAMES
+
+
+@pytest.mark.parametrize(("pieces", "first"), [(2, 0x100), (1, 20), (2, 0x10)])
+def test_frames_and_buffers_in_pieces(front_end: SocketFrontEnd, pieces: int, first: int) -> None:
+    offer(front_end, 0, FRAMES, first)
+    send(front_end, FRAMES, pieces)
+    expect(front_end, 0, FRAMES)
 
 
 def test_frames_wait_for_buffers(front_end: SocketFrontEnd) -> None:
