@@ -471,11 +471,7 @@ class VirtioNetDevice(VdpaDevice):
         features = self._features | self._device_features & self.FEATURES.mask(Way.AGREED)
         if self._paths.shadowed:  # the relay keeps the order itself: native/shadow.h says why
             features &= ~bit(Feature.F_IN_ORDER)
-        found = self._registers.status_later()
         self._registers.accept_features(features)
-        if found():  # it has failed while it was idle: what it has been told counts for nothing
-            self._registers.reset()
-            self._registers.accept_features(features)
         self._set_calls(rings)
         self._registers.set_config_vector(CONFIG_VECTOR)
         self._use_rings(rings)

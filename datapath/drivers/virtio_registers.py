@@ -116,15 +116,16 @@ class VirtioRegisters:
     def accept_features(self, features: int) -> None:
         """Say, after a reset, that the device was seen and has a driver, and which features that will use.
 
-        :raise DeviceError: when it refuses the combination.
+        What has failed while it was idle is reset first: its status is read along, at no wait of its own.
+
+        :raise DeviceError: when it refuses the combination, or is not reset.
         """
-        self.add_status(Status.ACKNOWLEDGE)
-        self.add_status(Status.DRIVER)
-        for select in (0, 1):
-            self._write(Common.DRIVER_FEATURE_SELECT, 4, select)
-            self._write(Common.DRIVER_FEATURE, 4, features >> 32 * select & 0xFFFFFFFF)
-        self.add_status(Status.FEATURES_OK)
-        if not self.status & Status.FEATURES_OK:
+        found = self.status_later()
+        accepted = self._tell_features(features)
+        if found():  # what it has been told counts for nothing
+            self.reset()
+            accepted = self._tell_features(features)
+        if not accepted:
             raise DeviceError(f"{self._function.name}: refuses the features {features:#x}")
 
     # Queues (section 4.1.4.3)
@@ -225,6 +226,16 @@ class VirtioRegisters:
         return bool(self._function.read(*self._place(self._device, NetConfig.STATUS), 2) & NET_S_LINK_UP)
 
     # Inside
+
+    def _tell_features(self, features: int) -> bool:
+        """Go from a reset to FEATURES_OK; whether the device keeps that."""
+        self.add_status(Status.ACKNOWLEDGE)
+        self.add_status(Status.DRIVER)
+        for select in (0, 1):
+            self._write(Common.DRIVER_FEATURE_SELECT, 4, select)
+            self._write(Common.DRIVER_FEATURE, 4, features >> 32 * select & 0xFFFFFFFF)
+        self.add_status(Status.FEATURES_OK)
+        return bool(self.status & Status.FEATURES_OK)
 
     def _present(self, status: int) -> Status:
         if status == ALL_ONES:

@@ -97,6 +97,7 @@ class FakeFunction(PciFunction):
     bar_sizes: dict[Region, int] = field(default_factory=lambda: dict(BAR_SIZES))
     #: Faults.
     refuse_features: bool = False
+    until_reset: bool = False
     no_vectors: bool = False
     queues_never_stop: bool = False
     never_reset: bool = False
@@ -258,6 +259,8 @@ class FakeFunction(PciFunction):
         if name == "status" and value == 0:
             if not self.never_reset:
                 self._reset_registers()
+            if self.until_reset:
+                self.refuse_features = False
         elif name == "status" and self.refuse_features:
             self.registers[name] = value & ~Status.FEATURES_OK
         elif name in PER_QUEUE:

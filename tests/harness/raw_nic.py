@@ -70,8 +70,6 @@ class RawTransmitter:
     def _start(self) -> None:
         registers = self.registers
         registers.reset()
-        registers.add_status(Status.ACKNOWLEDGE)
-        registers.add_status(Status.DRIVER)
         registers.accept_features(bit(Feature.F_VERSION_1) | bit(Feature.F_ACCESS_PLATFORM))
         self.function.set_eventfds(Irq.MSIX, 0, [self.config_fd, None, self.queue.call_fd])
         registers.set_config_vector(0)

@@ -338,6 +338,20 @@ def test_what_has_failed_while_idle_is_reset(
     assert function.status == 0xF
 
 
+@pytest.mark.parametrize("until_reset", [True, False])
+def test_what_has_failed_while_idle_and_refuses_features_is_reset(
+    until_reset: bool, device: IfcvfDevice, function: FakeFunction, rings: dict[int, Ring]
+) -> None:
+    function.registers["status"] = Status.DEVICE_NEEDS_RESET
+    function.refuse_features, function.until_reset = True, until_reset
+    if until_reset:
+        device.start(FEATURES, pair(rings))
+        assert function.status == 0xF
+    else:
+        with pytest.raises(DeviceError, match="refuses the features"):
+            device.start(FEATURES, pair(rings))
+
+
 def test_events(device: IfcvfDevice, function: FakeFunction, rings: dict[int, Ring]) -> None:
     assert device.take_event() is None
     device.start(FEATURES, pair(rings))
