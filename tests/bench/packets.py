@@ -5,6 +5,9 @@ exchanged (virt-vdpa-nic --echo), and to dpdk-testpmd with a vhost device that d
 Each has one thread for packets, both on the same processor; the generator's is on the other. Each pair
 stands still while the other is measured, and the features negotiated have to be the same.
 
+Each packet takes several cache lines from one processor to the other, and how long that takes may change
+from one moment to the next where processors are virtual: it is told with each row.
+
 The generator either sends what it can make and counts what comes back (flowgen), or has 256 packets on
 their way, on each queue pair, and sends back what comes (tx-first).
 """
@@ -19,6 +22,7 @@ from pathlib import Path
 
 from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES
 from datapath.virtio import Feature, bit
+from tests.bench.compiled import compiled
 from tests.bench.interleaved import interleaved
 from tests.bench.packets_peers import BackEnd, DpdkBackEnd, Generator, OurBackEnd
 from tests.bench.rows import Row, more_is_better
@@ -76,12 +80,30 @@ class Pair:
             self._back_end.rest(True)
 
 
+class CacheLine:
+    """How long what one of the two processors has written is on its way to the other and back."""
+
+    def __init__(self) -> None:
+        """:raise HarnessError: when the program does not compile."""
+        with tempfile.TemporaryDirectory(prefix="vdpa-bench-") as folder:
+            self._module = compiled("cache_line", Path(folder))
+
+    def say(self) -> str:
+        """In words, with its unit."""
+        time: float = self._module.lib.cache_line_round_trip(0, 1)
+        return "too long to be measured" if time < 0 else f"{time:.0f} ns"
+
+
 def measure(runs: int) -> Iterator[Row | str]:
     """A row for each load."""
     yield "the peer is dpdk-testpmd: net_vhost, macswap; one thread each, on the same processor"
     yield "with several queue pairs, too, one thread has them all: ours is a VF's, theirs testpmd's one core"
+    cache_line = CacheLine()
     for load in LOADS:
+        before = cache_line.say()
         yield measure_load(load, runs)
+        between = f"{before} before, {cache_line.say()} after"
+        yield f"a cache line from one processor to the other and back: {between}"
 
 
 def measure_load(load: Load, runs: int) -> Row:
