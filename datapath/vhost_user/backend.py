@@ -5,7 +5,8 @@ what must have been negotiated first, is the table `RULES`; when a ring runs is 
 nowhere else:
 
     a ring runs  <=>  it is started (its kick has come, and no GET_VRING_BASE since)  and enabled
-                      and features are set, and, where STATUS was negotiated, DRIVER_OK is
+                      and features are set, and, where STATUS was negotiated, DRIVER_OK is,
+                      and, if it is packed, the same is so of the first pair's rings
 
 What fails while the front-end begins or ends to log is kept until it is done with that: `log_exchange.py`.
 
@@ -246,9 +247,14 @@ class Backend:
                     ring.begin(placed)
 
     def _to_run(self) -> list[Vring]:
-        """The rings that are to run; a transmit ring of a pair that the guest has given up goes on."""
+        """The rings that are to run; a transmit ring of a pair that the guest has given up goes on.
+
+        Packed ones run from when both of the first pair are to: no index stands in their memory by which a
+        function that had to begin anew for one could go on with the other.
+        """
         ready = [ring for ring in self.rings if self._may_run() and ring.started]
-        if not any(ring.enabled for ring in ready):
+        enabled = [ring for ring in ready if ring.enabled]
+        if not enabled or (self.packed and self.rings[:2] != enabled[:2]):
             return []
         return [ring for ring in ready if ring.enabled or ring.given_up]
 

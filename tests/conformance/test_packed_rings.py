@@ -63,6 +63,7 @@ def test_frames_pass(
     device = f"packed_vq={packed:d},in_order={in_order:d}"
     with PortProcess(tmp_path, nic.device(0, "virtio"), *["--packed"] * packed) as port:
         names = exchange(port, wire, tmp_path, device)
+        assert not port.status()["last_error"], "it was told where its rings stand"
     assert ("F_RING_PACKED" in names) == packed
     assert ("F_IN_ORDER" in names) == in_order
 

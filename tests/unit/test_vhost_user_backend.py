@@ -173,6 +173,23 @@ def test_packed_rings_begin_at_their_base_and_leave_two_places() -> None:
     peer.close()
 
 
+@pytest.mark.parametrize("without", [0, bit(ProtocolFeature.STATUS)])
+def test_packed_rings_run_together_or_not_at_all(without: int) -> None:
+    """A function that has stopped in one cannot go on with the other."""
+    peer = DirectFrontEnd(PROTOCOL_FEATURES & ~without)
+    peer.device.features |= PACKED
+    peer.backend.offered |= PACKED
+    peer.connect()
+    peer.start(VIRTIO | PACKED)
+    assert ("start", VIRTIO | PACKED, [0, 1]) in peer.device.calls
+    peer.device.states = {0: RingState(5, 5), 1: RingState(0x8009, 0x8009)}
+    assert peer.tell(Request.GET_VRING_BASE, VringState(0, 0)) == VringState(0, 0x5_0005)
+    assert not peer.backend.running
+    assert peer.tell(Request.GET_VRING_BASE, VringState(1, 0)) == VringState(1, 0x8009_8009)
+    assert set(names(peer.device)) <= {"start", "set_call", "suspend"}
+    peer.close()
+
+
 def test_parts_of_packed_rings_have_sizes_and_places_of_their_own() -> None:
     peer = DirectFrontEnd()
     peer.backend.offered |= PACKED
