@@ -359,6 +359,7 @@ class Port:
             "front_end": backend is not None,
             "features_offered": self._device.features & self._options.features,
             "features_acked": acked,
+            "features_former": self._negotiated if backend is None else backend.former,
             "feature_names": virtio.feature_names(acked),
             "link": self._link,
             "queue_pairs": self._device.queue_pairs,

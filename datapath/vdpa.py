@@ -161,6 +161,9 @@ class VdpaDevice(abc.ABC):
     #: Virtio feature word the device can offer to a front-end: what the VF has, less what the driver
     #: cannot carry, plus what it promises on the front-end's behalf (VHOST_F_LOG_ALL and such).
     features: int
+    #: Of virtio's features those that it promises so: a front-end that accepted no other has accepted nothing
+    #: of the VF's.
+    promised: int
     #: Number of receive/transmit queue pairs.
     queue_pairs: int
     #: Largest ring size in descriptors.

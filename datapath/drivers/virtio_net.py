@@ -108,7 +108,8 @@ class VirtioNetDevice(VdpaDevice):
             raise DeviceError(f"{name}: is a legacy virtio device (no VERSION_1); only virtio 1.x is driven")
         self.queue_pairs = self._count_pairs()
         self.features = self._device_features & self.FEATURES.mask(Way.CARRIED)
-        self.features |= self.FEATURES.mask(Way.PROMISED)
+        self.promised = self.FEATURES.mask(Way.PROMISED)
+        self.features |= self.promised
         self.max_queue_size = min(
             self._registers.max_queue_size(queue) for queue in range(2 * self.queue_pairs)
         )
@@ -545,7 +546,7 @@ class VirtioNetDevice(VdpaDevice):
                 f"{self.name}: the guest did not accept VERSION_1, and the function needs it; boot a guest"
                 " whose driver knows virtio 1.0, with a device that is not disable-modern, or use an IFCVF"
             )
-        if not features & ~self.FEATURES.mask(Way.PROMISED):
+        if not features & ~self.promised:
             # QEMU that has lost what the guest accepted (see `Backend.former`): its header may be any.
             raise DeviceError(
                 f"{self.name}: the guest did not accept VERSION_1 or anything else of the VF's, or its"

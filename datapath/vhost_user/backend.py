@@ -324,12 +324,10 @@ class Backend:
 
     def _remembered(self, features: int) -> int:
         """What the guest accepted, where its front-end has lost that: QEMU does (7.2, at least) when the
-        back-end was away while the guest's state arrived, and sends hardly any feature from then on."""
+        back-end was away while the guest's state arrived, and sends hardly any feature from then on, none of
+        the VF's. Whoever sends one remembers: with fewer than before it is another driver in the guest."""
         former = self.former or 0
-        lost = former & ~features & ~VHOST_FEATURES
-        # A guest of virtio 1 is known by that bit; one of before it has accepted what it had, or more.
-        self._forgetful = bool(lost & F_VERSION_1 if former & F_VERSION_1 else lost)
-        self._forgetful &= not features & F_VERSION_1
+        self._forgetful = bool(former) and not features & ~VHOST_FEATURES & ~self.device.promised
         if not self._forgetful:
             return features
         if self.acked is None:

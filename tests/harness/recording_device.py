@@ -37,6 +37,7 @@ class RecordingDevice(VdpaDevice):
 
     name: str = "recording"
     features: int = FEATURES
+    promised: int = 0
     queue_pairs: int = 1
     max_queue_size: int = 1024
     max_mtu: int | None = 9000

@@ -12,7 +12,7 @@ from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES
 from datapath.vhost_user.log_exchange import QUIET, LogExchange
 from datapath.vhost_user.messages import LogArea, ProtocolError, ProtocolFeature, Region, Request, VringState
 from datapath.vhost_user.protocol_features import PROTOCOL_FEATURES
-from datapath.virtio import bit
+from datapath.virtio import Feature, bit
 from tests.harness.direct_front_end import DirectFrontEnd
 from tests.harness.dirty_log import PAGE, marked_pages
 from tests.harness.front_end import BUFFERS, MEMORY_SIZE, USER, VIRTIO
@@ -461,4 +461,25 @@ def test_forgotten_features_are_taken_from_the_former_host() -> None:
     peer.stop()
     peer.start(0, share=False)
     assert peer.backend.acked == F_PROTOCOL_FEATURES, "then it is another driver in the guest"
+    peer.close()
+
+
+MRG_RXBUF, EVENT_IDX, MTU = (
+    bit(feature) for feature in (Feature.NET_F_MRG_RXBUF, Feature.F_EVENT_IDX, Feature.NET_F_MTU)
+)
+
+
+@pytest.mark.parametrize("former", [VIRTIO, MRG_RXBUF | MTU], ids=["1.0", "0.95"])
+@pytest.mark.parametrize(
+    ("sent", "forgotten"), [(0, True), (MTU, True), (EVENT_IDX, False), (EVENT_IDX | MTU, False)]
+)
+def test_a_driver_that_accepts_less_has_not_been_forgotten(former: int, sent: int, forgotten: bool) -> None:
+    """It may have booted instead of the one that moved here, and have headers of another length."""
+    peer = DirectFrontEnd(negotiated=former)
+    peer.device.promised = MTU  # for the sake of it
+    peer.backend.offered |= MTU
+    peer.connect()
+    peer.start(sent)
+    assert (peer.backend.acked == former | F_PROTOCOL_FEATURES) is forgotten
+    assert (peer.backend.former == former) is forgotten
     peer.close()
