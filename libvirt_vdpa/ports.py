@@ -214,7 +214,8 @@ class Record:
     #: Virtio features that the first process offered, here or where the guest came from: a guest must not
     #: find others later.
     features: int | None = None
-    #: Virtio features that the guest had negotiated when it came here; None when it was started here.
+    #: Virtio features that the guest had negotiated when it came here; None when it was started here, or its
+    #: front-end has told of its features since: those are kept there.
     negotiated: int | None = None
     #: Whether it was made for a guest that is to come from another host, and has not yet.
     arriving: bool = False

@@ -145,6 +145,7 @@ class Port:
         if self._client is None:
             raise ControlError(f"{self.record.control}: not connected")
         self.status = await self._client.query("query-status")
+        self._note_former()
         return self.status
 
     async def ask(self, command: str, arguments: dict[str, object] | None = None) -> object:
@@ -241,6 +242,13 @@ class Port:
                 path.parent.rmdir()
 
     # What happens by itself
+
+    def _note_former(self) -> None:
+        """Forget what a guest had negotiated elsewhere once its front-end tells: it may boot another driver."""
+        outdated = self.record.negotiated is not None and self.status.get("features_former", "") is None
+        if outdated and not self.record.arriving:
+            self.record = replace(self.record, negotiated=None)
+            self._save()
 
     def _save(self) -> None:
         try:

@@ -290,3 +290,29 @@ def test_that_its_guest_has_come_is_written_down(tmp_path: Path) -> None:
         assert not Record.load(port.record.path).arriving
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("arriving", "told", "kept"),
+    [
+        (False, {"features_former": None}, False),
+        (True, {"features_former": None}, True),
+        (False, {"features_former": 0x20}, True),
+        (False, {}, True),  # by a port of a release before
+    ],
+)
+def test_what_a_guest_had_negotiated_is_forgotten_with_its_driver_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arriving: bool, told: dict[str, object], kept: bool
+) -> None:
+    class Client:
+        async def query(self, _command: str) -> dict[str, object]:
+            return told
+
+    async def run() -> None:
+        port = supervisor().add(dataclasses.replace(record(tmp_path), arriving=arriving, negotiated=0x20))
+        monkeypatch.setattr(port, "_client", Client())
+        await port.query_status()
+        assert (Record.load(port.record.path).negotiated == 0x20) is kept
+        assert ("--negotiated=0x20" in port_arguments(port.record)) is kept
+
+    asyncio.run(run())
