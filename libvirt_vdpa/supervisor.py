@@ -244,7 +244,7 @@ class Port:
     # What happens by itself
 
     def _note_former(self) -> None:
-        """Forget what a guest had negotiated elsewhere once its front-end tells: it may boot another driver."""
+        """Forget what a guest had negotiated elsewhere once its front-end tells: it may boot another."""
         outdated = self.record.negotiated is not None and self.status.get("features_former", "") is None
         if outdated and not self.record.arriving:
             self.record = replace(self.record, negotiated=None)
