@@ -28,6 +28,7 @@ ANNOUNCED = "tests/e2e/test_plain_virtio.py::test_a_guest_announces_itself"
 UNANNOUNCED = "tests/conformance/test_port_announce.py::test_a_guest_that_cannot_is_announced[virtio]"
 
 RINGS = "tests/conformance/test_packed_rings.py"
+SHADOW = "tests/unit/test_shadow_ring.py"
 
 FEATURES = Column(
     "virtio",
@@ -52,9 +53,12 @@ FEATURES = Column(
         Row.MTU: partly("as with ifcvf; no guest was seen to use it with this driver", mtu_offered("virtio")),
         Row.PERF_DOC: no("docs/performance.md measures the driver ifcvf"),
         Row.IN_ORDER: yes(
+            f"{RINGS}::test_frames_pass[False-True]",
+            f"{RINGS}::test_frames_pass[True-False]",
             f"{RINGS}::test_frames_pass[True-True]",
             f"{RINGS}::test_what_is_offered",
-            "tests/unit/test_shadow_ring.py::test_a_guest_that_was_promised_the_order_has_it",
+            f"{SHADOW}::test_a_guest_that_was_promised_the_order_has_it",
+            f"{SHADOW}::test_a_guest_that_was_promised_no_order_has_the_device_s",
             note="by the function; where rings are shadowed, by the relay",
         ),
         Row.PACKED: partly(

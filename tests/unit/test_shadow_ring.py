@@ -70,6 +70,18 @@ def test_a_guest_that_was_promised_the_order_has_it(make_link: MakeLink, size: i
     assert link.state == ShadowState(link.guest.avail_index, link.guest.seen, 3, None)
 
 
+def test_a_guest_that_was_promised_no_order_has_the_device_s(make_link: MakeLink) -> None:
+    """Nothing waits for what the device has not completed yet."""
+    link = make_link(start=0xFFFE)
+    link.add(in_order=False)
+    heads = link.offer(8)
+    assert link.given(8) == heads
+    link.device.complete(*reversed(heads[1:]), length=7)
+    assert link.guest.wait_used(7) == [(head, 7) for head in reversed(heads[1:])]
+    link.device.complete(heads[0], length=8)
+    assert link.guest.wait_used() == [(heads[0], 8)]
+
+
 def test_what_was_completed_waits_and_cannot_be_again(make_link: MakeLink) -> None:
     link = make_link()
     link.add(in_order=True)
