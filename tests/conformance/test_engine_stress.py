@@ -30,6 +30,8 @@ def test_engine_stress(sanitizer: str, event_idx: int, tmp_path: Path) -> None:
     run([build(sanitizer, tmp_path / "engine_stress", SOURCE, *UNITS), str(event_idx)], seconds=60)
 
 
-@pytest.mark.parametrize("sanitizer", [None, "address", pytest.param("thread", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "sanitizer", ["address", *(pytest.param(other, marks=pytest.mark.full) for other in (None, "thread"))]
+)
 def test_echo_stress(sanitizer: str | None, tmp_path: Path) -> None:
     run([build(sanitizer, tmp_path / "echo_stress", SOURCE, *UNITS), "0", "echo"], seconds=120)
