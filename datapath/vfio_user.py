@@ -111,7 +111,8 @@ class Decoder:
 
     Descriptors end what one read gives (unix(7): ancillary data are a barrier), so that they belong to the
     message which comes last in it, as long as no sender puts another one behind it in the same call. QEMU,
-    libvfio-user and this project send each message that has descriptors by itself.
+    libvfio-user and this project send each message that has descriptors by itself; a command that takes none
+    and has some is refused, `emulation.server`.
     """
 
     def __init__(self, max_message: int = MAX_MESSAGE, max_fds: int = MAX_FDS) -> None:

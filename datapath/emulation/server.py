@@ -47,6 +47,8 @@ DOORBELL_SIZE = 2
 PAGE = 4096
 #: What the device says of itself in VERSION.
 CAPABILITIES = Capabilities(max_msg_fds=MAX_FDS, max_dma_maps=MAX_MAPS)
+#: Commands that descriptors may come with.
+WITH_DESCRIPTORS = (Command.DMA_MAP, Command.SET_IRQS)
 #: Bytes that are read of one client's socket at a time, a hundred register writes, and how often before it is
 #: the others' turn.
 READ_SIZE, READS_AT_ONCE = 4096, 4
@@ -117,6 +119,9 @@ class Session:
     def _answer(self, message: Message) -> Message:
         if message.is_reply:
             raise ProtocolError("a reply to a command that was not sent")
+        if message.fds and message.command not in WITH_DESCRIPTORS:
+            # Those of another, most likely, that was sent in one go with this one: see `Decoder`.
+            raise ProtocolError(f"command {message.command} came with descriptors, which it takes none of")
         if not self._negotiated:
             return self._version(message)
         try:

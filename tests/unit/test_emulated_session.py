@@ -100,6 +100,18 @@ def test_nothing_comes_before_version(command: int, payload: bytes) -> None:
         talk.handle(Message(1, command, payload=payload))
 
 
+@pytest.mark.parametrize("command", [Command.VERSION, Command.GET_INFO, Command.DMA_UNMAP, 0x7F])
+def test_descriptors_that_went_astray_end_the_session(command: int) -> None:
+    """They were another message's, sent in one go with this one: that one would go on without."""
+    fd = os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises(ProtocolError, match="came with descriptors"):
+        session(negotiated=command != Command.VERSION).handle(
+            Message(1, command, payload=Version().pack(), fds=(fd,))
+        )
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)
+
+
 def test_a_reply_out_of_the_blue_ends_the_session() -> None:
     with pytest.raises(ProtocolError):
         session().handle(Message(1, Command.DMA_MAP).reply())
