@@ -78,7 +78,7 @@ class RingState:
 class Ring:
     """All that a VF needs to run one virtqueue, split (virtio 1.3 section 2.7) or packed (section 2.8)."""
 
-    #: Number of descriptors, a power of two.
+    #: Number of descriptors; of a split ring a power of two.
     size: int
     #: Guest physical addresses of the descriptor table, the available ring and the used ring; of a packed
     #: ring those of the descriptor ring, and of what its driver and its device want to hear.

@@ -530,7 +530,8 @@ class VirtioNetDevice(VdpaDevice):
     def _check_ring(self, index: int, ring: Ring) -> None:
         if not 0 <= index < 2 * self.queue_pairs:
             raise DeviceError(f"{self.name}: no ring {index}; the device has {self.queue_pairs} queue pairs")
-        if ring.size > self.max_queue_size or ring.size < 1 or ring.size & (ring.size - 1):
+        whole = ring.packed or not ring.size & (ring.size - 1)
+        if ring.size > self.max_queue_size or ring.size < 1 or not whole:
             raise DeviceError(
                 f"{self.name}: ring {index} of {ring.size} descriptors; the device takes"
                 f" powers of two up to {self.max_queue_size}"

@@ -430,7 +430,8 @@ class Backend:
         return ring
 
     def _set_vring_num(self, message: Message) -> None:
-        self._idle_ring(message).resize(message.payload.num, self.device.max_queue_size)
+        ring = self._idle_ring(message)
+        ring.resize(message.payload.num, self.device.max_queue_size, self.packed)
 
     def _set_vring_base(self, message: Message) -> None:
         self._idle_ring(message).rebase(message.payload.num, self.packed)

@@ -62,13 +62,14 @@ class Vring:
         """Whether the front-end wants writes to the used ring logged."""
         return self.address is not None and bool(self.address.flags & VRING_F_LOG)
 
-    def resize(self, size: int, largest: int) -> None:
+    def resize(self, size: int, largest: int, packed: bool) -> None:
         """Set the number of descriptors.
 
-        :raise ProtocolError: when it is no power of two up to `largest`.
+        :raise ProtocolError: when it is more than `largest`, or of a split ring and no power of two.
         """
-        if not 1 <= size <= largest or size & (size - 1):
-            raise ProtocolError(f"{self.name}: size {size} is no power of two from 1 to {largest}")
+        if not 1 <= size <= largest or (size & (size - 1) and not packed):
+            kind = "number" if packed else "power of two"
+            raise ProtocolError(f"{self.name}: size {size} is no {kind} from 1 to {largest}")
         self.size = size
 
     def rebase(self, base: int, packed: bool) -> None:

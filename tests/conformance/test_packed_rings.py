@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 from qemu.qmp import QMPError
 
-from datapath.vhost_user.messages import Request
+from datapath.vhost_user.backend import F_PROTOCOL_FEATURES
+from datapath.vhost_user.messages import Request, VringAddress, VringFd, VringState
 from datapath.virtio import Feature, bit
 from tests.harness.emulated_nic import EmulatedNic, PortProcess, ask
-from tests.harness.front_end import SocketFrontEnd
+from tests.harness.front_end import BUFFERS, USER, VIRTIO, SocketFrontEnd
 from tests.harness.netns import NetworkNamespace
+from tests.harness.packed_virtqueue import PackedVirtqueue
 from tests.harness.processes import HarnessError
 from tests.harness.testpmd import HEADER_OUT, Testpmd
 from tests.harness.vhost_user_guest import VhostUserGuest
+from tests.harness.virtqueue import Buffer
 
 FRAMES = 1000
 #: Frames on their way at a time: fewer than the ring has, so none need be dropped.
@@ -88,6 +91,38 @@ def test_a_function_without_packed_rings_is_told(network: NetworkNamespace, tmp_
         pytest.raises(HarnessError, match="has no packed rings: leave --packed out"),
     ):
         PortProcess(tmp_path, nic.device(0, "ifcvf"), "--packed")
+
+
+def test_a_ring_of_five(nic: EmulatedNic, wire: socket.socket, tmp_path: Path) -> None:
+    """A packed ring's size need not be a power of two (virtio 1.3 section 2.8)."""
+    with (
+        PortProcess(tmp_path, nic.device(0, "virtio"), "--packed") as port,
+        closing(SocketFrontEnd.dial(port.socket)) as peer,
+    ):
+        mine = [PackedVirtqueue(peer.memory, queue.descriptors, size=5) for queue in peer.queues]
+        peer.connect()
+        peer.enable()
+        peer.tell(Request.SET_FEATURES, VIRTIO | PACKED | F_PROTOCOL_FEATURES)
+        peer.share_memory()
+        for index, ring in enumerate(mine):
+            parts = (USER + ring.descriptors, USER + ring.used, USER + ring.avail)
+            peer.tell(Request.SET_VRING_NUM, VringState(index, ring.size))
+            peer.tell(Request.SET_VRING_BASE, VringState(index, 0x8000))
+            peer.tell(Request.SET_VRING_ADDR, VringAddress(index, 0, *parts, 0))
+            peer.tell(Request.SET_VRING_CALL, VringFd(index, True), ring.call_fd)
+            peer.tell(Request.SET_VRING_KICK, VringFd(index, True), ring.kick_fd)
+        peer.driver_ok()
+        peer.settle()
+        for number in range(12):
+            payload = bytes([number]) * 50
+            peer.memory.write(BUFFERS, bytes(12) + HEADER_OUT + payload)
+            mine[1].add(Buffer(BUFFERS, 12 + len(HEADER_OUT + payload)))
+            mine[1].kick()
+            mine[1].wait_used()
+            while wire.recv(2048)[len(HEADER_OUT) :] != payload:
+                pass  # the host's own
+        for ring in mine:
+            ring.close()
 
 
 def answers(network: NetworkNamespace) -> bool:

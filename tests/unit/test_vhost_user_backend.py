@@ -196,7 +196,10 @@ def test_parts_of_packed_rings_have_sizes_and_places_of_their_own() -> None:
     peer.connect()
     peer.tell(Request.SET_FEATURES, VIRTIO | PACKED | F_PROTOCOL_FEATURES)
     peer.share_memory()
-    peer.tell(Request.SET_VRING_NUM, VringState(0, 256))
+    for size in (0, 1025):
+        with pytest.raises(ProtocolError, match=f"size {size} is no number from 1 to 1024"):
+            peer.tell(Request.SET_VRING_NUM, VringState(0, size))
+    peer.tell(Request.SET_VRING_NUM, VringState(0, 255))
     peer.tell(Request.SET_VRING_ADDR, VringAddress(0, 0, USER, END - 4, END - 8, 0))
     with pytest.raises(ProtocolError, match="driver event area at 0x2 is not aligned to 4 bytes"):
         peer.tell(Request.SET_VRING_ADDR, VringAddress(0, 0, USER, END - 4, USER + 2, 0))

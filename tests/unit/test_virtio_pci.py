@@ -285,6 +285,17 @@ def test_packed_rings_begin_at_the_start_only(guest: Guest, at: int) -> None:
     device.close()
 
 
+def test_only_packed_rings_have_any_size(guest: Guest) -> None:
+    device = packed_device(guest)
+    odd = {index: dataclasses.replace(ring, size=5) for index, ring in packed_rings(guest).items()}
+    device.start(FEATURES | PACKED, odd)
+    device.suspend()
+    split = {index: dataclasses.replace(ring, size=5) for index, ring in rings(guest).items()}
+    with pytest.raises(DeviceError, match="ring 0 of 5 descriptors; the device takes powers of two"):
+        device.start(FEATURES, split)
+    device.close()
+
+
 # How rings stop
 
 
