@@ -5,14 +5,14 @@ from collections import Counter
 from tests.harness.console import Console
 from tests.harness.domain_xml import DomainXml
 from tests.harness.guest_load import load
-from tests.harness.processes import wait_for
+from tests.harness.processes import HarnessError, wait_for
 from tests.harness.vdpa_host import GUEST_ADDRESS, HOST_ADDRESS, VdpaHost
 
 #: Connections that are tried, to a port each where nobody listens: as many flows, each way.
 FLOWS = 16
 FIRST_PORT = 9000
-#: Seconds of one flow, and bytes of its datagrams.
-SAMPLE, SIZE = 0.5, 100
+#: How many datagrams of one flow are looked at; seconds that are tried for as many; bytes of each.
+ECHOES, SAMPLES, SIZE = 200, (0.5, 2, 8, 30), 100
 #: A ring's index is so wide.
 INDEX = 1 << 16
 
@@ -32,7 +32,7 @@ def use_pairs(host: VdpaHost, domain: DomainXml, console: Console, pairs: int, o
     """Have the guest use so many pairs of those it has, and wait until the VF receives on them."""
     console.run(f"channels eth0 {pairs}")
     assert console.run("channels eth0").strip() == f"{pairs} of {of}"
-    wait_for(f"{pairs} pairs to receive", lambda: receiving(host, domain) == pairs, 5)
+    wait_for(f"{pairs} pairs to receive", lambda: receiving(host, domain) == pairs, 20)
 
 
 def rings_of_many_flows(host: VdpaHost, domain: DomainXml, console: Console) -> set[int]:
@@ -50,8 +50,14 @@ def rings_of_one_flow(peer: VdpaHost, host: VdpaHost, domain: DomainXml) -> tupl
 
     :param peer: the host that sends them.
     :param host: where the guest is.
+    :raise HarnessError: when too few come back, as long as it may take.
     """
-    before = running(host, domain)
-    found = load(peer, GUEST_ADDRESS, "echo", size=SIZE, seconds=SAMPLE)
-    after = running(host, domain)
-    return found.count, Counter({index: (used - before[index]) % INDEX for index, used in after.items()})
+    for seconds in SAMPLES:
+        before = running(host, domain)
+        found = load(peer, GUEST_ADDRESS, "echo", size=SIZE, seconds=seconds)
+        after = running(host, domain)
+        if found.count >= ECHOES:
+            return found.count, Counter(
+                {index: (used - before[index]) % INDEX for index, used in after.items()}
+            )
+    raise HarnessError(f"{found.count} echoes within {seconds:g} s")
