@@ -50,7 +50,7 @@ class Connections:
             self._closed = True
             idle, self._idle = self._idle, []
         for connection in idle:
-            connection.close()
+            close(connection)
 
     def _take(self) -> libvirt.virConnect | None:
         while True:
@@ -58,9 +58,9 @@ class Connections:
                 if not self._idle:
                     return None
                 connection = self._idle.pop()
-            if connection.isAlive():
+            if is_alive(connection):
                 return connection
-            connection.close()
+            close(connection)
 
     def _give_back(self, connection: libvirt.virConnect) -> None:
         with self._lock:
@@ -68,7 +68,21 @@ class Connections:
             if kept:
                 self._idle.append(connection)
         if not kept:
-            connection.close()
+            close(connection)
+
+
+def is_alive(connection: libvirt.virConnect) -> bool:
+    """Whether libvirt can be reached by a connection; one that cannot say so is as good as dead."""
+    try:
+        return bool(connection.isAlive())
+    except libvirt.libvirtError:
+        return False
+
+
+def close(connection: libvirt.virConnect) -> None:
+    """Let go of a connection, whatever has become of it."""
+    with contextlib.suppress(libvirt.libvirtError):
+        connection.close()
 
 
 def keep_alive(connection: libvirt.virConnect) -> None:

@@ -3,8 +3,8 @@
 Each call is made in a thread of its own, with a deadline: setMetadata, for example, waits until a migration
 of the domain has ended (seen with libvirt 9.0), and abortJob must not wait behind it. They are made as long
 as events.py is connected to libvirt, by connections of their own (connections.py); otherwise every call
-fails at once. So does one that libvirt has not answered the last time, until it has: libvirtd takes no more
-than a few clients.
+fails at once. So does one that libvirt has not answered the last time, until it has: otherwise each try would
+leave a thread and a connection behind.
 """
 
 import asyncio
