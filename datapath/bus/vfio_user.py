@@ -58,6 +58,8 @@ DEADLINE = 5.0
 READ_SIZE = 4096
 #: Seconds to look whether the answer to a command that missed its deadline has come by now.
 LATE_TIME = 0.001
+#: Seconds beyond a deadline in which what has come already is still read.
+GRACE = 0.1
 #: Flag of an ioeventfd that signals only when one certain value is written (linux/kvm.h).
 KVM_IOEVENTFD_FLAG_DATAMATCH = 1
 
@@ -227,11 +229,12 @@ class Channel:
         try:
             self._decoder.check()
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= -GRACE:
                 raise TimeoutError  # also of a device that sends, but not this
-            self._socket.settimeout(left)
+            # What has come is read also by one who was not let run until the deadline was over.
+            self._socket.settimeout(max(left, 0))
             data, fds, _, _ = socket.recv_fds(self._socket, READ_SIZE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        except TimeoutError as error:
+        except (TimeoutError, BlockingIOError) as error:
             self._late = request
             self._forget_asked()
             text = f"{self.name}: no answer to {_name(request)} within {self._deadline:g} s"
