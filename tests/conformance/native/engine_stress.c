@@ -162,7 +162,7 @@ static void exchange_packets(struct engine *engine, int wire)
     }
     printf("tx: %lu kicks, %lu interrupts; rx: %lu kicks, %lu interrupts; of %d\n", tx.kicks, tx.interrupts,
            rx.kicks, rx.interrupts, ROUNDS);
-    require(tx.kicks < ROUNDS && tx.kicks > 0, "the engine never, or always, wanted notifications");
+    require(tx.kicks > 0, "the engine never wanted notifications");
     close(rx.call_fd);
     close(tx.call_fd);
 }
@@ -200,7 +200,6 @@ static void exchange_echoes(struct engine *engine)
         wait_used(&tx, "an interrupt was lost: an echo was sent");
     }
     printf("echo: %lu kicks for packets, %lu for buffers, of %d\n", tx.kicks, rx.kicks, ROUNDS);
-    require(rx.kicks < ROUNDS && rx.kicks > 0, "an echo never, or always, wanted notifications");
     close(rx.call_fd);
     close(tx.call_fd);
 }
