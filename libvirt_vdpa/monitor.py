@@ -87,7 +87,8 @@ class GuestMonitors:
             except CommandRefusedError as error:
                 raise HypervisorError(f"QEMU refuses {command}: {error}") from None
             except ControlError as error:
-                logger.warning("%s; libvirt is tried", error)
+                if may_taint:
+                    logger.warning("%s; libvirt is tried", error)
         if not may_taint:
             raise HypervisorError(f"{command}: the domain has no monitor for us, or it is busy")
         return await self._hypervisor.monitor_command(uuid, command, arguments or {})
