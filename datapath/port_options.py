@@ -137,9 +137,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--uplink",
         type=_uplink_spec,
         metavar="interface=NAME|nic=SOCKET,vf=N",
-        help="where frames that announce the guest leave (default: nowhere), and what filters for it",
+        help="where frames that announce the guest leave, and, of a NIC, whose filter the guest sets"
+        " (default: nowhere, and none)",
     )
-    parser.add_argument("--silent", action="store_true", help="announce nothing on the uplink")
+    parser.add_argument(
+        "--silent", action="store_true", help="send nothing on the uplink: it is for its filter alone"
+    )
     parser.add_argument(
         "--mac",
         type=_mac,

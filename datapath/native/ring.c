@@ -138,7 +138,7 @@ bool ring_add_segments(struct ring *ring, struct dma_table *table, const struct 
     }
     if (((from->flags & DESC_WRITE) != 0) != write) {
         return ring_fail(ring, write ? "a receive buffer is not for the device to write"
-                                : "a transmit buffer is not for the device to read");
+                                     : "a transmit buffer is not for the device to read");
     }
     chain->bytes += left;
     while (left > 0) {
