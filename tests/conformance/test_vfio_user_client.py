@@ -412,9 +412,14 @@ def test_a_silent_device_costs_one_deadline(device: ScriptedDevice, function: Vf
 def test_a_device_that_talks_of_other_things_misses_its_deadline_too(
     device: ScriptedDevice, function: VfioUserFunction
 ) -> None:
-    chatter = Message(1, 12, HeaderFlag.NO_REPLY).pack() * 500_000
-    device.answers[Command.DEVICE_RESET] = lambda message: chatter
+    chatter = Message(1, 12, HeaderFlag.NO_REPLY).pack() * 1000
     start = time.monotonic()
+
+    def talk(_message: Message) -> None:
+        while time.monotonic() - start < 20 * DEADLINE:
+            device.send(chatter)
+
+    device.answers[Command.DEVICE_RESET] = talk
     with pytest.raises(DeviceError, match="no answer to DEVICE_RESET"):
         function.reset()
     assert time.monotonic() - start < 10 * DEADLINE
