@@ -15,13 +15,11 @@ goes what it saw, and one that comes here and does not use its VF is told, whate
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol
-
-from lxml import etree
+from collections.abc import Awaitable, Callable
 
 from libvirt_vdpa.background import tell_failure
-from libvirt_vdpa.domain import attribute_of, domain_parser, mac_of
+from libvirt_vdpa.domain import attribute_of
+from libvirt_vdpa.guest_nic import Execute, Key, find_interface
 from libvirt_vdpa.hypervisor import HypervisorError
 from libvirt_vdpa.migration_figures import connected, runs
 from libvirt_vdpa.ports import State
@@ -34,17 +32,6 @@ RETRY_INTERVAL = 1.0
 #: As many looks whether a guest that has come uses its VF: Migrations has had QEMU come anew by then, where
 #: it knows that this is needed, and that taints nothing.
 ARRIVAL_LOOKS = 5
-
-#: A port's domain UUID and MAC.
-Key = tuple[str, str]
-
-
-class Execute(Protocol):
-    """Has a domain's QEMU execute a command; raises HypervisorError."""
-
-    def __call__(
-        self, uuid: str, command: str, arguments: Mapping[str, object], may_taint: bool
-    ) -> Awaitable[object]: ...
 
 
 class Links:
@@ -183,12 +170,5 @@ def find_nic(xml: str, mac: str) -> tuple[str, bool]:
 
     :raise HypervisorError: when the domain has no such NIC.
     """
-    try:
-        root = etree.fromstring(xml.encode(), domain_parser())
-    except etree.XMLSyntaxError as error:
-        raise HypervisorError(f"the domain's XML: {error.msg}") from None
-    for element in root.iterfind("devices/interface"):
-        alias = attribute_of(element, "alias", "name")
-        if mac_of(element) == mac and alias:
-            return alias, attribute_of(element, "link", "state") != "down"
-    raise HypervisorError(f"the domain has no NIC {mac}")
+    alias, element = find_interface(xml, mac)
+    return alias, attribute_of(element, "link", "state") != "down"

@@ -15,14 +15,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
-
-from lxml import etree
 
 from datapath.rx_filter import MAX_MACS, VLANS, RxFilter, RxFilterError, Scope
 from libvirt_vdpa.background import Tasks
 from libvirt_vdpa.client import CommandRefusedError, ControlError
-from libvirt_vdpa.domain import attribute_of, domain_parser, mac_of
+from libvirt_vdpa.guest_nic import Execute, Key, find_interface
 from libvirt_vdpa.hypervisor import HypervisorError
 from libvirt_vdpa.migration_figures import runs
 from libvirt_vdpa.monitor import find_monitor
@@ -40,9 +37,6 @@ PAUSE = 0.1
 #: RxState of query-rx-filter -> ours.
 SCOPES = {"none": Scope.NONE, "normal": Scope.LISTED, "all": Scope.ALL}
 
-#: A port's domain UUID and MAC.
-Key = tuple[str, str]
-
 
 @dataclass(frozen=True)
 class Nic:
@@ -52,14 +46,6 @@ class Nic:
     alias: str
     #: Whether QEMU can be asked by a monitor of our own.
     own_monitor: bool
-
-
-class Execute(Protocol):
-    """Has a domain's QEMU execute a command; raises HypervisorError."""
-
-    def __call__(
-        self, uuid: str, command: str, arguments: Mapping[str, object], may_taint: bool
-    ) -> Awaitable[object]: ...
 
 
 class RxFilters:
@@ -172,16 +158,9 @@ def find_trusted(xml: str, mac: str) -> Nic | None:
 
     :raise HypervisorError: when the domain has no such NIC.
     """
-    try:
-        root = etree.fromstring(xml.encode(), domain_parser())
-    except etree.XMLSyntaxError as error:
-        raise HypervisorError(f"the domain's XML: {error.msg}") from None
-    for element in root.iterfind("devices/interface"):
-        alias = attribute_of(element, "alias", "name")
-        if mac_of(element) == mac and alias:
-            trusted = element.get("trustGuestRxFilters") == "yes"
-            return Nic(alias, own_monitor=find_monitor(xml) is not None) if trusted else None
-    raise HypervisorError(f"the domain has no NIC {mac}")
+    alias, element = find_interface(xml, mac)
+    trusted = element.get("trustGuestRxFilters") == "yes"
+    return Nic(alias, own_monitor=find_monitor(xml) is not None) if trusted else None
 
 
 def filter_of(answer: object) -> RxFilter:
