@@ -20,16 +20,22 @@ uint64_t forwarder_token(uint16_t ring, uint32_t generation, enum wire wire)
     return (uint64_t)wire << 48 | (uint64_t)ring << 32 | generation;
 }
 
+static bool signal_eventfd(int fd)
+{
+    static const uint64_t one = 1;
+
+    return write(fd, &one, sizeof(one)) == sizeof(one);
+}
+
 /*
  * Write to an eventfd that somebody else shares. They share its flags, so it may be one that blocks when
  * full, and whoever takes a ring out waits for the lock that is held here.
  */
 static bool signal_other(int fd)
 {
-    static const uint64_t one = 1;
     struct pollfd room = { .fd = fd, .events = POLLOUT };
 
-    return poll(&room, 1, 0) == 1 && (room.revents & POLLOUT) && write(fd, &one, sizeof(one)) == sizeof(one);
+    return poll(&room, 1, 0) == 1 && (room.revents & POLLOUT) && signal_eventfd(fd);
 }
 
 struct store {
@@ -55,6 +61,8 @@ void forwarder_ring(struct relay_entry *entry, uint16_t ring)
         device_fence();
         /* The register of a function that was pulled out raises SIGBUS. */
         rung = guard_run(store_doorbell, &store);
+    } else if (!entry->doorbell_blocks) {
+        rung = signal_eventfd(entry->doorbell_fd);
     } else {
         rung = signal_other(entry->doorbell_fd);
     }
@@ -89,24 +97,46 @@ static void stand_still(struct relay *relay, struct relay_entry *entry)
     entry->awake = false;
 }
 
-static void handle_wire(struct relay *relay, uint64_t event)
+/*
+ * Empty an eventfd. It is shared: it may be a blocking one that somebody else has drained meanwhile, and its
+ * flags are not ours to change. What read() returns.
+ */
+static ssize_t drain(int fd)
+{
+    uint64_t count;
+    struct iovec buffer = { &count, sizeof(count) };
+
+    return preadv2(fd, &buffer, 1, -1, RWF_NOWAIT);
+}
+
+void forwarder_drain(struct relay_entry *entry, uint16_t ring)
+{
+    if (drain(entry->fd[WIRE_KICK]) > 0) {
+        forwarder_ring(entry, ring);
+    }
+}
+
+static void handle_wire(struct relay *relay, uint64_t event, uint32_t state)
 {
     enum wire wire = event >> 48;
     uint16_t ring = event >> 32;
     struct relay_entry *entry = &relay->ring[ring];
-    uint64_t count;
-    struct iovec buffer = { &count, sizeof(count) };
     ssize_t got;
 
     if (!entry->waiting[wire] || forwarder_token(ring, entry->generation, wire) != event) {
         return;                 /* removed after epoll_wait() had reported it */
     }
-    /*
-     * The descriptor is shared: it may be a blocking one that somebody else has drained meanwhile, and its
-     * flags are not ours to change.
-     */
-    got = preadv2(entry->fd[wire], &buffer, 1, -1, RWF_NOWAIT);
-    if (got == sizeof(count)) {
+    if (entry->shadow == NULL && !(state & (EPOLLERR | EPOLLHUP))) {
+        /*
+         * Not read: an edge comes with each kick, whatever the count. To read would not only be another system
+         * call, it would take the eventfd's memory away from the processor that kicks.
+         */
+        forwarder_ring(entry, ring);
+        entry->count.kicks++;
+        return;
+    }
+    got = drain(entry->fd[wire]);
+    if (got == sizeof(uint64_t)) {
         entry->count.kicks += wire == WIRE_KICK;
         if (entry->shadow != NULL) {
             entry->awake = true;
@@ -245,6 +275,9 @@ static bool serve_rings(struct relay *relay)
 {
     bool more = false;
 
+    if (relay->shadows == 0) {
+        return false;
+    }
     for (uint16_t ring = 0; ring < relay->rings; ring++) {
         if (relay->ring[ring].awake) {
             serve(relay, ring);
@@ -277,7 +310,7 @@ static void collect_events(struct relay *relay, bool sleep)
         } else if (event == EVENT_POLL) {
             handle_poll(relay);
         } else {
-            handle_wire(relay, event);
+            handle_wire(relay, event, events[i].events);
         }
     }
 }

@@ -25,17 +25,24 @@ enum wire { WIRE_KICK, WIRE_INTERRUPT, WIRES };
 #define EVENT_WAKE UINT64_MAX
 #define EVENT_POLL (UINT64_MAX - 1)
 
+/*
+ * After a pause a processor's caches hold little of what is here, and each line takes as long as the code that
+ * uses it: what forwards a kick is together in one line of the relay and one of the entry.
+ */
+#define CACHE_LINE 64
+
 struct relay_entry {
-    bool added;
-    uint32_t generation;        /* tells an event of a removed ring from one of its successor */
-    int fd[WIRES];
-    bool waiting[WIRES];        /* registered with epoll */
-    int doorbell_fd;
+    _Alignas(CACHE_LINE) struct shadow *shadow; /* NULL: only notifications are forwarded */
     volatile uint16_t *doorbell;
+    uint32_t generation;        /* tells an event of a removed ring from one of its successor */
+    int doorbell_fd;
+    bool doorbell_blocks;       /* writing to doorbell_fd waits while it is full */
+    bool added;
+    bool waiting[WIRES];        /* registered with epoll */
+    int fd[WIRES];
     struct relay_counters count;
 
     /* Of a shadow ring. */
-    struct shadow *shadow;      /* NULL: only notifications are forwarded */
     int call_fd;
     bool held;                  /* the device gets no more heads */
     bool awake;                 /* there may be something to do */
@@ -44,13 +51,14 @@ struct relay_entry {
 };
 
 struct relay {
-    pthread_t thread;
-    /* Guards all below. The thread has it except while it sleeps or lets callers in. */
-    pthread_mutex_t lock;
-    pthread_cond_t no_callers;
+    /* Guards all of this. The thread has it except while it sleeps or lets callers in. */
+    _Alignas(CACHE_LINE) pthread_mutex_t lock;
     _Atomic unsigned int callers;
-    bool stop;
     int epoll_fd;
+    bool stop;
+    unsigned int shadows;       /* rings that are shadowed */
+    pthread_t thread;
+    pthread_cond_t no_callers;
     int wake_fd;
     int poll_fd;                /* timerfd, armed while some ring is polled */
     int broken_fd;
@@ -65,6 +73,12 @@ struct relay {
 void *forwarder_main(void *relay);
 
 uint64_t forwarder_token(uint16_t ring, uint32_t generation, enum wire wire);
+
+/*
+ * Take back the kick eventfd of a ring that is forwarded and waited for no more: it is empty then, as if each kick
+ * had been read, and if there were any, the doorbell is rung once more, since the last may not have been heard.
+ */
+void forwarder_drain(struct relay_entry *entry, uint16_t ring);
 
 /* Ring a doorbell now. */
 void forwarder_ring(struct relay_entry *entry, uint16_t ring);

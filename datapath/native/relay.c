@@ -3,10 +3,12 @@
 #include "relay.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/stat.h>
@@ -44,9 +46,10 @@ static void leave_and_wake(struct relay *relay)
     leave(relay);
 }
 
-static int watch(struct relay *relay, int fd, uint64_t event)
+/* Report `event` while a descriptor is readable, or with EPOLLET each time that it is written to. */
+static int watch(struct relay *relay, int fd, uint32_t edge, uint64_t event)
 {
-    struct epoll_event wanted = { .events = EPOLLIN, .data.u64 = event };
+    struct epoll_event wanted = { .events = EPOLLIN | edge, .data.u64 = event };
 
     return epoll_ctl(relay->epoll_fd, EPOLL_CTL_ADD, fd, &wanted) < 0 ? -errno : 0;
 }
@@ -63,6 +66,12 @@ static int check_kind(int fd)
         return -errno;
     }
     return S_ISCHR(status.st_mode) ? -EPERM : 0;
+}
+
+/* Whether to write to an eventfd may wait; who shares it should not change that while it is in use. */
+static bool blocks(int fd)
+{
+    return fd >= 0 && !(fcntl(fd, F_GETFL) & O_NONBLOCK);
 }
 
 /* Polled rings were `before`, are relay->polled: start or stop the timer at the edge. */
@@ -132,12 +141,14 @@ static int open_descriptors(struct relay *relay)
 
 int relay_open(uint16_t rings, struct relay **opened)
 {
-    struct relay *relay = calloc(1, sizeof(*relay) + rings * sizeof(relay->ring[0]));
+    size_t size = sizeof(struct relay) + rings * sizeof(struct relay_entry);
+    struct relay *relay = aligned_alloc(CACHE_LINE, size);
     int error;
 
     if (!relay) {
         return -ENOMEM;
     }
+    memset(relay, 0, size);
     relay->rings = rings;
     pthread_mutex_init(&relay->lock, NULL);
     pthread_cond_init(&relay->no_callers, NULL);
@@ -146,10 +157,10 @@ int relay_open(uint16_t rings, struct relay **opened)
         error = guard_install();
     }
     if (!error) {
-        error = watch(relay, relay->wake_fd, EVENT_WAKE);
+        error = watch(relay, relay->wake_fd, 0, EVENT_WAKE);
     }
     if (!error) {
-        error = watch(relay, relay->poll_fd, EVENT_POLL);
+        error = watch(relay, relay->poll_fd, 0, EVENT_POLL);
     }
     if (!error) {
         error = start_thread(relay);
@@ -174,7 +185,8 @@ static int watch_wire(struct relay *relay, uint16_t ring, enum wire wire, int fd
     }
     error = check_kind(fd);
     if (!error) {
-        error = watch(relay, fd, forwarder_token(ring, entry->generation, wire));
+        error = watch(relay, fd, entry->shadow == NULL ? EPOLLET : 0,
+                      forwarder_token(ring, entry->generation, wire));
     }
     entry->waiting[wire] = error == 0;
     return error;
@@ -190,19 +202,22 @@ static int add(struct relay *relay, uint16_t ring, struct shadow *shadow, const 
         return -EBUSY;
     }
     entry->generation++;
+    entry->shadow = shadow;
     error = watch_wire(relay, ring, WIRE_KICK, wires->kick_fd);
     if (!error) {
         error = watch_wire(relay, ring, WIRE_INTERRUPT, wires->interrupt_fd);
     }
     if (error) {
         forwarder_unwatch(relay, entry);
+        entry->shadow = NULL;
         return error;
     }
+    relay->shadows += shadow != NULL;
     entry->added = true;
     entry->doorbell_fd = wires->doorbell_fd;
+    entry->doorbell_blocks = blocks(wires->doorbell_fd);
     entry->doorbell = wires->doorbell;
     entry->call_fd = wires->call_fd;
-    entry->shadow = shadow;
     entry->held = false;
     entry->awake = shadow != NULL;
     entry->known = false;
@@ -269,6 +284,8 @@ void relay_remove(struct relay *relay, uint16_t ring)
         if (entry->fd[WIRE_KICK] < 0) {
             relay->polled--;
             arm_timer(relay, relay->polled + 1);
+        } else if (entry->shadow == NULL) {
+            forwarder_drain(entry, ring);
         }
     }
     if (entry->shadow != NULL) {
@@ -278,6 +295,7 @@ void relay_remove(struct relay *relay, uint16_t ring)
         entry->awake = false;
         shadow_free(entry->shadow);
         entry->shadow = NULL;
+        relay->shadows--;
     }
     leave(relay);
 }

@@ -42,7 +42,7 @@ int relay_open(uint16_t rings, struct relay **relay);
 /*
  * Forward the kicks of a ring from now on. A kick that is already pending counts.
  *
- * kick_fd: an eventfd, or -1 to ring the doorbell every millisecond (a front-end that asks for polling).
+ * kick_fd: an eventfd, whose count is not read before the ring is removed, or -1 to ring the doorbell every millisecond (a front-end that asks for polling).
  * doorbell_fd: an eventfd of the device to write to, or -1 to store the ring's number at `doorbell`,
  * the mapped 16-bit notify register. The caller keeps owning all of them.
  *
@@ -67,8 +67,9 @@ int relay_hold(struct relay *relay, uint16_t ring);
 int relay_state(struct relay *relay, uint16_t ring, struct shadow_state *state);
 
 /*
- * Forward no more. On return nothing of what was given with the ring is in use. Idempotent. A shadow
- * ring's device has been stopped: what it completed is carried over first.
+ * Forward no more. On return nothing of what was given with the ring is in use. Idempotent. The kick eventfd
+ * of a ring that is no shadow ring is empty then; if it was not, the doorbell is rung once more. A shadow ring's
+ * device has been stopped: what it completed is carried over first.
  */
 void relay_remove(struct relay *relay, uint16_t ring);
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from tests.bench.interleaved import interleaved
 from tests.bench.rows import Row, less_is_better, percentile
 from tests.harness.processes import HarnessError
 
-#: Kicks of a run, and microseconds between two: a guest that is neither idle nor at full load.
-KICKS, PAUSE = 500, 1000
+#: Kicks at a time, and microseconds between two: a guest that is neither idle nor at full load.
+KICKS, PAUSE = 50, 1000
+#: How many times a run has ours and the peer's in turn: how fast a processor wakes changes within seconds.
+TURNS = 10
 QUEUE = 0
 
 
@@ -58,7 +61,7 @@ class Line:
         return fd
 
     def measure(self) -> list[float]:
-        """Microseconds of each of a run's kicks.
+        """Microseconds of each of some kicks.
 
         :raise HarnessError: when one does not arrive.
         """
@@ -72,9 +75,17 @@ class Line:
         self._resources.close()
 
 
+def runs_of_turns(turns: list[list[float]]) -> list[list[float]]:
+    """All kicks of each run."""
+    return [list(chain(*turns[begin : begin + TURNS])) for begin in range(0, len(turns), TURNS)]
+
+
 def measure(runs: int) -> Iterator[Row | str]:
     """Rows for either kind of doorbell."""
-    yield f"the peer is a thread that does as DPDK's ifcvf driver; {KICKS} kicks a run, {PAUSE} us apart"
+    yield (
+        "the peer is a thread that does as DPDK's ifcvf driver;"
+        f" {KICKS} kicks in turn, {KICKS * TURNS} a run, {PAUSE} us apart"
+    )
     with tempfile.TemporaryDirectory(prefix="vdpa-bench-") as folder:
         module = compiled("kick_dpdk", Path(folder), libraries=["libdpdk"])
         for kind, mapped in (("mapped doorbell", True), ("eventfd doorbell", False)):
@@ -82,7 +93,8 @@ def measure(runs: int) -> Iterator[Row | str]:
                 lines = [Line(module, mapped, ours=ours) for ours in (True, False)]
                 for line in lines:
                     stack.callback(line.close)
-                ours, peer = interleaved(runs, lines[0].measure, lines[1].measure, warm_up=1)
+                times = interleaved(runs * TURNS, lines[0].measure, lines[1].measure, warm_up=1)
+            ours, peer = map(runs_of_turns, times)
             for name, pick in (("median", 50), ("99th percentile", 99)):
                 rank = partial(percentile, rank=pick)
                 yield less_is_better(f"{kind}, {name}", "us", map(rank, ours), map(rank, peer))

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Relayed notifications under load: kicks from several threads while rings come and go. Made to run under the
- * sanitizers. Fails when a kick is neither forwarded nor left in its eventfd for the next ring to come, or
+ * sanitizers. Fails when a kick is neither forwarded nor waits in its eventfd for the next ring to come, or
  * when a doorbell is used after the removal of its ring.
  */
 #include "relay.h"
