@@ -16,11 +16,9 @@ from tests.harness.nic_engine import (
     MEMORY_SIZE,
     RX,
     RX_DATA,
-    RX_RING,
     TABLES,
     TX,
     TX_DATA,
-    TX_RING,
     Bench,
     bench,
     wait_for,
@@ -104,7 +102,7 @@ def packed(
     size: int = 256, start: int = START, event_idx: bool = False, mergeable: bool = True
 ) -> Iterator[Packed]:
     with bench(event_idx=event_idx, mergeable=mergeable) as b, contextlib.ExitStack() as stack:
-        rx, tx = (PackedVirtqueue(b.memory, at, size, start) for at in (RX_RING, TX_RING))
+        rx, tx = (PackedVirtqueue(b.memory, at, size, start) for at in (b.rx.descriptors, b.tx.descriptors))
         stack.callback(rx.close)
         stack.callback(tx.close)
         yield Packed(b, rx, tx)
@@ -345,7 +343,7 @@ def test_a_bad_ring_is_told(name: str) -> None:
         p.kick(TX)
         assert reason in p.bench.fault()
         p.bench.engine.reset()
-        p.tx = PackedVirtqueue(p.bench.memory, TX_RING)
+        p.tx = PackedVirtqueue(p.bench.memory, p.tx.descriptors)
         with contextlib.closing(p.tx):
             p.run()
             p.send(b"alive")

@@ -21,8 +21,6 @@ from tests.harness.vhost_user_guest import VhostUserGuest
 from tests.harness.virtqueue import Buffer
 
 FRAMES = 1000
-#: Frames on their way at a time: fewer than the ring has, so none need be dropped.
-WINDOW = 32
 HOST, GUEST = "10.96.0.1", "10.96.0.2"
 PACKED, IN_ORDER, LOG = (
     bit(feature) for feature in (Feature.F_RING_PACKED, Feature.F_IN_ORDER, Feature.VHOST_F_LOG_ALL)
@@ -41,12 +39,8 @@ def exchange(port: PortProcess, wire: socket.socket, folder: Path, device: str) 
     payloads = [number.to_bytes(4, "big") + bytes(number % 1000 + 46) for number in range(FRAMES)]
     with Testpmd(folder, port.socket, "macswap", device=device) as peer:
         peer.wait_until_forwarding(wire)
-        for begin in range(0, FRAMES, WINDOW):
-            window = payloads[begin : begin + WINDOW]
-            for payload in window:
-                wire.send(HEADER_OUT + payload)
-            for payload in window:
-                assert peer.next_frame(wire) == payload
+        for sent, came in peer.exchange(wire, payloads):
+            assert came == sent
         names: list[str] = port.status()["feature_names"]
         return names
 

@@ -14,8 +14,6 @@ from tests.harness.testpmd import HEADER_OUT, TXONLY, Testpmd
 pytestmark = pytest.mark.dpdk
 
 FRAMES = 2000
-#: Frames on their way at a time: fewer than the ring has, so none need be dropped.
-WINDOW = 32
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +33,8 @@ def test_frames_come_back_in_order(port: PortProcess, wire: socket.socket, tmp_p
     payloads = [number.to_bytes(4, "big") + bytes(number % 1000 + 46) for number in range(FRAMES)]
     with Testpmd(tmp_path, port.socket, "macswap") as peer:
         peer.wait_until_forwarding(wire)
-        for begin in range(0, FRAMES, WINDOW):
-            window = payloads[begin : begin + WINDOW]
-            for payload in window:
-                wire.send(HEADER_OUT + payload)
-            for payload in window:
-                assert peer.next_frame(wire) == payload
+        for sent, came in peer.exchange(wire, payloads):
+            assert came == sent
 
 
 def test_front_end_transmits_without_end(

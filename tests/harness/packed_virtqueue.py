@@ -5,12 +5,10 @@ virtio 1.3 section 2.8.
 """
 
 import os
-import select
 import struct
-import time
 from collections.abc import Sequence
 
-from tests.harness.virtqueue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Buffer, Memory
+from tests.harness.virtqueue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Buffer, DriverSide, Memory
 
 AVAIL, USED = 1 << 7, 1 << 15
 #: What a side wants to hear of (section 2.8.14).
@@ -22,11 +20,12 @@ _DESC = struct.Struct("<QIHH")
 _EVENT = struct.Struct("<HH")
 
 
-class PackedVirtqueue:
+class PackedVirtqueue(DriverSide):
     """A ring at a fixed place, its two eventfds, and where the driver stands: places with a wrap counter."""
 
     def __init__(self, memory: Memory, address: int, size: int = 256, start: int = 0x8000) -> None:
         """Lay an empty ring out at `address` (aligned to 4096), with both sides at `start`."""
+        super().__init__()
         self.memory = memory
         self.size = size
         self.descriptors = address
@@ -34,8 +33,6 @@ class PackedVirtqueue:
         self.avail = address + 16 * size
         self.used = self.avail + 4
         self.end = self.used + 4
-        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
-        self.call_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.place = self.seen = start
         self._ids = list(range(size))[::-1]
         self._count: dict[int, int] = {}
@@ -108,23 +105,3 @@ class PackedVirtqueue:
         """Which available descriptors the device wants to be notified of: place and flags."""
         place, flags = _EVENT.unpack(self.memory.read(self.used, 4))
         return place, flags
-
-    def wait_used(self, count: int = 1, deadline: float = 5.0) -> list[tuple[int, int]]:
-        """Wait, by the call eventfd, until that many chains are used.
-
-        :raise TimeoutError: when they are not within `deadline` seconds.
-        """
-        end = time.monotonic() + deadline
-        entries = self.collect()
-        while len(entries) < count:
-            left = end - time.monotonic()
-            if left <= 0 or not select.select([self.call_fd], [], [], left)[0]:
-                raise TimeoutError(f"{len(entries)} of {count} buffers used after {deadline} s")
-            os.eventfd_read(self.call_fd)
-            entries += self.collect()
-        return entries
-
-    def close(self) -> None:
-        """Close the eventfds."""
-        os.close(self.kick_fd)
-        os.close(self.call_fd)

@@ -6,7 +6,7 @@ Owns the process and DPDK's command line; needs no hugepages and leaves nothing 
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +23,8 @@ HEADER_OUT = PEER + STATION + b"\x88\xb5"
 HEADER_BACK = STATION + PEER + b"\x88\xb5"
 #: txonly sends UDP over IPv4 to this address.
 TXONLY = bytes.fromhex("020000000000")
+#: Frames on their way at a time: fewer than the ring has, so none need be dropped.
+WINDOW = 32
 #: Seconds for a frame to come back, the front-end's start included, which takes long under emulation.
 PATIENCE = 60.0
 
@@ -93,3 +95,15 @@ class Testpmd(Process):
 
         self.wait_for("an answer", answered, PATIENCE)
         wire.settimeout(PATIENCE)
+
+    def exchange(self, wire: socket.socket, payloads: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """Send payloads to a macswap peer, some at a time; each, and what has come back in its place.
+
+        :raise HarnessError: when nothing comes back.
+        """
+        for begin in range(0, len(payloads), WINDOW):
+            window = payloads[begin : begin + WINDOW]
+            for payload in window:
+                wire.send(HEADER_OUT + payload)
+            for payload in window:
+                yield payload, self.next_frame(wire)

@@ -4,6 +4,7 @@ Written for tests that want odd rings as well as good ones, so nothing here chec
 virtio 1.3 section 2.7.
 """
 
+import abc
 import mmap
 import os
 import select
@@ -59,19 +60,60 @@ class Buffer:
     writable: bool = False
 
 
-class Virtqueue:
+class DriverSide(abc.ABC):
+    """What the driver's sides of split and packed rings share: two eventfds, and to wait for used buffers."""
+
+    def __init__(self) -> None:
+        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.call_fd = os.eventfd(0, os.EFD_NONBLOCK)
+
+    @abc.abstractmethod
+    def collect(self) -> list[tuple[int, int]]:
+        """The buffers used and not seen yet, each by its name in the ring, and the bytes written."""
+
+    def ask_for_interrupt(self) -> list[tuple[int, int]]:
+        """Ask for an interrupt at the next used buffer; what was used before the device could know.
+
+        To be asked once for all, as by default, is enough for packed rings.
+        """
+        return []
+
+    def wait_used(self, count: int = 1, deadline: float = 5.0) -> list[tuple[int, int]]:
+        """Wait, by the call eventfd, until that many buffers are used.
+
+        :raise TimeoutError: when they are not within `deadline` seconds.
+        """
+        end = time.monotonic() + deadline
+        entries = self.collect()
+        while len(entries) < count:
+            if more := self.ask_for_interrupt():
+                entries += more
+                continue
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([self.call_fd], [], [], left)[0]:
+                raise TimeoutError(f"{len(entries)} of {count} buffers used after {deadline} s")
+            os.eventfd_read(self.call_fd)
+            entries += self.collect()
+        return entries
+
+    def close(self) -> None:
+        """Close the eventfds."""
+        os.close(self.kick_fd)
+        os.close(self.call_fd)
+
+
+class Virtqueue(DriverSide):
     """A ring at a fixed place, its two eventfds, and where the driver stands."""
 
     def __init__(self, memory: Memory, address: int, size: int = 256, start: int = 0) -> None:
         """Lay an empty ring out at `address` (aligned to 4096), with both indices at `start`."""
+        super().__init__()
         self.memory = memory
         self.size = size
         self.descriptors = address
         self.avail = address + 16 * size
         self.used = (self.avail + 6 + 2 * size + 4095) // 4096 * 4096
         self.end = self.used + 6 + 8 * size
-        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
-        self.call_fd = os.eventfd(0, os.EFD_NONBLOCK)
         #: The page of the device's doorbell and what to write there, where the driver has that.
         self.page: tuple[mmap.mmap, int] | None = None
         self.avail_index = start
@@ -146,26 +188,6 @@ class Virtqueue:
             self.seen = (self.seen + 1) & 0xFFFF
         return entries
 
-    def wait_used(self, count: int = 1, deadline: float = 5.0) -> list[tuple[int, int]]:
-        """Wait, by the call eventfd, until that many entries are used.
-
-        :raise TimeoutError: when they are not within `deadline` seconds.
-        """
-        end = time.monotonic() + deadline
-        entries = self.collect()
-        while len(entries) < count:
-            self.want_interrupt()
-            if more := self.collect():
-                entries += more
-                continue
-            left = end - time.monotonic()
-            if left <= 0 or not select.select([self.call_fd], [], [], left)[0]:
-                raise TimeoutError(f"{len(entries)} of {count} buffers used after {deadline} s")
-            os.eventfd_read(self.call_fd)
-            entries += self.collect()
-        return entries
-
-    def close(self) -> None:
-        """Close the eventfds."""
-        os.close(self.kick_fd)
-        os.close(self.call_fd)
+    def ask_for_interrupt(self) -> list[tuple[int, int]]:
+        self.want_interrupt()
+        return self.collect()
