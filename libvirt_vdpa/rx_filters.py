@@ -7,8 +7,10 @@ event), and when a way to QEMU has been found, for events may have been missed.
 
 Whether a guest may have a say is the operator's: `<interface trustGuestRxFilters='yes'>` in the domain's
 XML, as for macvtap. libvirt 9.0 takes the attribute with any type of interface, and does nothing with it
-here but ask QEMU for itself. We ask through libvirt only where the guest has no monitor of its own for us
-(monitor.py), since that taints the domain; and never while it migrates, for libvirt would have to wait.
+here but ask QEMU for itself. The XML is read before each question; while libvirt is away, what it last
+said counts. A port whose guest is not trusted any more has its filter taken away. We ask through libvirt
+only where the guest has no monitor of its own for us (monitor.py), since that taints the domain; and never
+while it migrates, for libvirt would have to wait.
 """
 
 import asyncio
@@ -21,7 +23,7 @@ from libvirt_vdpa.background import Tasks
 from libvirt_vdpa.client import CommandRefusedError, ControlError
 from libvirt_vdpa.guest_nic import Execute, Key, find_interface
 from libvirt_vdpa.hypervisor import HypervisorError
-from libvirt_vdpa.migration_figures import runs
+from libvirt_vdpa.migration_figures import part, runs
 from libvirt_vdpa.monitor import find_monitor
 from libvirt_vdpa.ports import State
 from libvirt_vdpa.supervisor import Port
@@ -67,7 +69,9 @@ class RxFilters:
         self._migrating = migrating
         #: Ports whose rings run and whose VFs can filter.
         self._running: dict[Key, Port] = {}
-        #: Their NICs, as far as looked up; None where the operator does not trust the guest.
+        #: Those of them that have been told a filter, by this daemon.
+        self._told: set[Key] = set()
+        #: Their NICs, as libvirt last said; None where the operator does not trust the guest.
         self._nics: dict[Key, Nic | None] = {}
         #: Those whose QEMU is to be asked, and those that somebody asks for.
         self._due: set[Key] = set()
@@ -81,6 +85,7 @@ class RxFilters:
             self._nics.pop(key, None)
         if not runs(port) or port.status.get("rx_filter", {}) is None:
             self._running.pop(key, None)
+            self._told.discard(key)  # a port forgets its filter when its rings stop
             self._due.discard(key)
         elif self._running.get(key) is not port:
             self._running[key] = port
@@ -142,15 +147,35 @@ class RxFilters:
         :raise ControlError: when the port does not do it.
         """
         record = port.record
-        if record.key not in self._nics:
-            self._nics[record.key] = find_trusted(await self._domain_xml(record.uuid), record.mac)
-        if (nic := self._nics[record.key]) is None:
-            return
-        may_taint = not nic.own_monitor and not self._migrating(record.uuid)
-        answer = await self._execute(record.uuid, "query-rx-filter", {"name": nic.alias}, may_taint)
-        wanted = filter_of(answer)
-        if self._running.get(record.key) is port:
-            await port.ask("set-rx-filter", {"filter": wanted.describe()})
+        wanted = None
+        if (nic := await self._nic_of(port)) is not None:
+            may_taint = not nic.own_monitor and not self._migrating(record.uuid)
+            answer = await self._execute(record.uuid, "query-rx-filter", {"name": nic.alias}, may_taint)
+            wanted = filter_of(answer).describe()
+        if self._running.get(record.key) is port and (wanted is not None or self._may_filter(port)):
+            self._told.add(record.key)
+            await port.ask("set-rx-filter", {"filter": wanted})
+
+    async def _nic_of(self, port: Port) -> Nic | None:
+        """What a port's NIC is now, None when the guest is not trusted; or when the port has left meanwhile.
+
+        :raise HypervisorError: when libvirt has never said.
+        """
+        record = port.record
+        try:
+            nic = find_trusted(await self._domain_xml(record.uuid), record.mac)
+        except HypervisorError:
+            if record.key not in self._nics:
+                raise
+            nic = self._nics[record.key]
+        if self._running.get(record.key) is not port:
+            return None
+        self._nics[record.key] = nic
+        return nic
+
+    def _may_filter(self, port: Port) -> bool:
+        """Whether a port may have a filter, of this daemon or, as it tells itself, of one before."""
+        return port.record.key in self._told or part(port, "rx_filter").get("wanted") is not None
 
 
 def find_trusted(xml: str, mac: str) -> Nic | None:

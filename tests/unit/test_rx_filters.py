@@ -75,7 +75,12 @@ class Host:
             "state": "connected",
             "rx_filter": {"wanted": None, "problem": None},
         }
-        self.xml = XML.format(trust=trust, monitor=monitor)
+        self._monitor = monitor
+        self.trust(trust)
+        #: Whether libvirt is.
+        self.away = False
+        #: Called while libvirt is asked for the XML.
+        self.at_xml: Callable[[], None] = lambda: None
         self.answer: object = [ANSWER]
         self.asked: list[bool] = []
         self.told: list[object] = []
@@ -86,7 +91,15 @@ class Host:
         self.meanwhile: Callable[[], None] = lambda: None
         self.filters = RxFilters(self._domain_xml, self._execute, lambda _uuid: self.migrating)
 
+    def trust(self, attribute: str) -> None:
+        """The operator writes so much of trust into the XML."""
+        self.xml = XML.format(trust=attribute, monitor=self._monitor)
+
     async def _domain_xml(self, _uuid: str) -> str:
+        await asyncio.sleep(0)
+        self.at_xml()
+        if self.away:
+            raise HypervisorError("libvirt is not there")
         return self.xml
 
     async def _execute(
@@ -250,6 +263,73 @@ def test_nor_for_a_guest_that_is_not_trusted(trust: str) -> None:
         assert not host.asked
 
     run(test, trust=trust)
+
+
+def test_trust_that_is_withdrawn_takes_the_filter_away() -> None:
+    async def test(host: Host) -> None:
+        host.becomes("running")
+        await host.settled()
+        host.trust("")
+        for _ in range(2):
+            host.changed(name="ua-own")
+            await host.settled()
+        assert len(host.asked) == 1
+        assert host.told[:2] == [WANTED, None]
+        host.trust(TRUST)
+        host.changed(name="ua-own")
+        await host.settled()
+        assert host.told[-1] == WANTED
+
+    run(test)
+
+
+@pytest.mark.parametrize(("wanted", "told"), [(WANTED, [None]), (None, [])])
+def test_a_filter_of_the_daemon_before_is_taken_away(wanted: object, told: list[object]) -> None:
+    """A port has kept it; the guest was trusted then."""
+
+    async def test(host: Host) -> None:
+        host.status["rx_filter"] = {"wanted": wanted, "problem": None}
+        host.becomes("running")
+        await host.settled()
+        assert not host.asked
+        assert host.told == told
+
+    run(test, trust="")
+
+
+def test_while_libvirt_is_away_its_last_word_counts() -> None:
+    async def test(host: Host) -> None:
+        host.becomes("running")
+        await host.settled()
+        host.away = True
+        host.changed(name="ua-own")
+        await host.settled()
+        assert host.told == [WANTED, WANTED]
+
+    run(test)
+
+
+def test_a_domain_that_goes_while_its_xml_is_read_leaves_nothing() -> None:
+    """What it was counts for none that comes after it, even when libvirt cannot be asked then."""
+
+    async def test(host: Host) -> None:
+        def end() -> None:
+            host.state = State.GONE
+            host.becomes("connected")
+
+        host.at_xml = end
+        host.becomes("running")
+        await host.settled()
+        assert not host.asked
+        host.at_xml, host.away, host.state = lambda: None, True, State.SERVING
+        host.becomes("running")
+        await asyncio.sleep(0.01)
+        assert not host.asked
+        host.away = False
+        await host.settled()
+        assert len(host.asked) == 1
+
+    run(test)
 
 
 @pytest.mark.parametrize(("monitor", "may_taint"), [(MONITOR, False), ("", True)])
