@@ -51,16 +51,20 @@ class GuestMonitors:
         self._found = found
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._clients: dict[str, ControlClient] = {}
+        #: What has been said of monitors that failed: once for a domain is enough, whoever tries how often.
+        self._told: dict[str, set[str]] = {}
 
     def follow(self, uuid: str) -> None:
         """A domain with ports runs: find its monitor and stay with it."""
         if uuid not in self._followers:
+            self._told[uuid] = set()
             task = asyncio.create_task(self._follow(uuid), name=f"monitor {uuid}")
             task.add_done_callback(lambda ended: self._left(uuid, ended))
             self._followers[uuid] = task
 
     def leave(self, uuid: str) -> None:
         """The domain has ended. Idempotent."""
+        self._told.pop(uuid, None)
         if (task := self._followers.pop(uuid, None)) is not None:
             task.cancel()
 
@@ -88,10 +92,17 @@ class GuestMonitors:
                 raise HypervisorError(f"QEMU refuses {command}: {error}") from None
             except ControlError as error:
                 if may_taint:
-                    logger.warning("%s; libvirt is tried", error)
+                    self._tell(uuid, str(error))
         if not may_taint:
             raise HypervisorError(f"{command}: the domain has no monitor for us, or it is busy")
         return await self._hypervisor.monitor_command(uuid, command, arguments or {})
+
+    def _tell(self, uuid: str, failure: str) -> None:
+        """Log that libvirt has to do what a monitor has failed to, unless that has been said."""
+        told = self._told.get(uuid, set())
+        if failure not in told:
+            logger.warning("%s; libvirt is tried", failure)
+        told.add(failure)
 
     def _left(self, uuid: str, task: asyncio.Task[None]) -> None:
         """A follower has ended: because there is no monitor, or it failed and makes room for another."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -149,6 +150,39 @@ def test_one_that_is_busy(
             assert host.libvirt.commands == ["announce-self"]
         await host.reached()
         host.monitors.stop()
+
+    asyncio.run(run())
+
+
+def test_one_that_fails_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For each cause, and anew for a domain that is started again."""
+    monkeypatch.setattr(monitor, "MONITOR_LIMIT", 0.1)
+    monkeypatch.setattr(monitor, "RETRY_INTERVAL", 0.05)
+
+    async def fail(host: Host, process: Process, *commands: str) -> list[str]:
+        """Have a QEMU that hangs execute these; what the log says."""
+        caplog.clear()
+        host.monitors.follow(UUID)
+        await host.reached()
+        process.signal(signal.SIGSTOP)
+        for command in commands:
+            await host.monitors.execute(UUID, command, may_taint=True)
+        process.signal(signal.SIGCONT)
+        host.monitors.leave(UUID)
+        async with asyncio.timeout(10):
+            while host.monitors.has(UUID):
+                await asyncio.sleep(0.01)
+        return [record.message for record in caplog.records if "libvirt is tried" in record.message]
+
+    async def run() -> None:
+        host = Host(tmp_path / "monitor")
+        with start_qemu(tmp_path) as process:
+            told = await fail(host, process, "query-status", "query-status", "stop", "query-status")
+            assert [line.split(" within")[0].split()[-1] for line in told] == ["query-status", "stop"]
+            assert await fail(host, process, "stop") == told[1:]
+        assert host.libvirt.commands == ["query-status", "query-status", "stop", "query-status", "stop"]
 
     asyncio.run(run())
 
