@@ -1,7 +1,10 @@
 """What load.c says of what arrives, between two ends on one machine."""
 
+import contextlib
+import select
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from tests.harness.compiled import compiled
 from tests.harness.guest import LOAD_PORT
 from tests.harness.guest_load import Load, What, read_load
 from tests.harness.netns import NetworkNamespace, inside
-from tests.harness.processes import Process
+from tests.harness.processes import HarnessError, Process
 
 HERE, SIZE, MS, RATE = "127.0.0.1", 500, 200, 1000
 #: load.c's `struct request` and `struct count`.
@@ -30,8 +33,8 @@ def network(tmp_path: Path) -> Iterator[NetworkNamespace]:
             yield made
 
 
-def drive(network: NetworkNamespace, what: What, rate: int = 0) -> Load:
-    words = ["drive", HERE, str(LOAD_PORT), what, str(SIZE), str(MS), str(rate)]
+def drive(network: NetworkNamespace, what: What, rate: int = 0, port: int = LOAD_PORT) -> Load:
+    words = ["drive", HERE, str(port), what, str(SIZE), str(MS), str(rate)]
     return read_load(network.run(str(compiled("load", "-static")), *words))
 
 
@@ -57,6 +60,58 @@ def test_an_echo_has_a_time(network: NetworkNamespace) -> None:
     found = drive(network, "echo")
     assert found.count > 0
     assert 0 < found.median_us <= found.most_us
+
+
+class LossyEcho:
+    """The other end of one echo, which loses the first datagrams, or all."""
+
+    def __init__(self, network: NetworkNamespace, lost: int | None) -> None:
+        self.port = LOAD_PORT + 1
+        self._lost = lost
+        self._listener = inside(network.path, lambda: socket.create_server((HERE, self.port)))
+        self._datagrams = inside(network.path, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self._datagrams.bind((HERE, self.port))
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        # Until the peer has what it came for or has given up, or this object is closed.
+        with contextlib.suppress(OSError):
+            control, _ = self._listener.accept()
+            with control:
+                control.recv(REQUEST.size, socket.MSG_WAITALL)
+                control.sendall(b"\0")
+                seen = 0
+                while control not in select.select([control, self._datagrams], [], [])[0]:
+                    data, peer = self._datagrams.recvfrom(SIZE)
+                    seen += 1
+                    if self._lost is not None and seen > self._lost:
+                        self._datagrams.sendto(data, peer)
+                control.sendall(bytes(COUNT.size))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # wakes the thread, which close alone would not
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._listener.close()
+        self._datagrams.close()
+
+
+def test_an_echo_goes_on_until_one_comes_back(network: NetworkNamespace) -> None:
+    """The first is waited for longer than the whole is to take."""
+    with contextlib.closing(LossyEcho(network, lost=1)) as echo:
+        found = drive(network, "echo", port=echo.port)
+    assert found.count > 0
+    assert found.median_us > 0
+
+
+@pytest.mark.full
+def test_an_echo_that_never_comes_back_is_an_error(network: NetworkNamespace) -> None:
+    with (
+        contextlib.closing(LossyEcho(network, lost=None)) as echo,
+        pytest.raises(HarnessError, match="echoes: Connection timed out"),
+    ):
+        drive(network, "echo", port=echo.port)
 
 
 def test_only_what_arrives_is_counted(network: NetworkNamespace) -> None:

@@ -35,9 +35,11 @@
 #define LARGEST 65536
 /* Nothing has come for this long: nothing will. */
 #define QUIET_MS 100
-/* A sender with a rate sleeps so long between bursts, and so long at the most is an echo waited for. */
+/* A sender with a rate sleeps so long between bursts. */
 #define BURST_NS 200000
+/* So long at the most is one echo waited for, and so long beyond the end for the first that comes at all. */
 #define ECHO_MS 500
+#define FIRST_ECHO_NS (5 * NS)
 /* For the guest to serve, and for it to answer. */
 #define CONNECT_TRIES 100
 #define CONNECT_NS (100 * MS)
@@ -195,14 +197,14 @@ static int compare(const void *left, const void *right)
     return (a > b) - (a < b);
 }
 
-/* Datagrams there and back until `end`; nanoseconds of each into `times`. */
+/* Datagrams there and back until `end`, or until one has come back; nanoseconds of each into `times`. */
 static struct count play(int fd, size_t size, uint64_t end, uint32_t *times)
 {
     struct count count = { 0 };
     uint64_t number = 0, back, begin;
 
     limit_receive(fd, ECHO_MS);
-    while (((begin = now()) < end || number == 0) && count.count < MOST_ECHOES) {
+    while ((begin = now()) < (count.count ? end : end + FIRST_ECHO_NS) && count.count < MOST_ECHOES) {
         number++;
         memcpy(buffer, &number, sizeof(number));
         if (send(fd, buffer, size, 0) < 0) {
