@@ -3,8 +3,9 @@
 Owns the connection and every descriptor and mapping that came over it. `Channel` sends commands and
 waits for replies; `VfioUserFunction` is what a driver sees. The wire format is `datapath.vfio_user`.
 
-Each command has a deadline. A device that misses it is not waited for again until the late reply has
-come, so that whoever gives such a device up is not held for a deadline per command.
+Each command has a deadline. What has come by then counts, however late we look: the deadline is the
+device's, not that of a thread which was not let run. A device that misses it is not waited for again until
+the late reply has come, so that whoever gives such a device up is not held for a deadline per command.
 
 Register writes are posted, without a reply, as QEMU's are: to start a device takes dozens of them, while a
 guest stands still. One that the device refuses is not heard of; whether a register holds what was written is
@@ -14,10 +15,13 @@ allows, and is waited for once.
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import select
 import socket
+import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -58,8 +62,6 @@ DEADLINE = 5.0
 READ_SIZE = 4096
 #: Seconds to look whether the answer to a command that missed its deadline has come by now.
 LATE_TIME = 0.001
-#: Seconds beyond a deadline in which what has come already is still read.
-GRACE = 0.1
 #: Flag of an ioeventfd that signals only when one certain value is written (linux/kvm.h).
 KVM_IOEVENTFD_FLAG_DATAMATCH = 1
 
@@ -203,8 +205,17 @@ class Channel:
 
     def _await(self, request: Message, deadline: float) -> Message:
         """The reply to `request`; whatever else arrives meanwhile is kept, refused or dropped."""
+        had_come: int | None = None
         while request.id not in self._answers:
-            for message in self._receive(request, deadline):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                if had_come is None:
+                    had_come = self._unread()
+                elif had_come <= 0:
+                    raise self._missed(request)  # also by a device that sends, but not this
+            taken, messages = self._receive(request, max(left, 0))
+            had_come = None if had_come is None else had_come - taken
+            for message in messages:
                 if message.is_reply and self._asked.get(message.id) == message.command:
                     self._answers[message.id] = message
                     del self._asked[message.id]
@@ -225,20 +236,30 @@ class Channel:
         late = self._late
         self._asked = {} if late is None else {late.id: late.command}
 
-    def _receive(self, request: Message, deadline: float) -> list[Message]:
+    def _unread(self) -> int:
+        """Bytes that have come and wait to be read."""
+        count = fcntl.ioctl(self._socket, termios.FIONREAD, bytes(4))
+        return int.from_bytes(count, sys.byteorder)
+
+    def _missed(self, request: Message) -> DeviceError:
+        """A command has missed its deadline: note it, and return the error to raise."""
+        self._late = request
+        self._forget_asked()
+        return DeviceError(f"{self.name}: no answer to {_name(request)} within {self._deadline:g} s")
+
+    def _receive(self, request: Message, wait: float) -> tuple[int, list[Message]]:
+        """Read once; the number of bytes, and the messages that they complete.
+
+        :param wait: seconds for something to come; 0: what is not there yet has missed the deadline.
+        """
         try:
             self._decoder.check()
-            left = deadline - time.monotonic()
-            if left <= -GRACE:
-                raise TimeoutError  # also of a device that sends, but not this
-            # What has come is read also by one who was not let run until the deadline was over.
-            self._socket.settimeout(max(left, 0))
+            self._socket.settimeout(wait)
             data, fds, _, _ = socket.recv_fds(self._socket, READ_SIZE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        except (TimeoutError, BlockingIOError) as error:
-            self._late = request
-            self._forget_asked()
-            text = f"{self.name}: no answer to {_name(request)} within {self._deadline:g} s"
-            raise DeviceError(text) from error
+        except TimeoutError:
+            return 0, []  # the last look comes after it
+        except BlockingIOError as error:
+            raise self._missed(request) from error
         except OSError as error:
             raise self.lose(f"connection lost at {_name(request)}: {error.strerror}") from error
         except ProtocolError as error:
@@ -247,7 +268,7 @@ class Channel:
             close_all(fds)
             raise self.lose(f"connection closed by the device at {_name(request)}")
         try:
-            return self._decoder.feed(data, tuple(fds))
+            return len(data), self._decoder.feed(data, tuple(fds))
         except ProtocolError as error:
             raise self._misunderstood(request, error) from error
 
