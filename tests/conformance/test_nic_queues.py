@@ -33,6 +33,8 @@ from tests.harness.virtqueue import Buffer, Virtqueue
 
 PAIRS = 4
 MQ = VIRTIO | bit(Feature.NET_F_MQ)
+CTRL_VQ = bit(Feature.NET_F_CTRL_VQ)
+MQ_AND_CTRL_VQ = bit(Feature.NET_F_MQ) | CTRL_VQ
 FLOWS = range(24)
 BUFFERS_EACH = 48
 BUFFER_SIZE = 2048
@@ -240,6 +242,22 @@ def test_a_nic_with_one_pair_offers_no_more(tmp_path: Path) -> None:
         peer.connect()
         assert not peer.tell(Request.GET_FEATURES) & bit(Feature.NET_F_MQ)
         assert peer.tell(Request.GET_QUEUE_NUM) == 1
+
+
+@pytest.mark.parametrize(
+    ("driver", "offered", "pairs"), [("ifcvf", MQ_AND_CTRL_VQ, PAIRS), ("virtio", CTRL_VQ, 1)]
+)
+def test_several_pairs_are_offered_with_a_control_queue_alone(
+    nic: EmulatedNic, tmp_path: Path, driver: str, offered: int, pairs: int
+) -> None:
+    """MQ needs CTRL_VQ (section 5.1.3.1): the VF has none, the front-end has."""
+    with (
+        PortProcess(tmp_path, nic.device(0, driver)) as port,
+        closing(SocketFrontEnd.dial(port.socket)) as peer,
+    ):
+        peer.connect()
+        assert peer.tell(Request.GET_FEATURES) & MQ_AND_CTRL_VQ == offered
+        assert peer.tell(Request.GET_QUEUE_NUM) == pairs
 
 
 @pytest.mark.parametrize("doorbell", ["eventfd", "mapped"])

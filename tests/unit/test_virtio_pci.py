@@ -21,6 +21,7 @@ from tests.harness.fake_function import FakeFunction, config_space
 
 PLAIN = (0x1AF4, 0x1041, 0x1AF4, 0x1100)
 FEATURES = bit(Feature.F_VERSION_1) | bit(Feature.F_EVENT_IDX)
+MQ, CTRL_VQ = bit(Feature.NET_F_MQ), bit(Feature.NET_F_CTRL_VQ)
 IN_ORDER, PACKED = bit(Feature.F_IN_ORDER), bit(Feature.F_RING_PACKED)
 BASE = 0x1_0000_0000
 MEMORY_SIZE = 0x20000
@@ -148,6 +149,19 @@ def test_access_platform_is_the_drivers_affair(guest: Guest, insists: bool) -> N
     device.start(FEATURES, rings(guest))
     at = function.log.index("driver_feature_select = 0x1")
     assert function.log[at + 1] == f"driver_feature = {0x3 if insists else 0x1:#x}"
+    device.close()
+
+
+@pytest.mark.parametrize("has_control_queue", [True, False])
+def test_several_pairs_are_neither_offered_nor_asked_for(guest: Guest, has_control_queue: bool) -> None:
+    """MQ needs CTRL_VQ (section 5.1.3.1), which is the front-end's, whatever queue the function has."""
+    own = CTRL_VQ if has_control_queue else 0
+    function = FakeFunction(config=config_space(PLAIN), features=FEATURES | MQ | own)
+    device = VirtioPciDevice("virtio,fake", function)
+    assert device.features & (MQ | CTRL_VQ) == CTRL_VQ
+    device.map_memory(guest.region)
+    device.start(device.features, rings(guest))
+    assert accepted(function) & (MQ | CTRL_VQ) == own
     device.close()
 
 
