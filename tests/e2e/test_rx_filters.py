@@ -190,6 +190,24 @@ def test_by_libvirt_alone(host: VdpaHost, domain: DomainXml) -> None:
 
 
 @pytest.mark.full
+def test_trust_that_is_withdrawn_takes_the_filter_away(host: VdpaHost, domain: DomainXml) -> None:
+    """libvirt 9.0 changes the attribute in no running domain: what it keeps on disk of one is edited here."""
+    with started(host, monitored(trusting(domain))) as console:
+        wait_filter(host, promiscuous=False)
+        assert received(host, domain, console) == ALWAYS
+        host.daemon.stop()
+        host.libvirtd.stop()
+        status = host.path(f"/run/libvirt/qemu/{domain.name}.xml")
+        kept = status.read_text()
+        assert kept.count(" trustGuestRxFilters='yes'") == 1
+        status.write_text(kept.replace(" trustGuestRxFilters='yes'", ""))
+        host.start_libvirtd()
+        host.start_daemon()
+        wait_for("no filter", lambda: vf(host)["rx_filter"] is None, 20)
+        assert received(host, domain, console) == ALL
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("own", [True, False], ids=["own monitor", "libvirt's"])
 def test_where_a_guest_arrives_it_gets_the_same(hosts: TwoHosts, own: bool) -> None:
     domain = trusting(DomainXml.example().boot(guest_image(), GUEST_ADDRESS))
