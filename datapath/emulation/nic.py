@@ -158,30 +158,14 @@ def _fill(given: list[str], pattern: str, count: int) -> list[str]:
     return given + [pattern.replace("%d", str(index)) for index in range(len(given), count)]
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; exits with 2 where it is wrong."""
-    parser = argparse.ArgumentParser(PROGRAM, description="A NIC in software with IFCVF virtual functions.")
+def _add_count(parser: argparse.ArgumentParser, name: str, most: int, what: str) -> None:
     parser.add_argument(
-        "--folder", type=Path, required=True, metavar="DIR", help="where vf0.sock, vf1.sock … appear"
+        name, type=_number(range(1, most + 1)), default=1, metavar="N", help=f"{what} (default: %(default)s)"
     )
-    parser.add_argument(
-        "--vfs",
-        type=_number(range(1, MAX_VFS + 1)),
-        default=1,
-        metavar="N",
-        help="number of VFs (default: 1)",
-    )
-    parser.add_argument(
-        "--mac", type=_mac, action="append", default=[], help="of the next VF (default: derived from DIR)"
-    )
-    parser.add_argument(
-        "--tap",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="TAP of the next VF, or one pattern such as demo%%d (default: vdpa%%d)",
-    )
-    parser.add_argument("--bridge", metavar="NAME", help="bridge to put the TAPs into")
+
+
+def _add_vf_options(parser: argparse.ArgumentParser) -> None:
+    """What each VF is to be like."""
     parser.add_argument(
         "--doorbell",
         choices=["eventfd", "mapped"],
@@ -200,13 +184,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="leave frames in the TAP while nobody receives; without it they are lost, as on most NICs",
     )
-    parser.add_argument(
-        "--queue-pairs",
-        type=_number(range(1, MAX_PAIRS + 1)),
-        default=1,
-        metavar="N",
-        help="queue pairs of each VF, and queues of its TAP (default: 1)",
-    )
+    _add_count(parser, "--queue-pairs", MAX_PAIRS, "queue pairs of each VF, and queues of its TAP")
     parser.add_argument(
         "--echo",
         action="store_true",
@@ -226,6 +204,27 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME[,NAME...]",
         help="features not to offer, such as csum,guest_tso4; those that need them are not offered either",
     )
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(PROGRAM, description="A NIC in software with IFCVF virtual functions.")
+    parser.add_argument(
+        "--folder", type=Path, required=True, metavar="DIR", help="where vf0.sock, vf1.sock … appear"
+    )
+    _add_count(parser, "--vfs", MAX_VFS, "number of VFs")
+    parser.add_argument(
+        "--mac", type=_mac, action="append", default=[], help="of the next VF (default: derived from DIR)"
+    )
+    parser.add_argument(
+        "--tap",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="TAP of the next VF, or one pattern such as demo%%d (default: vdpa%%d)",
+    )
+    parser.add_argument("--bridge", metavar="NAME", help="bridge to put the TAPs into")
+    _add_vf_options(parser)
     parser.add_argument("--control", type=Path, metavar="PATH", help="control socket (default: DIR/control)")
     options = parser.parse_args(arguments)
     for name, given in (("--mac", options.mac), ("--tap", options.tap)):
