@@ -3,6 +3,7 @@
 Owns the image and what its /init understands:
 
 - `vdpa.ip=ADDRESS/LENGTH` on the kernel command line: the address of eth0;
+- `MODULE.PARAMETER=VALUE` there: a parameter of one of its kernel modules;
 - a shell on the serial console (console.py talks to it);
 - `traffic serve` on TRAFFIC_PORT, for a peer that wants traffic of which nothing may be lost
   (guest_traffic.py, native/traffic.c);
@@ -72,8 +73,15 @@ export PATH=/bin PS1='guest# '
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
-for module in $(cat /modules/order); do insmod "/modules/$module"; done
-for word in $(cat /proc/cmdline); do
+words=$(cat /proc/cmdline)
+for module in $(cat /modules/order); do
+    parameters=
+    for word in $words; do
+        case $word in "${{module%.ko}}".*) parameters="$parameters ${{word#*.}}" ;; esac
+    done
+    insmod "/modules/$module" $parameters
+done
+for word in $words; do
     case $word in vdpa.ip=*) address=${{word#vdpa.ip=}} ;; esac
 done
 ip link set lo up
