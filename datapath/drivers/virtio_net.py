@@ -387,8 +387,6 @@ class VirtioNetDevice(VdpaDevice):
                     self._set_calls(placed)
                 for index, ring in placed.items():
                     self._program(index, ring)
-                self._registers.confirm()
-            with self._function.together():
                 self._registers.add_status(Status.DRIVER_OK)
                 self._registers.confirm()
             for index, ring in rings.items():

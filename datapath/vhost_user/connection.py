@@ -12,8 +12,8 @@ from datapath.vhost_user.messages import MAX_FDS, Decoder, ProtocolError
 
 #: Room for one descriptor more than any message may carry, so that too many are seen, not cut off.
 _ANCILLARY = socket.CMSG_SPACE((MAX_FDS + 1) * array.array("i").itemsize)
-#: Messages handled before the loop gets its turn again.
-_BATCH = 64
+#: Bytes that are read at a time, a hundred messages, and how often before the loop gets its turn again.
+_READ_SIZE, _READS_AT_ONCE = 4096, 4
 
 
 class DisconnectedError(Exception):
@@ -36,26 +36,29 @@ class Connection:
         :raise ProtocolError: when it broke the protocol.
         :raise DeviceError: when the device failed.
         """
-        for _ in range(_BATCH):
-            data, fds = self._read()
-            if data is None:
+        for _ in range(_READS_AT_ONCE):
+            try:
+                data, ancillary, flags, _ = self.socket.recvmsg(
+                    _READ_SIZE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
                 return
-            message = self._decoder.feed(data, fds)
-            if message is not None:
+            except OSError as error:
+                raise DisconnectedError(f"the front-end's socket fails: {error}") from error
+            fds = self._descriptors(data, ancillary, flags) if ancillary or not data else []
+            for message in self._decoder.feed(data, fds):
                 reply = self.backend.handle(message)
                 if reply is not None:
                     self._write(reply)
+            if len(data) < _READ_SIZE and not fds:
+                return  # there is hardly more; if there is, the loop comes back
 
-    def _read(self) -> tuple[bytes | None, list[int]]:
-        """What the socket has of the message under way; None when it has nothing now."""
-        try:
-            data, ancillary, flags, _ = self.socket.recvmsg(
-                self._decoder.wanted, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
-            )
-        except BlockingIOError:
-            return None, []
-        except OSError as error:
-            raise DisconnectedError(f"the front-end's socket fails: {error}") from error
+    def _descriptors(self, data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int) -> list[int]:
+        """What came with a read.
+
+        :raise ProtocolError: when there were too many descriptors.
+        :raise DisconnectedError: when the read was the end.
+        """
         fds = array.array("i")
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -67,7 +70,7 @@ class Connection:
             close_all(fds)
             half = "" if self._decoder.idle else " in the middle of a message"
             raise DisconnectedError(f"the front-end disconnected{half}")
-        return data, list(fds)
+        return list(fds)
 
     def _write(self, reply: bytes) -> None:
         try:

@@ -7,7 +7,7 @@ types"); all integers have the host's byte order.
 """
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -389,63 +389,72 @@ class Message:
 
 
 class Decoder:
-    """Puts a front-end's messages together.
+    """Cuts what a front-end sends into messages, many at a time.
 
-    Descriptors arrive with a message's first byte, and a read that runs into the next message would
-    mix theirs: so read at most `wanted` bytes at a time and give them to `feed`.
+    Descriptors end what one read gives (unix(7): ancillary data are a barrier), so they belong to the
+    message that begins last in it, as long as no sender puts another one behind it in the same call. QEMU,
+    DPDK and rust-vmm send each message by itself.
     """
 
     def __init__(self) -> None:
         self._bytes = bytearray()
+        #: Of the message that begins first in the bytes, and of the one that begins last.
         self._fds: list[int] = []
-
-    @property
-    def wanted(self) -> int:
-        """How many bytes to read next, at most: up to the end of the header, then of the payload."""
-        return self._expected() - len(self._bytes)
+        self._last_fds: list[int] = []
 
     @property
     def idle(self) -> bool:
         """Whether no message is half read."""
         return not self._bytes and not self._fds
 
-    def feed(self, data: bytes, fds: Iterable[int] = ()) -> Message | None:
-        """Take what one read brought; the message when it is whole.
+    def feed(self, data: bytes, fds: Iterable[int] = ()) -> Iterator[Message]:
+        """Take what one read brought; yields the messages that are whole now.
 
-        The decoder owns the descriptors until the message is returned; see `close`.
+        The decoder owns the descriptors until their message is yielded; see `close`.
 
-        :raise ProtocolError: when the message is malformed.
+        :raise ProtocolError: when a message is malformed, once those before it have been yielded.
         """
-        self._fds.extend(fds)
         self._bytes += data
+        self._last_fds = list(fds)
+        return self._cut()
+
+    def _cut(self) -> Iterator[Message]:
+        while len(self._bytes) >= HEADER.size:
+            request, flags, size = HEADER.unpack_from(self._bytes)
+            end = HEADER.size + size
+            _check_header(request, flags, size)
+            if len(self._bytes) < end:
+                break
+            body = bytes(self._bytes[HEADER.size : end])
+            del self._bytes[:end]
+            if not self._bytes:
+                self._take_last()
+            payload = _decode_payload(request, body, len(self._fds))
+            fds, self._fds = self._fds, []
+            yield Message(request, payload, bool(flags & NEED_REPLY), fds)
+        if self._bytes:
+            self._take_last()
+
+    def _take_last(self) -> None:
+        """The message that begins last is the first one now."""
+        self._fds += self._last_fds
+        self._last_fds = []
         if len(self._fds) > MAX_FDS:
             raise ProtocolError(f"more than {MAX_FDS} descriptors with one message")
-        if len(self._bytes) < HEADER.size or len(self._bytes) < self._expected():
-            return None
-        request, flags, _ = HEADER.unpack_from(self._bytes)
-        payload = _decode_payload(request, bytes(self._bytes[HEADER.size :]), len(self._fds))
-        message = Message(request, payload, bool(flags & NEED_REPLY), self._fds)
-        self._bytes, self._fds = bytearray(), []
-        return message
-
-    def _expected(self) -> int:
-        """Size of the message so far as it is known: the header, then the whole.
-
-        :raise ProtocolError: for a header that no front-end sends.
-        """
-        if len(self._bytes) < HEADER.size:
-            return HEADER.size
-        request, flags, size = HEADER.unpack_from(self._bytes)
-        if flags & VERSION_MASK != VERSION or flags & REPLY:
-            raise ProtocolError(f"{request_name(request)}: flags {flags:#x} are no version 1 request")
-        if size > MAX_PAYLOAD:
-            raise ProtocolError(f"{request_name(request)}: payload of {size} bytes, over {MAX_PAYLOAD}")
-        return HEADER.size + int(size)
 
     def close(self) -> None:
-        """Close the descriptors of a message that never became whole."""
-        close_all(self._fds)
-        self._fds.clear()
+        """Close the descriptors of messages that were not yielded."""
+        for fds in (self._fds, self._last_fds):
+            close_all(fds)
+            fds.clear()
+
+
+def _check_header(request: int, flags: int, size: int) -> None:
+    """:raise ProtocolError: for a header that no front-end sends."""
+    if flags & VERSION_MASK != VERSION or flags & REPLY:
+        raise ProtocolError(f"{request_name(request)}: flags {flags:#x} are no version 1 request")
+    if size > MAX_PAYLOAD:
+        raise ProtocolError(f"{request_name(request)}: payload of {size} bytes, over {MAX_PAYLOAD}")
 
 
 def _decode_payload(request: int, data: bytes, fd_count: int) -> Any:

@@ -261,9 +261,7 @@ class VhostUserProxy(Closeable):
                 except ConnectionError:
                     self._lose(back)
             if front in ready:
-                data, fds = _receive(front, decoder.wanted)
-                message = decoder.feed(data, fds)
-                if message is not None:
+                for message in decoder.feed(*_receive(front)):
                     with contextlib.closing(message):
                         self._pass_on(message)
 
@@ -365,14 +363,14 @@ def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
     sock.sendall(data[sent:])
 
 
-def _receive(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    """What has come of a message, with its descriptors.
+def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """What has come of messages, with the descriptors of the last.
 
     :raise ConnectionError: when the other side has left.
     """
     fds = array.array("i")
     data, ancillary, _, _ = sock.recvmsg(
-        size, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+        4096, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
     )
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -74,19 +74,18 @@ WITH_FDS: dict[Request, tuple[int, Any]] = {
 }
 
 
-def decode(data: bytes, fds: list[int] | None = None, step: int = MAX_PAYLOAD) -> Message:
+def decode(data: bytes, fds: list[int] | None = None, step: int = HEADER.size + MAX_PAYLOAD) -> Message:
     """One message from bytes that arrive `step` at a time."""
     decoder = Decoder()
+    found: list[Message] = []
     arriving = list(fds or [])
-    while data:
-        size = min(decoder.wanted, step)
-        message = decoder.feed(data[:size], arriving)
-        data, arriving = data[size:], []
-        if message is not None:
-            assert not data
-            assert decoder.idle
-            return message
-    raise AssertionError("the message never became whole")
+    for begin in range(0, len(data), step):
+        assert not found
+        found += decoder.feed(data[begin : begin + step], arriving)
+        arriving = []
+    assert decoder.idle
+    (message,) = found
+    return message
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def test_only_version_1_requests_are_taken(flags: int) -> None:
 def test_a_huge_payload_is_refused_by_its_header(size: int) -> None:
     decoder = Decoder()
     with pytest.raises(ProtocolError, match=f"payload of {size} bytes"):
-        decoder.feed(HEADER.pack(99, 1, size))
+        list(decoder.feed(HEADER.pack(99, 1, size)))
 
 
 def test_a_table_that_claims_more_regions_than_it_has_is_refused() -> None:
@@ -161,7 +160,7 @@ def test_a_table_that_claims_more_regions_than_it_has_is_refused() -> None:
 def test_too_many_descriptors_are_refused_and_closed(fds: list[int]) -> None:
     decoder = Decoder()
     with pytest.raises(ProtocolError, match=f"more than {MAX_FDS} descriptors"):
-        decoder.feed(b"\1", fds)
+        list(decoder.feed(b"\1", fds))
     decoder.close()
     for fd in fds:
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -184,17 +183,48 @@ def test_unknown_requests_keep_their_bytes() -> None:
 
 @given(st.lists(st.binary(max_size=400), max_size=5))
 def test_garbage_raises_nothing_else(chunks: list[bytes]) -> None:
-    """Whatever arrives, the decoder yields messages or raises ProtocolError, and never wants nothing."""
+    """Whatever arrives, the decoder yields messages or raises ProtocolError."""
     decoder = Decoder()
     try:
         for chunk in chunks:
-            while chunk:
-                size = decoder.wanted
-                assert size > 0
-                decoder.feed(chunk[:size])
-                chunk = chunk[size:]
+            list(decoder.feed(chunk))
     except ProtocolError:
         pass
+
+
+KICK = encode_request(Message(Request.SET_VRING_KICK, VringFd(0, True)))
+OWNER = encode_request(Message(Request.SET_OWNER))
+
+
+@given(st.integers(1, 200))
+def test_messages_come_one_after_another_however_they_arrive(step: int) -> None:
+    data, decoder = 3 * OWNER, Decoder()
+    found: list[Message] = []
+    for begin in range(0, len(data), step):
+        found += decoder.feed(data[begin : begin + step])
+    assert found == 3 * [Message(Request.SET_OWNER)]
+    assert decoder.idle
+
+
+def test_descriptors_are_those_of_the_message_that_begins_last(fds: list[int]) -> None:
+    decoder = Decoder()
+    first, second = decoder.feed(OWNER + KICK, fds[:1])
+    assert (first.fds, second.fds) == ([], fds[:1])
+    (third,) = decoder.feed(OWNER + KICK[:5], fds[1:2])
+    assert third.fds == []
+    fourth, fifth = decoder.feed(KICK[5:] + KICK, fds[2:3])
+    assert (fourth.fds, fifth.fds) == (fds[1:2], fds[2:3])
+
+
+def test_what_comes_before_a_malformed_message_is_carried_out(fds: list[int]) -> None:
+    decoder = Decoder()
+    messages = decoder.feed(OWNER + HEADER.pack(99, 0, 0) + KICK, fds[:1])
+    assert next(messages) == Message(Request.SET_OWNER)
+    with pytest.raises(ProtocolError, match="no version 1 request"):
+        next(messages)
+    decoder.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fds[0])
 
 
 def test_replies_have_their_requests_form() -> None:

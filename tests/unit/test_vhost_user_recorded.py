@@ -43,17 +43,9 @@ def number_of(message: Recorded) -> int:
 
 
 def decode(recorded: Recorded, fds: list[int]) -> Message:
-    """One message through the decoder, which gets it in the pieces that it asks for."""
-    decoder = Decoder()
-    rest = recorded.data
-    while rest:
-        piece, rest = rest[: decoder.wanted], rest[decoder.wanted :]
-        message = decoder.feed(piece, fds)
-        fds = []
-        if message is not None:
-            assert not rest
-            return message
-    raise AssertionError("the message never became whole")
+    """One message through the decoder."""
+    (message,) = Decoder().feed(recorded.data, fds)
+    return message
 
 
 def eventfds(count: int) -> list[int]:
