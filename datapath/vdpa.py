@@ -189,6 +189,12 @@ class VdpaDevice(abc.ABC):
         :param callback: does not raise, and asks the device for nothing but its statistics and properties.
         """
 
+    def prepare(self, features: int) -> None:  # noqa: B027
+        """Do what can be done beforehand for a start with these features, which will probably come.
+
+        Raises nothing; what cannot be is told by `start`.
+        """
+
     @abc.abstractmethod
     def start(self, features: int, rings: Mapping[int, Ring]) -> None:
         """Reset the VF, negotiate `features`, program `rings`, run; every ring is notified once."""

@@ -12,7 +12,7 @@ import json
 import struct
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, IntFlag
-from typing import Self
+from typing import NamedTuple, Self
 
 from datapath.vfio import RegionFlag, SetIrqsFlag
 
@@ -35,6 +35,7 @@ class Command(IntEnum):
     REGION_READ = 9
     REGION_WRITE = 10
     DEVICE_RESET = 13
+    REGION_WRITE_MULTI = 15
 
 
 class HeaderFlag(IntFlag):
@@ -209,6 +210,8 @@ class Capabilities:
     max_data_xfer_size: int = MAX_DATA
     max_dma_maps: int = 65535
     pgsizes: int = 4096
+    #: Whether REGION_WRITE_MULTI is understood.
+    write_multiple: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,8 @@ class Version:
             raise ProtocolError("VERSION: JSON without an object of capabilities")
         known = {name: values[name] for name in vars(Capabilities()) if name in values}
         for name, value in known.items():
-            if type(value) is not int or not 0 <= value < 1 << 64:
+            wanted = type(getattr(Capabilities(), name))
+            if type(value) is not wanted or not 0 <= value < 1 << 64:
                 raise ProtocolError(f"VERSION: capability {name} is {value!r}")
         return Capabilities(**known)
 
@@ -548,3 +552,37 @@ class RegionAccess:
         if count > MAX_DATA:
             raise ProtocolError(f"region access: {count} bytes, at most {MAX_DATA}")
         return cls(offset, region, count, data)
+
+
+class RegionWrite(NamedTuple):
+    """One of `RegionWrites`: 1 to 8 bytes."""
+
+    offset: int
+    region: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class RegionWrites:
+    """REGION_WRITE_MULTI: register writes, carried out in their order; the reply says how many there were."""
+
+    writes: tuple[RegionWrite, ...]
+
+    COUNT = struct.Struct("=Q")
+    LAYOUT = struct.Struct("=QII8s")
+
+    def pack(self) -> bytes:
+        entries = [self.LAYOUT.pack(offset, region, len(data), data) for offset, region, data in self.writes]
+        return self.COUNT.pack(len(entries)) + b"".join(entries)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        (count,) = _prefix(cls.COUNT, payload, "region writes")
+        if len(payload) != cls.COUNT.size + count * cls.LAYOUT.size:
+            raise ProtocolError(f"region writes: {len(payload)} bytes for {count} writes")
+        writes = []
+        for offset, region, size, data in cls.LAYOUT.iter_unpack(payload[cls.COUNT.size :]):
+            if not 0 < size <= len(data):
+                raise ProtocolError(f"region writes: one of {size} bytes")
+            writes.append(RegionWrite(offset, region, data[:size]))
+        return cls(tuple(writes))

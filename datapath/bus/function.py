@@ -82,7 +82,8 @@ class PciFunction(abc.ABC):
         """Around calls that a bus may carry out with fewer turns to the function and back.
 
         They keep their order. Writes may travel with what is waited for next; that eventfds were refused
-        may be raised at the end. After a failure it is not known which were carried out.
+        may be raised at the end. What is read later may be had after the end, too. After a failure it is not
+        known which were carried out.
         """
         return contextlib.nullcontext()
 
@@ -116,6 +117,14 @@ class PciFunction(abc.ABC):
 
         :raise DeviceError: also when a limit of the bus is met; the text names needed and allowed.
         """
+
+    def dma_map_later(self, memory: MemoryRegion) -> Callable[[], None]:
+        """Map memory as `dma_map`, which is done, or refused, when the function returned is called, once.
+
+        Before that nothing may begin that makes the function reach the memory.
+        """
+        self.dma_map(memory)
+        return lambda: None
 
     @abc.abstractmethod
     def dma_unmap(self, memory: MemoryRegion) -> None:

@@ -1,33 +1,22 @@
 """A PCI function behind a vfio-user socket: the client side of QEMU's docs/interop/vfio-user.rst.
 
-Owns the connection and every descriptor and mapping that came over it. `Channel` sends commands and
-waits for replies; `VfioUserFunction` is what a driver sees. The wire format is `datapath.vfio_user`.
+Owns every descriptor and mapping that came over the connection (`vfio_user_channel`). The wire format is
+`datapath.vfio_user`.
 
-Each command has a deadline. What has come by then counts, however late we look: the deadline is the
-device's, not that of a thread which was not let run. A device that misses it is not waited for again until
-the late reply has come, so that whoever gives such a device up is not held for a deadline per command.
-
-Register writes are posted, without a reply, as QEMU's are: to start a device takes dozens of them, while a
-guest stands still. One that the device refuses is not heard of; whether a register holds what was written is
-the driver's to read. What a driver does `together` travels in as few messages of the socket as its order
-allows, and is waited for once.
+A posted write that the device refuses is not heard of; whether a register holds what was written is the
+driver's to read. What a driver does `together` is waited for once.
 """
 
 import contextlib
-import errno
-import fcntl
 import mmap
 import os
 import select
-import socket
-import sys
-import termios
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 from datapath.bus.function import WIDTHS, PciFunction, RegionDescription
-from datapath.descriptors import close_all, closed_early
+from datapath.bus.vfio_user_channel import DEADLINE, Channel, RefusedError
+from datapath.descriptors import close_all
 from datapath.native._native import ffi
 from datapath.native.relay import Doorbell
 from datapath.pci import CONFIG_SIZE
@@ -35,16 +24,13 @@ from datapath.vdpa import DeviceError, DeviceLostError, HostNotifier, MemoryRegi
 from datapath.vfio import DeviceFlag, DmaFlag, Irq, IrqFlag, Region, SetIrqsFlag
 from datapath.vfio_user import (
     MAJOR,
-    MAX_FDS,
     MINOR,
     Area,
     Capabilities,
     Command,
-    Decoder,
     DeviceInfo,
     DmaMap,
     DmaUnmap,
-    HeaderFlag,
     IoFd,
     IrqInfo,
     Message,
@@ -52,236 +38,13 @@ from datapath.vfio_user import (
     RegionAccess,
     RegionInfo,
     RegionIoFds,
+    RegionWrite,
     SetIrqs,
     Version,
 )
 
-#: Seconds that a device has to answer a command.
-DEADLINE = 5.0
-#: Bytes to read of the socket at a time.
-READ_SIZE = 4096
-#: Seconds to look whether the answer to a command that missed its deadline has come by now.
-LATE_TIME = 0.001
 #: Flag of an ioeventfd that signals only when one certain value is written (linux/kvm.h).
 KVM_IOEVENTFD_FLAG_DATAMATCH = 1
-
-
-class RefusedError(DeviceError):
-    """The device answered a command with an error."""
-
-
-class Channel:
-    """One connection: commands out, their replies in, one at a time."""
-
-    def __init__(self, path: str, deadline: float = DEADLINE) -> None:
-        """Connect.
-
-        :raise DeviceError: when nobody listens there.
-        """
-        self.name = f"vfio-user={path}"
-        self._deadline = deadline
-        self._decoder = Decoder()
-        self._next_id = 0
-        #: What waits to be sent with what comes next; None while everything is sent at once.
-        self._collected: list[Message] | None = None
-        #: Answers that are asked for later: the commands by id, and those that have come.
-        self._asked: dict[int, int] = {}
-        self._answers: dict[int, Message] = {}
-        #: The command that missed its deadline, while its reply has not come.
-        self._late: Message | None = None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._socket.settimeout(deadline)
-            self._socket.connect(path)
-            self._socket = socket.socket(fileno=closed_early(self._socket.detach()))
-        except OSError as error:
-            self._socket.close()
-            reason = error.strerror or str(error)
-            raise DeviceError(f"{self.name}: cannot connect: {reason}; is the device running?") from error
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def command(self, command: Command, payload: bytes = b"", fds: tuple[int, ...] = ()) -> Message:
-        """Send a command and return its reply; the reply's descriptors are the caller's.
-
-        :raise RefusedError: when the device answers with an error.
-        :raise DeviceError: when it misses the deadline.
-        :raise DeviceLostError: when the connection is gone.
-        """
-        return self.answer(self.ask(command, payload, fds))
-
-    def ask(self, command: Command, payload: bytes = b"", fds: tuple[int, ...] = ()) -> Message:
-        """Send a command, or collect it; its reply is to be had from `answer`.
-
-        :raise DeviceError: when one before it has missed its deadline.
-        :raise DeviceLostError: when the connection is gone, or the device takes nothing.
-        """
-        request = Message(self._number(), command, 0, 0, payload, fds)
-        self._asked[request.id] = command
-        self._issue(request)
-        return request
-
-    def answer(self, request: Message) -> Message:
-        """The reply to what was asked, once; raises what `command` does."""
-        self._send_collected()
-        reply = self._await(request, time.monotonic() + self._deadline)
-        if reply.is_error:
-            close_all(reply.fds)
-            raise RefusedError(f"{self.name}: {_name(request)} refused: {os.strerror(reply.errno)}")
-        return reply
-
-    def post(self, command: Command, payload: bytes = b"") -> None:
-        """Send a command that is not answered; it is carried out before those that follow.
-
-        :raise DeviceError: when one before it has missed its deadline.
-        :raise DeviceLostError: when the connection is gone, or the device takes nothing.
-        """
-        self._issue(Message(self._number(), command, HeaderFlag.NO_REPLY, 0, payload))
-
-    @contextlib.contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Send what comes with what is waited for next, or at the end. After a failure it is forgotten."""
-        self._collected = []
-        try:
-            yield
-            self._send_collected()
-        finally:
-            self._collected = None
-            self._forget_asked()
-
-    def command_without_fds(self, command: Command, payload: bytes = b"", fds: tuple[int, ...] = ()) -> bytes:
-        """Like `command`, for replies that carry no descriptors: returns the payload."""
-        reply = self.command(command, payload, fds)
-        close_all(reply.fds)
-        return reply.payload
-
-    def close(self) -> None:
-        self._forget_asked()
-        close_all(self._decoder.abandon())
-        self._socket.close()
-
-    def lose(self, reason: str) -> DeviceLostError:
-        """Give the connection up (the descriptor stays, hung up) and return the error to raise."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        return DeviceLostError(f"{self.name}: {reason}")
-
-    def _number(self) -> int:
-        self._next_id = (self._next_id + 1) & 0xFFFF
-        return self._next_id
-
-    def _issue(self, message: Message) -> None:
-        if self._late is not None:
-            close_all(self._await(self._late, time.monotonic() + LATE_TIME).fds)
-        if self._collected is None:
-            self._send([message])
-        elif not message.fds:
-            self._collected.append(message)
-        else:
-            self._send_collected()  # descriptors go with a message that is sent by itself
-            self._send([message])
-
-    def _send_collected(self) -> None:
-        if self._collected:
-            messages, self._collected = self._collected, []
-            self._send(messages)
-
-    def _send(self, messages: Sequence[Message]) -> None:
-        """Send messages in one go; only one that is alone may have descriptors."""
-        data = b"".join([message.pack() for message in messages])
-        last = messages[-1]
-        try:
-            self._socket.settimeout(self._deadline)
-            if last.fds:
-                sent = socket.send_fds(self._socket, [data], last.fds)
-                data = data[sent:]
-            self._socket.sendall(data)
-        except TimeoutError as error:
-            # Part of a message may have gone: nothing that follows would be understood.
-            raise self.lose(f"does not take {_name(last)}") from error
-        except OSError as error:
-            raise self.lose(f"connection lost at {_name(last)}: {error.strerror}") from error
-
-    def _await(self, request: Message, deadline: float) -> Message:
-        """The reply to `request`; whatever else arrives meanwhile is kept, refused or dropped."""
-        had_come: int | None = None
-        while request.id not in self._answers:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                if had_come is None:
-                    had_come = self._unread()
-                elif had_come <= 0:
-                    raise self._missed(request)  # also by a device that sends, but not this
-            taken, messages = self._receive(request, max(left, 0))
-            had_come = None if had_come is None else had_come - taken
-            for message in messages:
-                if message.is_reply and self._asked.get(message.id) == message.command:
-                    self._answers[message.id] = message
-                    del self._asked[message.id]
-                    continue
-                close_all(message.fds)
-                if message.wants_reply:
-                    # DMA_READ and DMA_WRITE: guest memory is given as descriptors instead.
-                    self._send([message.error(errno.ENOSYS)])
-        if self._late is request:
-            self._late = None
-        return self._answers.pop(request.id)
-
-    def _forget_asked(self) -> None:
-        """Drop the answers that nobody has taken, or that come yet; but one that is late is awaited."""
-        for message in self._answers.values():
-            close_all(message.fds)
-        self._answers.clear()
-        late = self._late
-        self._asked = {} if late is None else {late.id: late.command}
-
-    def _unread(self) -> int:
-        """Bytes that have come and wait to be read."""
-        count = fcntl.ioctl(self._socket, termios.FIONREAD, bytes(4))
-        return int.from_bytes(count, sys.byteorder)
-
-    def _missed(self, request: Message) -> DeviceError:
-        """A command has missed its deadline: note it, and return the error to raise."""
-        self._late = request
-        self._forget_asked()
-        return DeviceError(f"{self.name}: no answer to {_name(request)} within {self._deadline:g} s")
-
-    def _receive(self, request: Message, wait: float) -> tuple[int, list[Message]]:
-        """Read once; the number of bytes, and the messages that they complete.
-
-        :param wait: seconds for something to come; 0: what is not there yet has missed the deadline.
-        """
-        try:
-            self._decoder.check()
-            self._socket.settimeout(wait)
-            data, fds, _, _ = socket.recv_fds(self._socket, READ_SIZE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        except TimeoutError:
-            return 0, []  # the last look comes after it
-        except BlockingIOError as error:
-            raise self._missed(request) from error
-        except OSError as error:
-            raise self.lose(f"connection lost at {_name(request)}: {error.strerror}") from error
-        except ProtocolError as error:
-            raise self._misunderstood(request, error) from error
-        if not data:
-            close_all(fds)
-            raise self.lose(f"connection closed by the device at {_name(request)}")
-        try:
-            return len(data), self._decoder.feed(data, tuple(fds))
-        except ProtocolError as error:
-            raise self._misunderstood(request, error) from error
-
-    def _misunderstood(self, request: Message, error: ProtocolError) -> DeviceLostError:
-        return self.lose(f"the answer to {_name(request)} is not vfio-user: {error}")
-
-
-def _name(message: Message) -> str:
-    """A command's name, for messages of errors."""
-    try:
-        return Command(message.command).name
-    except ValueError:
-        return f"command {message.command}"
 
 
 class VfioUserFunction(PciFunction):
@@ -329,8 +92,11 @@ class VfioUserFunction(PciFunction):
 
     def write(self, index: Region, offset: int, width: int, value: int) -> None:
         self._check_access(index, offset, width)
-        request = RegionAccess(offset, index, width, value.to_bytes(width, "little"))
-        self._channel.post(Command.REGION_WRITE, request.pack())
+        data = value.to_bytes(width, "little")
+        if self._due is not None and self._limits.write_multiple:
+            self._channel.post_write(RegionWrite(offset, index, data))
+        else:
+            self._channel.post(Command.REGION_WRITE, RegionAccess(offset, index, width, data).pack())
 
     def read_later(self, index: Region, offset: int, width: int) -> Callable[[], int]:
         if self._due is None:
@@ -389,6 +155,9 @@ class VfioUserFunction(PciFunction):
         return ((0, (1 << 64) - 1),)  # vfio-user knows no IOMMU that could want less
 
     def dma_map(self, memory: MemoryRegion) -> None:
+        self.dma_map_later(memory)()
+
+    def dma_map_later(self, memory: MemoryRegion) -> Callable[[], None]:
         where = f"{self.name}: memory {memory.guest_address:#x}+{memory.size:#x}"
         if len(self._dma_maps) >= self._limits.max_dma_maps:
             raise DeviceError(
@@ -401,8 +170,18 @@ class VfioUserFunction(PciFunction):
                 f"{where} at file offset {memory.fd_offset:#x}: the device needs multiples of {page} bytes"
             )
         request = DmaMap(DmaFlag.READ | DmaFlag.WRITE, memory.fd_offset, memory.guest_address, memory.size)
-        self._channel.command_without_fds(Command.DMA_MAP, request.pack(), (memory.fd,))
-        self._dma_maps.add((memory.guest_address, memory.size))
+        asked = self._channel.ask(Command.DMA_MAP, request.pack(), (memory.fd,))
+        place = memory.guest_address, memory.size
+        self._dma_maps.add(place)
+
+        def finish() -> None:
+            try:
+                close_all(self._channel.answer(asked).fds)
+            except DeviceError:
+                self._dma_maps.discard(place)
+                raise
+
+        return finish
 
     def dma_unmap(self, memory: MemoryRegion) -> None:
         request = DmaUnmap(0, memory.guest_address, memory.size)

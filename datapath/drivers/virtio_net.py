@@ -5,8 +5,8 @@ What virtio does not define, namely to stop a ring and to tell and set where it 
 `virtio_registers`; how rings travel between guest and function is `ring_paths`.
 
     open: function reset, memory decoding and bus mastering on, virtio reset: idle
-    start: virtio reset, ACKNOWLEDGE, DRIVER, features, FEATURES_OK, MSI-X eventfds, rings, DRIVER_OK,
-           relay, one notification a ring: running
+    start: virtio reset, ACKNOWLEDGE, DRIVER, features, FEATURES_OK (so far as `prepare` has not been there),
+           MSI-X eventfds, rings, DRIVER_OK, relay, one notification a ring: running
     suspend: no more kicks, rings stopped and read, MSI-X off, virtio reset: idle
 
 Rings are shadowed while the relay logs writes, and when one is to begin where the function cannot. Going over
@@ -167,15 +167,20 @@ class VirtioNetDevice(VdpaDevice):
         self._paths.map(region)
         try:
             self._log.make_way(region, self._running)
-            self._function.dma_map(region)
+            finish = self._function.dma_map_later(region)
+            if self._running:
+                finish()
         except BaseException:
             self._paths.unmap(region)
             raise
-        self._guest.add(region)
+        self._guest.add(region, None if self._running else finish)
 
     def unmap_memory(self, region: MemoryRegion) -> None:
         self._check_present()
-        self._function.dma_unmap(region)
+        with contextlib.suppress(DeviceError):
+            self._guest.finish()  # who takes memory back need not hear that some was refused
+        if not self._guest.is_refused(region):
+            self._function.dma_unmap(region)
         self._paths.unmap(region)
         self._guest.remove(region)
 
@@ -183,6 +188,12 @@ class VirtioNetDevice(VdpaDevice):
         self._function.call_meanwhile(callback)
 
     # Running
+
+    def prepare(self, features: int) -> None:
+        if self._lost or self._running:
+            return
+        with contextlib.suppress(DeviceError), self._function.together():
+            self._registers.propose_features(self._agreed(features & self._device_features, shadowed=False))
 
     def start(self, features: int, rings: Mapping[int, Ring]) -> None:
         self._check_present()
@@ -379,6 +390,7 @@ class VirtioNetDevice(VdpaDevice):
         self._running = True
         self._rings.update(rings)
         try:
+            self._guest.finish()
             placed = self._place(rings)
             with self._function.together():
                 self._initialise(placed)
@@ -464,16 +476,18 @@ class VirtioNetDevice(VdpaDevice):
 
     def _initialise(self, rings: Mapping[int, Ring]) -> None:
         """From reset up to the rings (section 3.1.1, steps 1 to 6 and the beginning of 7)."""
-        self._registers.make_fresh()
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._config_fd)  # what the device said of the run before
-        features = self._features | self._device_features & self.FEATURES.mask(Way.AGREED)
-        if self._paths.shadowed:  # the relay keeps the order itself: native/shadow.h says why
-            features &= ~bit(Feature.F_IN_ORDER)
-        self._registers.accept_features(features)
+        self._registers.accept_features(self._agreed(self._features, self._paths.shadowed))
         self._set_calls(rings)
         self._registers.set_config_vector(CONFIG_VECTOR)
         self._use_rings(rings)
+
+    def _agreed(self, features: int, shadowed: bool) -> int:
+        """What the function is to negotiate where its guest has accepted these of its features."""
+        features |= self._device_features & self.FEATURES.mask(Way.AGREED)
+        # The relay keeps the order itself: native/shadow.h says why.
+        return features & ~bit(Feature.F_IN_ORDER) if shadowed else features
 
     def _set_calls(self, rings: Mapping[int, Ring]) -> None:
         """Connect all vectors: the whole range at once, as a bus may be unable to enlarge it."""

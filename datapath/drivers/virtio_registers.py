@@ -4,6 +4,7 @@ Knows where registers are and how they are accessed: one access of the field's o
 two of 32 bits, low first (section 4.1.3.1). Decides nothing: the order of accesses is the driver's.
 """
 
+import contextlib
 import mmap
 import time
 from collections.abc import Callable
@@ -63,6 +64,8 @@ class VirtioRegisters:
         self._status = Status(0)
         #: Whether the device has been reset, and not been told a status since.
         self._fresh = False
+        #: Features that the device has been told; its status before that, and after it.
+        self._proposed: tuple[int, Callable[[], int], Callable[[], int]] | None = None
         #: Vectors that were written, and what the device then held; seen by `confirm`.
         self._unsure: list[tuple[Callable[[], int], int, str]] = []
         self._doorbells: dict[int, Doorbell] = {}
@@ -91,6 +94,7 @@ class VirtioRegisters:
 
         :raise DeviceError: when it does not.
         """
+        self._forget_proposal()
         self._status = Status(0)
         self._write(Common.DEVICE_STATUS, 1, self._status)
         self._selected = None
@@ -113,19 +117,34 @@ class VirtioRegisters:
             words.append(self._read(Common.DEVICE_FEATURE, 4))
         return words[0] | words[1] << 32
 
-    def accept_features(self, features: int) -> None:
-        """Say, after a reset, that the device was seen and has a driver, and which features that will use.
+    def propose_features(self, features: int) -> None:
+        """Say that the device was seen and has a driver, and which features that will use.
 
-        What has failed while it was idle is reset first: its status is read along, at no wait of its own.
+        It is reset first, unless it is as the last reset has left it; see `accept_features` for its answer.
+
+        :raise DeviceError: when it is not reset.
+        """
+        if self._proposed is None or self._proposed[0] != features:
+            self.make_fresh()
+            found = self.status_later()
+            self._proposed = features, found, self._tell_features(features)
+
+    def accept_features(self, features: int) -> None:
+        """Propose features, unless that was done, and see that the device takes them.
+
+        What had failed while it was idle is reset first: its status was read along, at no wait of its own.
 
         :raise DeviceError: when it refuses the combination, or is not reset.
         """
-        found = self.status_later()
-        accepted = self._tell_features(features)
-        if found():  # what it has been told counts for nothing
-            self.reset()
-            accepted = self._tell_features(features)
-        if not accepted:
+        for _ in range(2):
+            self.propose_features(features)
+            assert self._proposed is not None
+            _, found, told = self._proposed
+            if not found():
+                break
+            self.reset()  # what it has been told counts for nothing
+        self._proposed = None
+        if not told() & Status.FEATURES_OK:
             raise DeviceError(f"{self._function.name}: refuses the features {features:#x}")
 
     # Queues (section 4.1.4.3)
@@ -227,15 +246,23 @@ class VirtioRegisters:
 
     # Inside
 
-    def _tell_features(self, features: int) -> bool:
-        """Go from a reset to FEATURES_OK; whether the device keeps that."""
+    def _tell_features(self, features: int) -> Callable[[], int]:
+        """Go from a reset to FEATURES_OK; the status, which says whether the device keeps that."""
         self.add_status(Status.ACKNOWLEDGE)
         self.add_status(Status.DRIVER)
         for select in (0, 1):
             self._write(Common.DRIVER_FEATURE_SELECT, 4, select)
             self._write(Common.DRIVER_FEATURE, 4, features >> 32 * select & 0xFFFFFFFF)
         self.add_status(Status.FEATURES_OK)
-        return bool(self.status & Status.FEATURES_OK)
+        return self.status_later()
+
+    def _forget_proposal(self) -> None:
+        """Take the answers that nobody wants any more; the channel keeps them so long."""
+        if self._proposed is not None:
+            for answer in self._proposed[1:]:
+                with contextlib.suppress(DeviceError):
+                    answer()
+            self._proposed = None
 
     def _present(self, status: int) -> Status:
         if status == ALL_ONES:

@@ -35,6 +35,7 @@ from datapath.vfio_user import (
     RegionAccess,
     RegionInfo,
     RegionIoFds,
+    RegionWrites,
     SetIrqs,
     UnmapFlag,
     Version,
@@ -46,7 +47,7 @@ DOORBELLS = Region(NOTIFY_BAR)
 DOORBELL_SIZE = 2
 PAGE = 4096
 #: What the device says of itself in VERSION.
-CAPABILITIES = Capabilities(max_msg_fds=MAX_FDS, max_dma_maps=MAX_MAPS)
+CAPABILITIES = Capabilities(max_msg_fds=MAX_FDS, max_dma_maps=MAX_MAPS, write_multiple=True)
 #: Commands that descriptors may come with.
 WITH_DESCRIPTORS = (Command.DMA_MAP, Command.SET_IRQS)
 #: Bytes that are read of one client's socket at a time, a hundred register writes, and how often before it is
@@ -98,6 +99,7 @@ class Session:
             Command.SET_IRQS: self._set_irqs,
             Command.REGION_READ: self._region_read,
             Command.REGION_WRITE: self._region_write,
+            Command.REGION_WRITE_MULTI: self._region_writes,
             Command.DEVICE_RESET: self._device_reset,
         }
 
@@ -212,21 +214,27 @@ class Session:
 
     def _region_read(self, message: Message) -> Message:
         request = RegionAccess.unpack(message.payload)
-        region = self._accessed(request)
+        region = self._accessed(request.region, request.offset, request.count)
         data = self._device.read(region, request.offset, request.count)
         return message.reply(RegionAccess(request.offset, region, request.count, data).pack())
 
     def _region_write(self, message: Message) -> Message:
         request = RegionAccess.unpack(message.payload)
-        region = self._accessed(request)
+        region = self._accessed(request.region, request.offset, request.count)
         if len(request.data) != request.count:
             raise RefusedError(errno.EINVAL)
         self._device.write(region, request.offset, request.data)
         return message.reply(message.payload[: RegionAccess.LAYOUT.size])
 
-    def _accessed(self, request: RegionAccess) -> Region:
-        region, size = self._sizes.get(request.region, (Region.CONFIG, 0))
-        if not 0 < request.count <= size - request.offset:
+    def _region_writes(self, message: Message) -> Message:
+        request = RegionWrites.unpack(message.payload)
+        for offset, index, data in request.writes:
+            self._device.write(self._accessed(index, offset, len(data)), offset, data)
+        return message.reply(RegionWrites.COUNT.pack(len(request.writes)))
+
+    def _accessed(self, index: int, offset: int, count: int) -> Region:
+        region, size = self._sizes.get(index, (Region.CONFIG, 0))
+        if not 0 < count <= size - offset:
             raise RefusedError(errno.EINVAL)
         return region
 

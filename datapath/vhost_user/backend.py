@@ -318,6 +318,8 @@ class Backend:
         started = any(ring.started for ring in self.rings)
         self._marking.want(bool(features & F_LOG_ALL), first=self.acked is None, started=started)
         self.acked = features
+        if not self.running:
+            self.device.prepare(features & ~VHOST_FEATURES)
         if not features & F_PROTOCOL_FEATURES:
             for ring in self.rings:
                 ring.enabled = True

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from datapath.bus.vfio_user import VfioUserFunction
+from datapath.bus.vfio_user_channel import MAX_WRITES
 from datapath.native.relay import Doorbell, Relay
 from datapath.vdpa import DeviceError, DeviceLostError, MemoryRegion
 from datapath.vfio import Irq, Region, RegionFlag
@@ -28,6 +29,8 @@ from datapath.vfio_user import (
     RegionAccess,
     RegionInfo,
     RegionIoFds,
+    RegionWrite,
+    RegionWrites,
     SetIrqs,
     Version,
 )
@@ -36,6 +39,7 @@ from tests.harness.scripted_device import AREA, BAR_OFFSET, BAR_SIZE, Answer, Sc
 
 #: Short, so that a test of a missed deadline is; a device of these tests answers at once or never.
 DEADLINE = 1.0
+REGION_COMMANDS = (Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI)
 
 
 @pytest.fixture
@@ -199,6 +203,32 @@ def test_a_refusal_names_device_command_and_reason(
     function.dma_map(memory)
 
 
+def test_a_mapping_that_is_not_waited_for_is_refused_where_it_is_finished(
+    device: ScriptedDevice, function: VfioUserFunction, memory: MemoryRegion
+) -> None:
+    device.refuse(Command.DMA_MAP, errno.EEXIST)
+    finish = function.dma_map_later(memory)
+    assert function.read(Region.BAR0, 0x14, 1) == 0x14, "another command is not told of it"
+    with function.together():
+        function.write(Region.BAR0, 0x14, 1, 0)
+    with pytest.raises(DeviceError, match="DMA_MAP refused: File exists"):
+        finish()
+
+
+def test_a_mapping_that_got_no_answer_is_not_waited_for_twice(
+    device: ScriptedDevice, function: VfioUserFunction, memory: MemoryRegion
+) -> None:
+    device.answers[Command.DMA_MAP] = lambda _: None
+    device.answers[Command.DEVICE_RESET] = lambda _: None
+    finish = function.dma_map_later(memory)
+    with pytest.raises(DeviceError, match="no answer to DEVICE_RESET"):
+        function.reset()
+    begin = time.monotonic()
+    with pytest.raises(DeviceError, match="no answer to DMA_MAP"):
+        finish()
+    assert time.monotonic() - begin < DEADLINE
+
+
 # Posted writes
 
 
@@ -250,6 +280,38 @@ def test_what_is_done_together_keeps_its_order_and_is_waited_for_once(
     wanted = [Command.REGION_WRITE, Command.REGION_READ, Command.SET_IRQS, Command.REGION_READ]
     wanted += [Command.REGION_WRITE, Command.REGION_READ]
     assert [message.command for message in device.received[-6:]] == wanted
+
+
+def test_writes_together_are_one_message_where_the_device_takes_that(tmp_path: Path) -> None:
+    capabilities = Capabilities(max_msg_fds=1, write_multiple=True)
+    with ScriptedDevice(tmp_path / "vf.sock", capabilities) as device:
+        function = VfioUserFunction(str(device.path), DEADLINE)
+        function.write(Region.BAR0, 0x16, 2, 1)
+        with function.together():
+            function.write(Region.BAR0, 0x16, 2, 0xABCD)
+            function.write(Region.BAR0, 0x20, 4, 0x12345678)
+            later = function.read_later(Region.BAR0, 0x14, 1)
+            for value in range(MAX_WRITES + 1):
+                function.write(Region.BAR0, 0x20, 4, value)
+        assert later() == 0x14
+        function.read(Region.BAR0, 0, 1)
+        sent = [message for message in device.received if message.command in REGION_COMMANDS]
+        function.close()
+    assert [message.command for message in sent] == [
+        Command.REGION_WRITE,
+        Command.REGION_WRITE_MULTI,
+        Command.REGION_READ,
+        Command.REGION_WRITE_MULTI,
+        Command.REGION_WRITE_MULTI,
+        Command.REGION_READ,
+    ]
+    first, second, third = (RegionWrites.unpack(sent[at].payload).writes for at in (1, 3, 4))
+    assert first == (
+        RegionWrite(0x16, Region.BAR0, b"\xcd\xab"),
+        RegionWrite(0x20, Region.BAR0, b"\x78\x56\x34\x12"),
+    )
+    assert [int.from_bytes(write.data, "little") for write in second + third] == list(range(MAX_WRITES + 1))
+    assert not any(sent[at].wants_reply for at in (1, 3, 4))
 
 
 def test_writes_together_have_left_at_the_end(device: ScriptedDevice, function: VfioUserFunction) -> None:

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from datapath.bus import vfio_user
-from datapath.bus.vfio_user import Channel
+from datapath.bus import vfio_user_channel
+from datapath.bus.vfio_user_channel import Channel
 from datapath.vdpa import DeviceError, DeviceLostError
 from datapath.vfio_user import Command, HeaderFlag, Message
 from tests.harness.scripted_device import ScriptedDevice
@@ -56,7 +56,7 @@ class HoldUp:
             at_each_look()
             return DEADLINE + 60
 
-        self._monkeypatch.setattr(vfio_user, "time", SimpleNamespace(monotonic=monotonic))
+        self._monkeypatch.setattr(vfio_user_channel, "time", SimpleNamespace(monotonic=monotonic))
 
 
 @pytest.fixture

@@ -13,8 +13,19 @@ from datapath.emulation.engine import Engine
 from datapath.emulation.ifcvf import Ifcvf
 from datapath.emulation.server import Session
 from datapath.emulation.virtio_net import NetSpec
+from datapath.pci import COMMAND, PciCommand
 from datapath.vdpa import RingState
-from datapath.vfio_user import Command, Message, ProtocolError, Version
+from datapath.vfio import Region
+from datapath.vfio_user import (
+    Command,
+    Message,
+    ProtocolError,
+    RegionAccess,
+    RegionWrite,
+    RegionWrites,
+    Version,
+)
+from datapath.virtio import Common
 
 
 class NoEngine:
@@ -115,3 +126,25 @@ def test_descriptors_that_went_astray_end_the_session(command: int) -> None:
 def test_a_reply_out_of_the_blue_ends_the_session() -> None:
     with pytest.raises(ProtocolError):
         session().handle(Message(1, Command.DMA_MAP).reply())
+
+
+def test_many_writes_are_carried_out_in_order_up_to_one_that_cannot_be() -> None:
+    talk = session()
+
+    def write(*values: tuple[int, int], region: Region = Region.BAR0) -> Message:
+        writes = (RegionWrite(offset, region, struct.pack("<H", value)) for offset, value in values)
+        payload = RegionWrites(tuple(writes)).pack()
+        return talk.handle(Message(1, Command.REGION_WRITE_MULTI, payload=payload))
+
+    def size_of_selected() -> int:
+        asked = RegionAccess(Common.QUEUE_SIZE, Region.BAR0, 2).pack()
+        answer = talk.handle(Message(2, Command.REGION_READ, payload=asked))
+        return int.from_bytes(RegionAccess.unpack(answer.payload).data, "little")
+
+    write((COMMAND, PciCommand.MEMORY), region=Region.CONFIG)
+    select, size = Common.QUEUE_SELECT, Common.QUEUE_SIZE
+    answer = write((select, 1), (size, 64), (select, 0), (size, 32))
+    assert (answer.is_error, answer.payload) == (False, struct.pack("=Q", 4))
+    assert size_of_selected() == 32
+    assert write((select, 1), (1 << 40, 0), (select, 0)).errno == errno.EINVAL
+    assert size_of_selected() == 64

@@ -271,7 +271,7 @@ def test_the_guest_waits_for_few_reads(
     monkeypatch.setattr(FakeFunction, "read", count)
     device.start(FEATURES, guest.rings)
     status, control, vectors = (Region.BAR0, 0x14), (Region.BAR4, 0), [(Region.BAR0, 0x1A)] * 2
-    assert reads == [status, status, (Region.BAR0, 0x10), control, *vectors, status, status]
+    assert reads == [status, status, (Region.BAR0, 0x10), control, *vectors, status]
     reads.clear()
     device.suspend()
     enabled, states = [(Region.BAR0, 0x1C)] * 2, [(Region.BAR4, 0x20), (Region.BAR4, 0x24)]

@@ -29,6 +29,8 @@ from datapath.vfio_user import (
     RegionAccess,
     RegionInfo,
     RegionIoFds,
+    RegionWrite,
+    RegionWrites,
     SetIrqs,
     Version,
 )
@@ -43,7 +45,7 @@ QEMU_JSON = (
 
 def test_version_of_qemu_is_understood() -> None:
     version = Version.unpack(struct.pack("=HH", 0, 0) + QEMU_JSON)
-    assert version.capabilities == Capabilities(max_msg_fds=16)
+    assert version.capabilities == Capabilities(max_msg_fds=16, write_multiple=True)
 
 
 def test_version_reply_fits_the_buffer_of_qemu() -> None:
@@ -85,6 +87,7 @@ PAYLOADS = [
     (IrqInfo(Irq.MSIX, 1, 4), 16),
     (SetIrqs(SetIrqsFlag.DATA_BOOL | SetIrqsFlag.ACTION_TRIGGER, Irq.MSIX, 1, 2, b"\0\1"), 22),
     (RegionAccess(0x14, Region.BAR0, 1, b"\x0f"), 17),
+    (RegionWrites((RegionWrite(2, 0, b"\x0f"), RegionWrite(8, 1, b"12345678"))), 56),
 ]
 
 
@@ -104,6 +107,7 @@ def test_short_payload_is_refused(value: DmaMap, size: int) -> None:
 def test_layouts_are_those_of_the_specification() -> None:
     assert DmaMap(1, 2, 3, 4).pack() == struct.pack("=IIQQQ", 32, 1, 2, 3, 4)
     assert RegionAccess(8, 7, 2, b"ab").pack() == struct.pack("=QII", 8, 7, 2) + b"ab"
+    assert RegionWrites((RegionWrite(8, 7, b"ab"),)).pack() == struct.pack("=QQII8s", 1, 8, 7, 2, b"ab")
     assert IoFd(1, 2, 3).pack() == struct.pack("=QQIIIIQ", 1, 2, 3, 0, 0, 0, 0)
     assert Message(5, Command.GET_INFO).error(errno.EINVAL).pack() == struct.pack(
         "=HHIII", 5, 4, 16, 0x21, 22
@@ -125,6 +129,19 @@ def test_sparse_areas_need_room_in_the_reply() -> None:
 def test_capability_outside_the_reply_is_refused(at: int) -> None:
     with pytest.raises(ProtocolError):
         RegionInfo.unpack(RegionInfo.LAYOUT.pack(48, RegionFlag.CAPS, 0, at, 0, 0) + bytes(8))
+
+
+@pytest.mark.parametrize("count", [0, 2, (1 << 64) - 1])
+def test_writes_are_as_many_as_said(count: int) -> None:
+    payload = RegionWrites((RegionWrite(0, 0, b"abcd"),)).pack()
+    with pytest.raises(ProtocolError, match=f"32 bytes for {count} writes"):
+        RegionWrites.unpack(struct.pack("=Q", count) + payload[8:])
+
+
+@pytest.mark.parametrize("size", [0, 9])
+def test_each_write_has_one_to_eight_bytes(size: int) -> None:
+    with pytest.raises(ProtocolError, match=f"one of {size} bytes"):
+        RegionWrites.unpack(struct.pack("=QQII8x", 1, 0, 0, size))
 
 
 def test_capability_chain_cannot_loop() -> None:
@@ -198,7 +215,7 @@ def test_too_many_descriptors_end_the_stream() -> None:
 
 UNPACKERS: list[Callable[[bytes], object]] = [
     *(kind.unpack for kind in (Version, DmaMap, DmaUnmap, DeviceInfo, RegionInfo)),
-    *(kind.unpack for kind in (IoFd, RegionIoFds, IrqInfo, SetIrqs, RegionAccess)),
+    *(kind.unpack for kind in (IoFd, RegionIoFds, IrqInfo, SetIrqs, RegionAccess, RegionWrites)),
 ]
 
 

@@ -168,6 +168,66 @@ def test_several_pairs_are_neither_offered_nor_asked_for(guest: Guest, has_contr
 # Where rings begin
 
 
+def statuses(function: FakeFunction) -> list[str]:
+    """What has been written to the status register."""
+    return [entry for entry in function.log if entry.startswith("status")]
+
+
+def test_features_are_negotiated_beforehand(
+    device: VirtioPciDevice, function: FakeFunction, guest: Guest
+) -> None:
+    device.prepare(FEATURES)
+    assert function.status == Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK
+    told = statuses(function)
+    device.prepare(FEATURES)
+    assert statuses(function) == told, "again"
+    device.start(FEATURES, rings(guest))
+    assert len(statuses(function)) == len(told) + 1, "only DRIVER_OK was missing"
+    assert function.status & Status.DRIVER_OK
+    device.prepare(FEATURES | IN_ORDER)
+    assert len(statuses(function)) == len(told) + 1, "it runs"
+
+
+def test_features_change_by_a_reset_only(
+    device: VirtioPciDevice, function: FakeFunction, guest: Guest
+) -> None:
+    device.prepare(bit(Feature.F_VERSION_1))
+    device.start(FEATURES, rings(guest))
+    told = [entry for entry in function.log if entry.startswith(("status", "driver_feature ="))]
+    low = FEATURES & 0xFFFFFFFF
+    assert told[-7:-3] == ["status = 0x0", "status = 0x1", "status = 0x3", f"driver_feature = {low:#x}"]
+    assert told[-2:] == ["status = 0xb", "status = 0xf"]
+
+
+def test_what_cannot_be_prepared_is_told_by_the_start(
+    device: VirtioPciDevice, function: FakeFunction, guest: Guest
+) -> None:
+    function.refuse_features = True
+    device.prepare(FEATURES)
+    with pytest.raises(DeviceError, match="refuses the features"):
+        device.start(FEATURES, rings(guest))
+    function.refuse_features = False
+    device.start(FEATURES, rings(guest))
+
+
+def test_memory_that_is_refused_ends_the_start_and_not_the_device(
+    function: FakeFunction, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise DeviceError("refused")
+
+    device = VirtioPciDevice("virtio,fake", function)
+    monkeypatch.setattr(function, "dma_map_later", lambda memory: refuse)
+    device.map_memory(guest.region)
+    with pytest.raises(DeviceError, match="refused"):
+        device.start(FEATURES, rings(guest))
+    device.unmap_memory(guest.region)
+    monkeypatch.undo()
+    device.map_memory(guest.region)
+    device.start(FEATURES, rings(guest))
+    device.close()
+
+
 def test_rings_at_0_are_the_guests_own(device: VirtioPciDevice, function: FakeFunction, guest: Guest) -> None:
     mine = rings(guest)
     device.start(FEATURES, mine)
