@@ -27,6 +27,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from datapath.virtio import PACKED_START
 
@@ -43,8 +44,7 @@ class DeviceSpecError(ValueError):
     """A device string that names no driver of ours, or options that the driver does not take."""
 
 
-@dataclass(frozen=True)
-class MemoryRegion:
+class MemoryRegion(NamedTuple):
     """A range of guest memory that the VF may access.
 
     A kernel VFIO bus maps by `address`, a vfio-user bus by `fd` and `fd_offset`, hence both.
@@ -62,8 +62,7 @@ class MemoryRegion:
     address: int
 
 
-@dataclass(frozen=True)
-class RingState:
+class RingState(NamedTuple):
     """Where a ring stands.
 
     A split one: free-running 16-bit indices of the next avail and used entry. A packed one: places of the
@@ -100,8 +99,7 @@ class Ring:
         return self.state == RingState(start, start)
 
 
-@dataclass(frozen=True)
-class HostNotifier:
+class HostNotifier(NamedTuple):
     """The page of a ring's doorbell, for the guest itself to write the ring's number to, at its beginning."""
 
     #: File to map it from, and the offset there; owned by whoever told of it, open as long as the device.
@@ -111,8 +109,7 @@ class HostNotifier:
     size: int
 
 
-@dataclass(frozen=True)
-class DirtyBitmap:
+class DirtyBitmap(NamedTuple):
     """Where the pages that a VF writes are marked: bit n says that page n (4 KiB) of guest memory was.
 
     Pages beyond its end are not marked. Source: QEMU docs/interop/vhost-user.rst, "Migration".

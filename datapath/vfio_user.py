@@ -10,7 +10,7 @@ Owns no socket and closes no descriptor: see `Message.fds` and `Decoder.abandon`
 
 import json
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from typing import NamedTuple, Self
 
@@ -68,8 +68,7 @@ MAX_DATA = 1 << 20
 MAX_MESSAGE = HEADER.size + 16 + MAX_DATA
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One message as it travels."""
 
     id: int
@@ -139,7 +138,7 @@ class Decoder:
             raise
         del self._buffer[:at]
         if fds and messages and not self._buffer:
-            messages[-1] = replace(messages[-1], fds=messages[-1].fds + fds)
+            messages[-1] = messages[-1]._replace(fds=messages[-1].fds + fds)
         else:
             self._fds += fds
         if fds and len(messages[-1].fds if messages and not self._buffer else self._fds) > self._max_fds:
@@ -317,8 +316,7 @@ class DeviceInfo:
         return cls(flags, regions, irqs)
 
 
-@dataclass(frozen=True)
-class Area:
+class Area(NamedTuple):
     """A range of a region, in bytes."""
 
     offset: int

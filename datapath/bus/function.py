@@ -12,8 +12,7 @@ import abc
 import contextlib
 import mmap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from datapath.native.relay import Doorbell
 from datapath.pci import COMMAND, PciCommand
@@ -25,8 +24,7 @@ from datapath.vfio_user import RegionInfo
 WIDTHS = (1, 2, 4)
 
 
-@dataclass(frozen=True)
-class RegionDescription:
+class RegionDescription(NamedTuple):
     """A region of the function: a BAR, or configuration space."""
 
     #: Bytes; 0 when the function has no such region.

@@ -9,7 +9,7 @@ Sections "4.1.x" are those of "Virtual I/O Device (VIRTIO) Version 1.3".
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from datapath.pci import (
     CAPABILITIES,
@@ -39,8 +39,7 @@ NOTIFY_MULTIPLIER = struct.Struct("<I")
 LAST_BAR = 5
 
 
-@dataclass(frozen=True)
-class StructureRule:
+class StructureRule(NamedTuple):
     """What makes a structure of a type usable."""
 
     #: Fewest bytes.
@@ -86,8 +85,7 @@ class PciIds:
         )
 
 
-@dataclass(frozen=True)
-class VirtioStructure:
+class VirtioStructure(NamedTuple):
     """Where a virtio register structure is."""
 
     bar: int

@@ -7,7 +7,7 @@ ended.
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from datapath.native._native import ffi, lib
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from _cffi_backend import FFI
 
 
-@dataclass(frozen=True)
-class Doorbell:
+class Doorbell(NamedTuple):
     """How one queue of a device is notified; exactly one of the two is set."""
 
     #: Eventfd of the device.
@@ -57,8 +56,7 @@ class ShadowRing:
     in_order: bool = False
 
 
-@dataclass(frozen=True)
-class ShadowState:
+class ShadowState(NamedTuple):
     """Where a shadow ring stands; the indices are the guest's, free-running in 16 bits."""
 
     #: Next head to take from the guest's available ring.
