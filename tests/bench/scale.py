@@ -154,9 +154,12 @@ def sample(count: int) -> Cost:
 def measure(runs: int) -> Iterator[Row | str]:
     """Rows for each number of ports, then whether it is linear."""
     yield "without a peer; of each port, while all of them run rings of a guest that does nothing"
-    costs: dict[int, list[Cost]] = {}
+    costs: dict[int, list[Cost]] = {count: [] for count in SIZES}
+    for run in range(runs):
+        # In turn, once up and once down: this or that number of ports is not to meet a slower machine.
+        for count in SIZES if run % 2 == 0 else reversed(SIZES):
+            costs[count].append(sample(count))
     for count in SIZES:
-        costs[count] = [sample(count) for _ in range(runs)]
         yield from rows(count, costs[count])
     yield linear(costs)
 
