@@ -31,7 +31,7 @@ from datapath.drivers.dirty_logging import DirtyLogging, LogRegisters
 from datapath.drivers.dma_addresses import DmaAddresses
 from datapath.drivers.guest_regions import GuestRegions
 from datapath.drivers.ring_paths import RingPaths, interrupt_guest
-from datapath.drivers.virtio_registers import VirtioRegisters
+from datapath.drivers.virtio_registers import NotAsLeftError, VirtioRegisters
 from datapath.features import Column, Way
 from datapath.vdpa import (
     DeviceError,
@@ -391,21 +391,29 @@ class VirtioNetDevice(VdpaDevice):
         self._rings.update(rings)
         try:
             self._guest.finish()
-            placed = self._place(rings)
-            with self._function.together():
-                self._initialise(placed)
-                if not self._log.function_starts():
-                    placed = self._place(rings)
-                    self._set_calls(placed)
-                for index, ring in placed.items():
-                    self._program(index, ring)
-                self._registers.add_status(Status.DRIVER_OK)
-                self._registers.confirm()
+            try:
+                self._bring_up(rings)
+            except NotAsLeftError:
+                self._registers.reset()
+                self._bring_up(rings)
             for index, ring in rings.items():
                 self._paths.open(index, ring, self._registers.doorbell(index))
         except BaseException:
             self._halt()
             raise
+
+    def _bring_up(self, rings: Mapping[int, Ring]) -> None:
+        """From reset, or what `prepare` made of that, to DRIVER_OK."""
+        placed = self._place(rings)
+        with self._function.together():
+            self._initialise(placed)
+            if not self._log.function_starts():
+                placed = self._place(rings)
+                self._set_calls(placed)
+            for index, ring in placed.items():
+                self._program(index, ring)
+            self._registers.add_status(Status.DRIVER_OK)
+            self._registers.confirm()
 
     def _place(self, rings: Mapping[int, Ring]) -> dict[int, Ring]:
         """Decide how rings travel, of which none runs, and see them as the function is to be given them."""

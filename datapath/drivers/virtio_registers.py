@@ -27,6 +27,10 @@ ALL_ONES = 0xFF
 REQUIRED = (PciCapability.COMMON, PciCapability.NOTIFY, PciCapability.DEVICE)
 
 
+class NotAsLeftError(DeviceError):
+    """The device has failed, or was reset, since it was told the features; it can be told them anew."""
+
+
 def wait_until(condition: Callable[[], bool], seconds: float, failure: Callable[[], str]) -> None:
     """Look again and again until `condition` holds.
 
@@ -66,6 +70,8 @@ class VirtioRegisters:
         self._fresh = False
         #: Features that the device has been told; its status before that, and after it.
         self._proposed: tuple[int, Callable[[], int], Callable[[], int]] | None = None
+        #: The status of a device that was told them a while ago, and what it should be; seen by `confirm`.
+        self._left: tuple[Callable[[], int], Status] | None = None
         #: Vectors that were written, and what the device then held; seen by `confirm`.
         self._unsure: list[tuple[Callable[[], int], int, str]] = []
         self._doorbells: dict[int, Doorbell] = {}
@@ -136,14 +142,14 @@ class VirtioRegisters:
 
         :raise DeviceError: when it refuses the combination, or is not reset.
         """
-        for _ in range(2):
-            self.propose_features(features)
-            assert self._proposed is not None
-            _, found, told = self._proposed
-            if not found():
-                break
-            self.reset()  # what it has been told counts for nothing
-        self._proposed = None
+        beforehand = self._proposed is not None and self._proposed[0] == features
+        found, told = self._take_proposal(features)
+        if found():  # what it has been told counts for nothing
+            self.reset()
+            beforehand = False
+            found, told = self._take_proposal(features)
+        if beforehand:
+            self._left = self.status_later(), self._status
         if not told() & Status.FEATURES_OK:
             raise DeviceError(f"{self._function.name}: refuses the features {features:#x}")
 
@@ -172,10 +178,16 @@ class VirtioRegisters:
 
         What follows may go on another way, as doorbells do. Vectors are to be read (section 4.1.5.1.2.1).
 
+        :raise NotAsLeftError: when what it was told before does not count any more.
         :raise DeviceError: when it has no room for a vector.
         """
         unsure, self._unsure = self._unsure, []
+        left, self._left = self._left, None
         status = self.status_later()
+        if left is not None and left[0]() != left[1]:
+            raise NotAsLeftError(
+                f"{self._function.name}: has failed, or was reset, while its start was prepared"
+            )
         for held, vector, what in unsure:
             if held() != vector:
                 raise DeviceError(f"{self._function.name}: has no MSI-X vector {vector} for {what}")
@@ -256,13 +268,20 @@ class VirtioRegisters:
         self.add_status(Status.FEATURES_OK)
         return self.status_later()
 
+    def _take_proposal(self, features: int) -> tuple[Callable[[], int], Callable[[], int]]:
+        """The answers to a proposal, which is made unless it was."""
+        self.propose_features(features)
+        assert self._proposed is not None
+        (_, found, told), self._proposed = self._proposed, None
+        return found, told
+
     def _forget_proposal(self) -> None:
-        """Take the answers that nobody wants any more; the channel keeps them so long."""
-        if self._proposed is not None:
-            for answer in self._proposed[1:]:
-                with contextlib.suppress(DeviceError):
-                    answer()
-            self._proposed = None
+        """Take the answers that nobody wants any more; they are kept so long."""
+        answers = self._proposed[1:] if self._proposed is not None else ()
+        self._proposed = self._left = None
+        for answer in answers:
+            with contextlib.suppress(DeviceError):
+                answer()
 
     def _present(self, status: int) -> Status:
         if status == ALL_ONES:

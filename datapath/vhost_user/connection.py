@@ -12,8 +12,10 @@ from datapath.vhost_user.messages import MAX_FDS, Decoder, ProtocolError
 
 #: Room for one descriptor more than any message may carry, so that too many are seen, not cut off.
 _ANCILLARY = socket.CMSG_SPACE((MAX_FDS + 1) * array.array("i").itemsize)
-#: Bytes that are read at a time, a hundred messages, and how often before the loop gets its turn again.
-_READ_SIZE, _READS_AT_ONCE = 4096, 4
+#: Bytes that are read at a time, a few dozen messages.
+_READ_SIZE = 1024
+#: Messages that are handled, or somewhat more, before the loop gets its turn again.
+_BATCH = 64
 
 
 class DisconnectedError(Exception):
@@ -36,7 +38,8 @@ class Connection:
         :raise ProtocolError: when it broke the protocol.
         :raise DeviceError: when the device failed.
         """
-        for _ in range(_READS_AT_ONCE):
+        handled = 0
+        while handled < _BATCH:
             try:
                 data, ancillary, flags, _ = self.socket.recvmsg(
                     _READ_SIZE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
@@ -47,6 +50,7 @@ class Connection:
                 raise DisconnectedError(f"the front-end's socket fails: {error}") from error
             fds = self._descriptors(data, ancillary, flags) if ancillary or not data else []
             for message in self._decoder.feed(data, fds):
+                handled += 1
                 reply = self.backend.handle(message)
                 if reply is not None:
                     self._write(reply)

@@ -199,6 +199,17 @@ def test_features_change_by_a_reset_only(
     assert told[-2:] == ["status = 0xb", "status = 0xf"]
 
 
+@pytest.mark.parametrize("status", [0, 0xB | Status.DEVICE_NEEDS_RESET], ids=["reset", "failed"])
+def test_a_function_that_did_not_stay_prepared_begins_anew(
+    status: int, device: VirtioPciDevice, function: FakeFunction, guest: Guest
+) -> None:
+    device.prepare(FEATURES)
+    function.registers["status"] = status
+    device.start(FEATURES, rings(guest))
+    assert function.status == 0xF
+    assert statuses(function)[-5:] == [f"status = {value:#x}" for value in (0, 1, 3, 0xB, 0xF)]
+
+
 def test_what_cannot_be_prepared_is_told_by_the_start(
     device: VirtioPciDevice, function: FakeFunction, guest: Guest
 ) -> None:
