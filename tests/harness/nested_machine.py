@@ -59,7 +59,7 @@ KERNEL_ARGUMENTS = (
 )
 
 #: Seconds that it gets to boot; where nothing else runs it needs ten.
-BOOT_TIME = 240.0
+BOOT_TIME = 150.0
 
 #: Lines of each log that are worth showing when it fails.
 LAST_LINES = 40

@@ -216,10 +216,18 @@ class NestedTier:
         self._run.warnings.clear()
 
     def _running(self) -> InnerRun:
-        """The machine, booted at the first call."""
+        """The machine, booted at the first call; one that hangs while it boots gets a second chance.
+
+        Once in dozens of runs an emulated machine has said nothing at all, not even its kernel.
+        """
         if self._run is None:
             self._run = InnerRun(self._machine, self._due, self._arguments())
-            self._run.boot()
+            try:
+                self._run.boot()
+            except HarnessError:
+                self._run.close()
+                self._run = InnerRun(self._machine, self._due, self._arguments())
+                self._run.boot()
         return self._run
 
     def _arguments(self) -> list[str]:
