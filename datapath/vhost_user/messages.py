@@ -392,8 +392,8 @@ class Decoder:
     """Cuts what a front-end sends into messages, many at a time.
 
     Descriptors end what one read gives (unix(7): ancillary data are a barrier), so they belong to the
-    message that begins last in it, as long as no sender puts another one behind it in the same call. QEMU,
-    DPDK and rust-vmm send each message by itself.
+    message that begins last in it, as long as no sender puts another one behind it in the same call. QEMU and
+    DPDK send each message by itself.
     """
 
     def __init__(self) -> None:
