@@ -1,5 +1,16 @@
-"""Build step that setup.cfg cannot express: the C of datapath/native, through cffi."""
+"""Build steps that setup.cfg cannot express: datapath/native, through cffi, and the emulated ConnectX."""
+
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
-setup(cffi_modules=["datapath/native/build.py:ffibuilder"])
+sys.path.insert(0, str(Path(__file__).parent))
+
+from datapath.emulation.mlx5.build import BuildWithLibrary, extension
+
+setup(
+    cffi_modules=["datapath/native/build.py:ffibuilder"],
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildWithLibrary},
+)

@@ -189,6 +189,7 @@ VDPA_CAPABILITIES = layout(
     log_doorbell_bar_size=(0x3B, 5),
     doorbell_bar_offset=(0x40, 64),
     max_num_virtio_queues=(0x88, 24),
+    freeze_to_rdy_supported=(0xD4, 1),
     umem_1_buffer_param_a=(0x100, 32),
     umem_1_buffer_param_b=(0x120, 32),
     umem_2_buffer_param_a=(0x140, 32),

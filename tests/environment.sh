@@ -63,7 +63,7 @@ install_project() {
 
 # build_native [FLAG...]: build in place, with these compiler flags.
 build_native() {
-    progress "building the C module"
+    progress "building the C modules"
     NATIVE_CFLAGS=$* "$venv/bin/python" setup.py --quiet build_ext --inplace --force
 }
 
@@ -80,7 +80,8 @@ prepare() {
     [ ! -e "$venv/stamp-project[dev]" ] || extras='[dev]'
     once "project$extras" setup.cfg setup.py pyproject.toml -- install_project ".$extras"
     # shellcheck disable=SC2086
-    once "native$flags" datapath/native/build.py datapath/native/*.c datapath/native/*.h -- build_native $flags
+    once "native$flags" datapath/mlx5_*.py datapath/native/build.py datapath/native/*.[ch] \
+        datapath/emulation/mlx5/*.py datapath/emulation/mlx5/*.[ch] -- build_native $flags
     # As the installation of a package does; every port would compile them anew where PYTHONDONTWRITEBYTECODE is set.
     (cd "$checkout" && "$venv/bin/python" -m compileall -q datapath libvirt_vdpa)
 }

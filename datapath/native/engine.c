@@ -314,6 +314,16 @@ int engine_map(struct engine *engine, uint64_t iova, uint64_t size, int fd, uint
     return result;
 }
 
+int engine_borrow(struct engine *engine, uint64_t iova, uint64_t size, void *host)
+{
+    int result;
+
+    enter(engine);
+    result = dma_borrow(&engine->dma, iova, size, host);
+    leave(engine);
+    return result;
+}
+
 int engine_unmap(struct engine *engine, uint64_t iova, uint64_t size)
 {
     int result;

@@ -132,4 +132,7 @@ const char *engine_fault(struct engine *engine, unsigned int *queue);
 struct engine_counters engine_count(struct engine *engine, unsigned int queue);
 /* cffi: end */
 
+/* See dma_borrow(): for a device that lives in its driver's process. */
+int engine_borrow(struct engine *engine, uint64_t iova, uint64_t size, void *host);
+
 #endif

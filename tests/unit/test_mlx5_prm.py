@@ -61,6 +61,7 @@ PLACES = {
         log_doorbell_bar_size 0x04[4:0]
         doorbell_bar_offset 0x08 8 bytes
         max_num_virtio_queues 0x10[23:0]
+        freeze_to_rdy_supported 0x18[11]
         umem_1_buffer_param_a 0x20[31:0]
         umem_1_buffer_param_b 0x24[31:0]
         umem_2_buffer_param_a 0x28[31:0]

@@ -1,0 +1,270 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#define _GNU_SOURCE
+#include "device.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "queues.h"
+
+static struct device device;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static bool made;
+
+static void make(void)
+{
+    if (!options_read(&device.options)) {
+        return;
+    }
+    pthread_mutex_init(&device.lock, NULL);
+    pthread_cond_init(&device.slot_free, NULL);
+    device.memory_fd = -1;
+    device.ibv.node_type = 1;           /* IBV_NODE_CA */
+    snprintf(device.ibv.name, sizeof(device.ibv.name), "%s", device.options.name);
+    snprintf(device.ibv.dev_name, sizeof(device.ibv.dev_name), "uverbs0");
+    snprintf(device.ibv.dev_path, sizeof(device.ibv.dev_path), "/dev/infiniband/uverbs0");
+    memcpy(device.ibv.ibdev_path, device.options.ibdev_path, sizeof(device.ibv.ibdev_path) - 1);
+    made = true;
+}
+
+struct device *device_get(void)
+{
+    pthread_once(&once, make);
+    if (!made) {
+        errno = ENODEV;
+        return NULL;
+    }
+    return &device;
+}
+
+static int map_memory(struct device *device)
+{
+    const size_t size = DEVICE_PAGES * PAGE_SIZE;
+
+    device->memory_fd = memfd_create("mlx5-device", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (device->memory_fd < 0 || ftruncate(device->memory_fd, size) < 0 ||
+        fcntl(device->memory_fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {
+        return -errno;
+    }
+    device->memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, device->memory_fd, 0);
+    if (device->memory == MAP_FAILED) {
+        device->memory = NULL;
+        return -errno;
+    }
+    memset(device->page_taken, 0, sizeof(device->page_taken));
+    device->page_taken[0] = true;
+    return 0;
+}
+
+static void unmap_memory(struct device *device)
+{
+    if (device->memory != NULL) {
+        munmap(device->memory, DEVICE_PAGES * PAGE_SIZE);
+    }
+    if (device->memory_fd >= 0) {
+        close(device->memory_fd);
+    }
+    device->memory = NULL;
+    device->memory_fd = -1;
+}
+
+int device_open(struct device *device)
+{
+    int result;
+
+    if (device->context != NULL) {
+        return -EBUSY;
+    }
+    result = map_memory(device);
+    if (result == 0) {
+        result = queues_open(device);
+    }
+    if (result == 0) {
+        device->context = calloc(1, sizeof(*device->context));
+        result = device->context == NULL ? -ENOMEM : 0;
+    }
+    if (result < 0) {
+        device_close(device);
+        return result;
+    }
+    device->commands = 0;
+    return 0;
+}
+
+void device_close(struct device *device)
+{
+    queues_close(device);
+    while (device->objects != NULL) {
+        struct object *object = device->objects;
+
+        device->objects = object->next;
+        free(object->used);
+        free(object);
+    }
+    unmap_memory(device);
+    free(device->context);
+    device->context = NULL;
+}
+
+static void sleep_us(unsigned int microseconds)
+{
+    struct timespec left = { microseconds / 1000000, microseconds % 1000000 * 1000 };
+
+    while (nanosleep(&left, &left) < 0 && errno == EINTR) {
+    }
+}
+
+uint8_t command_begin(struct device *device)
+{
+    unsigned int number;
+
+    pthread_mutex_lock(&device->lock);
+    while (device->busy_slots >= device->options.slots) {
+        pthread_cond_wait(&device->slot_free, &device->lock);
+    }
+    device->busy_slots++;
+    number = ++device->commands;
+    pthread_mutex_unlock(&device->lock);
+    sleep_us(device->options.latency_us);
+    pthread_mutex_lock(&device->lock);
+    if (number == device->options.fail || (device->options.dead > 0 && number >= device->options.dead)) {
+        return PRM_STATUS_INTERNAL_ERROR;
+    }
+    return PRM_STATUS_OK;
+}
+
+void command_end(struct device *device)
+{
+    device->busy_slots--;
+    pthread_cond_signal(&device->slot_free);
+    pthread_mutex_unlock(&device->lock);
+}
+
+int status_to_errno(uint8_t status)
+{
+    switch (status) {
+    case PRM_STATUS_OK:
+        return 0;
+    case PRM_STATUS_INTERNAL_ERROR:
+    case PRM_STATUS_BAD_SYSTEM_STATE:
+    case PRM_STATUS_BAD_INPUT_LENGTH:
+    case PRM_STATUS_BAD_OUTPUT_LENGTH:
+        return EIO;
+    case PRM_STATUS_RESOURCE_BUSY:
+        return EBUSY;
+    case PRM_STATUS_EXCEEDS_LIMIT:
+        return ENOMEM;
+    case PRM_STATUS_NO_RESOURCES:
+        return EAGAIN;
+    default:
+        return EINVAL;
+    }
+}
+
+int device_take_page(struct device *device)
+{
+    for (unsigned int i = 0; i < DEVICE_PAGES; i++) {
+        if (!device->page_taken[i]) {
+            device->page_taken[i] = true;
+            memset(device->memory + i * PAGE_SIZE, 0, PAGE_SIZE);
+            return i;
+        }
+    }
+    return -1;
+}
+
+void device_free_page(struct device *device, unsigned int page)
+{
+    device->page_taken[page] = false;
+}
+
+/* One that no object has; there are far fewer objects than numbers. */
+static uint32_t next_id(struct device *device)
+{
+    bool taken = true;
+
+    while (taken) {
+        device->last_id = device->last_id % 0xffffff + 1;
+        taken = false;
+        for (struct object *object = device->objects; object != NULL; object = object->next) {
+            taken |= object->id == device->last_id;
+        }
+    }
+    return device->last_id;
+}
+
+void *object_new(struct device *device, enum object_kind kind, size_t size)
+{
+    struct object *object = calloc(1, size);
+
+    if (object != NULL) {
+        object->kind = kind;
+        object->id = next_id(device);
+        object->next = device->objects;
+        device->objects = object;
+    }
+    return object;
+}
+
+bool object_use(struct object *object, struct object *used)
+{
+    struct object **more;
+
+    if (used == NULL) {
+        return true;
+    }
+    more = realloc(object->used, (object->uses + 1) * sizeof(*more));
+    if (more == NULL) {
+        return false;
+    }
+    object->used = more;
+    object->used[object->uses++] = used;
+    used->users++;
+    return true;
+}
+
+void object_let_go(struct object *object, struct object *used)
+{
+    for (unsigned int i = 0; i < object->uses; i++) {
+        if (object->used[i] == used) {
+            object->used[i] = object->used[--object->uses];
+            used->users--;
+            return;
+        }
+    }
+}
+
+uint8_t object_free(struct device *device, struct object *object)
+{
+    struct object **at = &device->objects;
+
+    if (object->users > 0) {
+        return PRM_STATUS_BAD_RESOURCE_STATE;
+    }
+    while (*at != object) {
+        at = &(*at)->next;
+    }
+    *at = object->next;
+    for (unsigned int i = 0; i < object->uses; i++) {
+        object->used[i]->users--;
+    }
+    free(object->used);
+    free(object);
+    return PRM_STATUS_OK;
+}
+
+struct object *object_find(struct device *device, enum object_kind kind, uint32_t id)
+{
+    for (struct object *object = device->objects; object != NULL; object = object->next) {
+        if (object->kind == kind && object->id == id) {
+            return object;
+        }
+    }
+    return NULL;
+}

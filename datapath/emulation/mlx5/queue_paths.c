@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "queue_paths.h"
+
+#include "bell.h"
+#include "steering.h"
+
+/* Where an engine finds the dirty bitmap: beyond every guest's memory. */
+#define LOG_IOVA (UINT64_C(1) << 62)
+#define FEATURE(number) (UINT64_C(1) << (number))
+
+static struct pair *pair_of(struct device *device, const struct virtq *virtq)
+{
+    return &device->queues->pair[virtq->index / 2];
+}
+
+static uint64_t field(const struct virtq *virtq, struct prm_field field)
+{
+    return prm_get(virtq->body, field);
+}
+
+static int uplink_of(const struct options *options, unsigned int pair)
+{
+    return options->uplinks > 0 ? options->uplink[pair] : -1;
+}
+
+/* See that a pair has its engine. */
+static bool need_engine(struct device *device, unsigned int index)
+{
+    struct pair *pair = &device->queues->pair[index];
+    const struct engine_uplink uplink = {
+        .pairs = 1, .packet_fd = { uplink_of(&device->options, index) }, .header = device->options.header,
+    };
+
+    if (pair->engine != NULL) {
+        return true;
+    }
+    if (engine_open(&uplink, &pair->engine) < 0) {
+        pair->engine = NULL;
+        return false;
+    }
+    for (unsigned int i = 0; i < 2; i++) {
+        engine_set_call(pair->engine, i, device->queues->call_fd[2 * index + i]);
+    }
+    return bell_watch(device, index);
+}
+
+/* Let the engine reach what a key reaches. */
+static enum syndrome reach(struct pair *pair, const struct mkey *mkey)
+{
+    if (pair->reached == mkey) {
+        return SYNDROME_NONE;
+    }
+    if (pair->moving > 0) {     /* both queues of a pair have one key here, as every driver has it */
+        return SYNDROME_KEY;
+    }
+    engine_unmap_all(pair->engine);
+    pair->reached = NULL;
+    for (unsigned int i = 0; i < mkey->pieces; i++) {
+        const struct piece *piece = &mkey->piece[i];
+
+        if (engine_borrow(pair->engine, piece->iova, piece->size, piece->host) < 0) {
+            return SYNDROME_KEY_RANGE;
+        }
+    }
+    pair->reached = mkey;
+    return SYNDROME_NONE;
+}
+
+static uint64_t features_of(const struct virtq *virtq)
+{
+    return (field(virtq, PRM_VIRTIO_NET_Q_TX_CSUM) ? FEATURE(0) : 0) |
+           (field(virtq, PRM_VIRTIO_NET_Q_RX_CSUM) ? FEATURE(1) : 0) |
+           (field(virtq, PRM_VIRTIO_NET_Q_TSO_IPV4) ? FEATURE(11) : 0) |
+           (field(virtq, PRM_VIRTIO_NET_Q_TSO_IPV6) ? FEATURE(12) : 0);
+}
+
+/* How many chains an engine has completed of a queue since it exists. */
+static uint64_t done(const struct pair *pair, const struct virtq *virtq)
+{
+    struct engine_counters now = engine_count(pair->engine, virtq->index % 2);
+
+    return now.packets + (virtq->index % 2 == ENGINE_TX ? now.dropped : 0);
+}
+
+static enum syndrome start(struct device *device, struct virtq *virtq)
+{
+    struct pair *pair = pair_of(device, virtq);
+    const struct ring_setup setup = {
+        .size = field(virtq, PRM_VIRTIO_NET_Q_QUEUE_SIZE),
+        .descriptors = field(virtq, PRM_VIRTIO_NET_Q_DESC_ADDR),
+        .avail = field(virtq, PRM_VIRTIO_NET_Q_AVAILABLE_ADDR),
+        .used = field(virtq, PRM_VIRTIO_NET_Q_USED_ADDR),
+        .avail_index = field(virtq, PRM_VIRTIO_NET_Q_HW_AVAILABLE_INDEX),
+        .used_index = field(virtq, PRM_VIRTIO_NET_Q_HW_USED_INDEX),
+        .short_header = !field(virtq, PRM_VIRTIO_NET_Q_VIRTIO_VERSION_1_0),
+    };
+    enum syndrome syndrome;
+
+    if (virtq->mkey == NULL || !need_engine(device, virtq->index / 2)) {
+        return virtq->mkey == NULL ? SYNDROME_KEY : SYNDROME_NO_MEMORY;
+    }
+    syndrome = reach(pair, virtq->mkey);
+    if (syndrome == SYNDROME_NONE && engine_start_queue(pair->engine, virtq->index % 2, &setup) < 0) {
+        syndrome = SYNDROME_ADDRESSES;
+    }
+    if (syndrome != SYNDROME_NONE) {
+        return syndrome;
+    }
+    virtq->moves = true;
+    virtq->counted = done(pair, virtq);
+    pair->moving++;
+    engine_set_features(pair->engine, features_of(virtq));
+    engine_run(pair->engine, true);
+    engine_kick(pair->engine, virtq->index % 2);
+    return queue_paths_log(device, virtq);
+}
+
+enum syndrome queue_paths_settle(struct device *device, struct virtq *virtq)
+{
+    const bool receives = virtq->index % 2 == ENGINE_RX;
+    const bool wanted = field(virtq, PRM_VIRTIO_NET_Q_STATE) == PRM_STATE_READY &&
+                        (!receives || steering_leads_to(device, &virtq->object));
+
+    if (wanted && !virtq->moves) {
+        return start(device, virtq);
+    }
+    if (!wanted) {
+        queue_paths_stop(device, virtq);
+    }
+    return SYNDROME_NONE;
+}
+
+void queue_paths_stop(struct device *device, struct virtq *virtq)
+{
+    struct pair *pair = pair_of(device, virtq);
+    struct ring_state state;
+
+    if (!virtq->moves) {
+        return;
+    }
+    state = engine_stop_queue(pair->engine, virtq->index % 2);
+    prm_set(virtq->body, PRM_VIRTIO_NET_Q_HW_AVAILABLE_INDEX, state.avail);
+    prm_set(virtq->body, PRM_VIRTIO_NET_Q_HW_USED_INDEX, state.used);
+    queue_paths_count(device, virtq);
+    virtq->moves = false;
+    if (--pair->moving == 0) {
+        engine_run(pair->engine, false);
+        engine_unmap_all(pair->engine);
+        pair->reached = NULL;
+        pair->log_size = 0;
+    }
+}
+
+enum syndrome queue_paths_log(struct device *device, struct virtq *virtq)
+{
+    struct pair *pair = pair_of(device, virtq);
+    const uint64_t size = field(virtq, PRM_VIRTIO_NET_Q_DIRTY_BITMAP_SIZE);
+    uint8_t *bitmap = NULL;
+
+    /* Only what is received is written as packet data. */
+    if (!virtq->moves || virtq->index % 2 != ENGINE_RX) {
+        return SYNDROME_NONE;
+    }
+    engine_set_log(pair->engine, false, 0, 0);
+    if (virtq->log_key == NULL || !field(virtq, PRM_VIRTIO_NET_Q_DIRTY_BITMAP_DUMP_ENABLE)) {
+        return SYNDROME_NONE;
+    }
+    bitmap = memory_at(virtq->log_key, field(virtq, PRM_VIRTIO_NET_Q_DIRTY_BITMAP_ADDR), size);
+    if (bitmap == NULL) {
+        return SYNDROME_DIRTY_BITMAP;
+    }
+    if (pair->log_size > 0) {
+        engine_unmap(pair->engine, LOG_IOVA, pair->log_size);
+        pair->log_size = 0;
+    }
+    if (engine_borrow(pair->engine, LOG_IOVA, size, bitmap) < 0) {
+        return SYNDROME_DIRTY_BITMAP;
+    }
+    pair->log_size = size;
+    engine_set_log(pair->engine, true, LOG_IOVA, LOG_IOVA + size);
+    return SYNDROME_NONE;
+}
+
+void queue_paths_count(struct device *device, struct virtq *virtq)
+{
+    if (virtq->moves && virtq->counters != NULL) {
+        const uint64_t now = done(pair_of(device, virtq), virtq);
+
+        virtq->counters->received += now - virtq->counted;
+        virtq->counters->completed += now - virtq->counted;
+        virtq->counted = now;
+    }
+}

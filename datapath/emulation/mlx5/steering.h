@@ -1,0 +1,11 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The root table of the receive side: matchers, and rules that lead what they match to a TIR. */
+#ifndef MLX5_EMULATION_STEERING_H
+#define MLX5_EMULATION_STEERING_H
+
+#include "device.h"
+
+/* Whether some rule leads to a queue. */
+bool steering_leads_to(const struct device *device, const struct object *queue);
+
+#endif
