@@ -14,6 +14,7 @@
 
 #include "event_queues.h"
 #include "queues.h"
+#include "worker.h"
 
 /* What a doorbell reads that nobody has rung: no queue's number, in 16 bits or 32. */
 #define NOT_RUNG UINT32_MAX
@@ -40,14 +41,6 @@ static int64_t now_ns(void)
 
     clock_gettime(CLOCK_MONOTONIC, &time);
     return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
-}
-
-static void drain(int fd)
-{
-    uint64_t value;
-    ssize_t ignored = read(fd, &value, sizeof(value));
-
-    (void)ignored;
 }
 
 static bool watch(struct bell *bell, int fd, uint32_t token)
@@ -81,7 +74,7 @@ static bool kick(struct device *device)
         struct virtq *virtq = device->queues->virtq[i];
 
         if (virtq != NULL && virtq->moves) {
-            engine_kick(device->queues->pair[i / 2].engine, i % 2);
+            signal_fd(engine_kick_fd(device->queues->pair[i / 2].engine, i % 2));
         }
     }
     return true;
@@ -110,13 +103,23 @@ static void handle(struct device *device, uint32_t token)
     struct bell *bell = device->queues->bell;
 
     if (token == TOKEN_WAKE) {
-        drain(bell->wake_fd);
+        drain_fd(bell->wake_fd);
     } else if (token >= TOKEN_FAULT) {
         queues_break(device, token - TOKEN_FAULT);
     } else {
-        drain(device->queues->call_fd[token]);
+        drain_fd(device->queues->call_fd[token]);
         bell->told[token] = true;
     }
+}
+
+static bool any_moves(const struct device *device)
+{
+    for (unsigned int i = 0; i < device->options.pairs; i++) {
+        if (device->queues->pair[i].moving > 0) {
+            return true;
+        }
+    }
+    return false;
 }
 
 static void *listen(void *argument)
@@ -124,11 +127,12 @@ static void *listen(void *argument)
     struct device *device = argument;
     struct bell *bell = device->queues->bell;
     int64_t poll_until = 0;
+    int longest = -1;
 
     while (!bell->quit) {
         struct epoll_event events[EVENTS];
         int64_t now = now_ns();
-        int count = epoll_wait(bell->epoll_fd, events, EVENTS, now < poll_until ? 0 : NAP_MS);
+        int count = epoll_wait(bell->epoll_fd, events, EVENTS, now < poll_until ? 0 : longest);
         bool busy;
 
         pthread_mutex_lock(&device->lock);
@@ -137,6 +141,7 @@ static void *listen(void *argument)
         }
         busy = kick(device);
         busy |= tell(device);
+        longest = any_moves(device) ? NAP_MS : -1;
         pthread_mutex_unlock(&device->lock);
         if (busy || count > 0) {
             poll_until = now_ns() + POLL_NS;
@@ -176,16 +181,13 @@ int bell_open(struct device *device)
 void bell_close(struct device *device)
 {
     struct bell *bell = device->queues->bell;
-    const uint64_t one = 1;
 
     if (bell == NULL) {
         return;
     }
     if (!bell->quit) {
-        ssize_t ignored = write(bell->wake_fd, &one, sizeof(one));
-
-        (void)ignored;
         bell->quit = true;
+        bell_wake(device);
         pthread_mutex_unlock(&device->lock);    /* it may be waiting for it */
         pthread_join(bell->thread, NULL);
         pthread_mutex_lock(&device->lock);
@@ -198,6 +200,11 @@ void bell_close(struct device *device)
     }
     free(bell);
     device->queues->bell = NULL;
+}
+
+void bell_wake(struct device *device)
+{
+    signal_fd(device->queues->bell->wake_fd);
 }
 
 bool bell_watch(struct device *device, unsigned int pair)

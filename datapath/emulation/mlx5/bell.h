@@ -15,6 +15,9 @@
 int bell_open(struct device *device);
 void bell_close(struct device *device);
 
+/* Let the thread see that queues move: while none do, it sleeps. */
+void bell_wake(struct device *device);
+
 /* Listen to a pair's engine. False: the system has no more room for it. */
 bool bell_watch(struct device *device, unsigned int pair);
 

@@ -13,34 +13,41 @@
 
 #include "queues.h"
 
-static struct device device;
-static pthread_once_t once = PTHREAD_ONCE_INIT;
-static bool made;
-
-static void make(void)
-{
-    if (!options_read(&device.options)) {
-        return;
-    }
-    pthread_mutex_init(&device.lock, NULL);
-    pthread_cond_init(&device.slot_free, NULL);
-    device.memory_fd = -1;
-    device.ibv.node_type = 1;           /* IBV_NODE_CA */
-    snprintf(device.ibv.name, sizeof(device.ibv.name), "%s", device.options.name);
-    snprintf(device.ibv.dev_name, sizeof(device.ibv.dev_name), "uverbs0");
-    snprintf(device.ibv.dev_path, sizeof(device.ibv.dev_path), "/dev/infiniband/uverbs0");
-    memcpy(device.ibv.ibdev_path, device.options.ibdev_path, sizeof(device.ibv.ibdev_path) - 1);
-    made = true;
-}
-
 struct device *device_get(void)
 {
-    pthread_once(&once, make);
-    if (!made) {
-        errno = ENODEV;
-        return NULL;
-    }
+    static struct device device = {
+        .lock = PTHREAD_MUTEX_INITIALIZER, .slot_free = PTHREAD_COND_INITIALIZER, .memory_fd = -1,
+    };
+
     return &device;
+}
+
+static bool describe(struct device *device)
+{
+    struct ibv_device *ibv = &device->ibv;
+
+    if (device->context != NULL) {
+        return true;
+    }
+    if (!options_read(&device->options)) {
+        return false;
+    }
+    ibv->node_type = 1;         /* IBV_NODE_CA */
+    snprintf(ibv->name, sizeof(ibv->name), "%s", device->options.name);
+    snprintf(ibv->dev_name, sizeof(ibv->dev_name), "uverbs0");
+    snprintf(ibv->dev_path, sizeof(ibv->dev_path), "/dev/infiniband/uverbs0");
+    memcpy(ibv->ibdev_path, device->options.ibdev_path, sizeof(ibv->ibdev_path));
+    return true;
+}
+
+bool device_describe(struct device *device)
+{
+    bool known;
+
+    pthread_mutex_lock(&device->lock);
+    known = describe(device);
+    pthread_mutex_unlock(&device->lock);
+    return known;
 }
 
 static int map_memory(struct device *device)

@@ -69,8 +69,11 @@ struct device {
     struct queues *queues;                  /* see queues.h; NULL while it is not open */
 };
 
-/* The function that MLX5_EMULATION describes; NULL with errno and a line on standard error when it describes none. */
+/* The function. */
 struct device *device_get(void);
+
+/* Make it what MLX5_EMULATION describes, unless it is open. False, with a line on standard error: that is none. */
+bool device_describe(struct device *device);
 
 static inline struct device *device_of(struct ibv_context *context)
 {

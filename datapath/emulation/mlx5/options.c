@@ -82,7 +82,7 @@ static bool set(struct options *options, const char *name, char *value)
         return to_text(options->name, sizeof(options->name), value);
     }
     if (strcmp(name, "ibdev") == 0) {
-        return to_text(options->ibdev_path, 256, value);
+        return to_text(options->ibdev_path, sizeof(options->ibdev_path), value);
     }
     return strcmp(name, "uplink") == 0 && to_uplinks(options, value);
 }

@@ -12,7 +12,7 @@
 
 struct options {
     char name[64];              /* name: of the RDMA device */
-    char ibdev_path[PATH_MAX];  /* ibdev: its folder, in which device/uevent names the PCI function */
+    char ibdev_path[256];       /* ibdev: its folder, in which device/uevent names the PCI function */
     unsigned int latency_us;    /* latency_us: of a command */
     unsigned int slots;         /* slots: commands that firmware works on at a time */
     unsigned int pairs;         /* pairs: of queues */

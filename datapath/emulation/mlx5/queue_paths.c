@@ -41,7 +41,7 @@ static bool need_engine(struct device *device, unsigned int index)
     for (unsigned int i = 0; i < 2; i++) {
         engine_set_call(pair->engine, i, device->queues->call_fd[2 * index + i]);
     }
-    return bell_watch(device, index);
+    return engine_open_doorbells(pair->engine, -1) == 0 && bell_watch(device, index);
 }
 
 /* Let the engine reach what a key reaches. */
@@ -112,6 +112,7 @@ static enum syndrome start(struct device *device, struct virtq *virtq)
     engine_set_features(pair->engine, features_of(virtq));
     engine_run(pair->engine, true);
     engine_kick(pair->engine, virtq->index % 2);
+    bell_wake(device);
     return queue_paths_log(device, virtq);
 }
 

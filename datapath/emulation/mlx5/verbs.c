@@ -30,12 +30,13 @@ EXPORT struct ibv_device **ibv_get_device_list(int *count)
 {
     struct device *device = device_get();
     struct ibv_device **list = calloc(2, sizeof(*list));
+    const bool found = list != NULL && device_describe(device);
 
-    if (list != NULL && device != NULL) {
+    if (found) {
         list[0] = &device->ibv;
     }
     if (count != NULL) {
-        *count = list != NULL && device != NULL;
+        *count = found;
     }
     return list;
 }
@@ -76,7 +77,7 @@ EXPORT struct ibv_context *mlx5dv_open_device(struct ibv_device *abi, struct mlx
 {
     struct device *device = device_get();
 
-    if (device == NULL || abi != &device->ibv || attributes->flags != MLX5DV_CONTEXT_FLAGS_DEVX ||
+    if (abi != &device->ibv || attributes->flags != MLX5DV_CONTEXT_FLAGS_DEVX ||
         attributes->comp_mask != 0) {
         return refused(EINVAL);
     }
@@ -88,7 +89,7 @@ EXPORT struct ibv_context *ibv_import_device(int cmd_fd)
 {
     struct device *device = device_get();
 
-    return device == NULL || cmd_fd < 0 ? refused(EINVAL) : open_context(device);
+    return cmd_fd < 0 || !device_describe(device) ? refused(EINVAL) : open_context(device);
 }
 
 EXPORT int ibv_close_device(struct ibv_context *context)
