@@ -61,6 +61,13 @@ void channels_forget(struct device *device, const struct object *object)
     unsubscribe(device, NULL, object);
 }
 
+void channels_close(struct device *device)
+{
+    while (device->subscriptions != NULL) {
+        unsubscribe(device, NULL, device->subscriptions->object);
+    }
+}
+
 EXPORT struct mlx5dv_devx_event_channel *mlx5dv_devx_create_event_channel(struct ibv_context *context, int flags)
 {
     struct channel *channel = calloc(1, sizeof(*channel));

@@ -11,4 +11,7 @@ void channels_raise(struct device *device, const struct object *object, uint16_t
 /* The object goes away. */
 void channels_forget(struct device *device, const struct object *object);
 
+/* Forget subscriptions that were left. */
+void channels_close(struct device *device);
+
 #endif

@@ -11,7 +11,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "channels.h"
 #include "queues.h"
+#include "steering.h"
 
 struct device *device_get(void)
 {
@@ -107,6 +109,8 @@ int device_open(struct device *device)
 void device_close(struct device *device)
 {
     queues_close(device);
+    steering_close(device);
+    channels_close(device);
     while (device->objects != NULL) {
         struct object *object = device->objects;
 

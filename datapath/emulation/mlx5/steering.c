@@ -58,6 +58,18 @@ bool steering_leads_to(const struct device *device, const struct object *queue)
     return false;
 }
 
+void steering_close(struct device *device)
+{
+    while (device->rules != NULL) {
+        struct rule *rule = device->rules;
+
+        device->rules = rule->next;
+        rule->matcher->users--;
+        rule->action->users--;
+        free(rule);
+    }
+}
+
 /* Count a user of what is made, or free what was not. */
 static void *made(void *object, unsigned int *users)
 {

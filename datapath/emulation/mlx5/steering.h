@@ -8,4 +8,7 @@
 /* Whether some rule leads to a queue. */
 bool steering_leads_to(const struct device *device, const struct object *queue);
 
+/* Forget rules that were left. */
+void steering_close(struct device *device);
+
 #endif
