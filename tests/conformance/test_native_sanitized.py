@@ -22,6 +22,7 @@ TESTS = (
     "tests/conformance/test_engine_hostile.py",
     "tests/conformance/test_engine_offloads.py",
     "tests/conformance/test_engine_packed.py",
+    "tests/conformance/test_mlx5_emulation.py",
     "tests/unit/conftest.py",
     "tests/unit/test_notify_relay.py",
     "tests/unit/test_shadow_ring.py",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datapath.emulation.mlx5.build import LIBRARY
+from datapath.emulation.mlx5 import LIBRARY
 from tests.harness.processes import Process
 
 #: Address of the function that the driver probes, and the numbers that its bus tells.

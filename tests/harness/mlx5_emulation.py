@@ -15,7 +15,7 @@ from typing import Any
 from cffi import FFI
 
 from datapath import mlx5_prm as prm
-from datapath.emulation.mlx5.build import LIBRARY
+from datapath.emulation.mlx5 import LIBRARY
 from datapath.mlx5_mailbox import Structure, get, pack, unpack
 from tests.harness.closeable import Closeable
 from tests.harness.virtqueue import Virtqueue

@@ -1,7 +1,7 @@
-"""Builds the emulated ConnectX, `libmlx5_emulated.so`: a shared object that no Python imports.
+"""Builds the emulated ConnectX: a shared object that no Python imports.
 
-A driver opens it by its path (`LIBRARY`), or has it preloaded before the real libraries. It holds its own
-copy of the packet engine of `datapath/native`, of which it shows nothing. NATIVE_CFLAGS: more compiler flags.
+It holds its own copy of the packet engine of `datapath/native`, of which it shows nothing. NATIVE_CFLAGS are
+more compiler flags.
 """
 
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
+from datapath.emulation.mlx5 import LIBRARY
 from datapath.emulation.mlx5.prm_header import header
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "native"
-#: The extension's name for setuptools, and what it becomes in its package's folder.
-NAME = "datapath.emulation.mlx5.libmlx5_emulated"
-LIBRARY = HERE / "libmlx5_emulated.so"
+#: The extension's name for setuptools.
+NAME = f"datapath.emulation.mlx5.{LIBRARY.stem}"
 #: The C units of the device, and those of the engine that it is made with.
 UNITS = (
     "prm",
