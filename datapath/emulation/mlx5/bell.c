@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "affinity.h"
 #include "event_queues.h"
 #include "queues.h"
 #include "worker.h"
@@ -19,7 +20,7 @@
 /* What a doorbell reads that nobody has rung: no queue's number, in 16 bits or 32. */
 #define NOT_RUNG UINT32_MAX
 /* How long the thread looks again at once after there was something to do, and how long it sleeps else. */
-#define POLL_NS 50000
+#define POLL_NS 200000
 #define NAP_MS 1
 /* Tokens of epoll: a queue's number for its call, and after them a pair's for its fault. */
 #define TOKEN_FAULT (2 * OPTIONS_MAX_PAIRS)
@@ -168,9 +169,12 @@ int bell_open(struct device *device)
     }
     if (result == 0) {
         sigfillset(&all);
+        const cpu_set_t processors = affinity_widen();
+
         pthread_sigmask(SIG_SETMASK, &all, &before);
         result = -pthread_create(&bell->thread, NULL, listen, device);
         pthread_sigmask(SIG_SETMASK, &before, NULL);
+        affinity_restore(&processors);
     }
     if (result < 0) {
         bell->quit = true;      /* there is no thread to be ended */

@@ -22,6 +22,7 @@ NAME = f"datapath.emulation.mlx5.{LIBRARY.stem}"
 UNITS = (
     "prm",
     "options",
+    "affinity",
     "device",
     "commands",
     "capabilities",

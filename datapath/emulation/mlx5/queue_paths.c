@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
+#define _GNU_SOURCE
 #include "queue_paths.h"
 
+#include "affinity.h"
 #include "bell.h"
 #include "steering.h"
 
@@ -31,10 +33,16 @@ static bool need_engine(struct device *device, unsigned int index)
         .pairs = 1, .packet_fd = { uplink_of(&device->options, index) }, .header = device->options.header,
     };
 
+    cpu_set_t before;
+    int result;
+
     if (pair->engine != NULL) {
         return true;
     }
-    if (engine_open(&uplink, &pair->engine) < 0) {
+    before = affinity_widen();
+    result = engine_open(&uplink, &pair->engine);
+    affinity_restore(&before);
+    if (result < 0) {
         pair->engine = NULL;
         return false;
     }
