@@ -19,8 +19,8 @@ PROTOCOL_FEATURES = 0x10C33
 #: Frames that testpmd has on their way at a time, and how many each queue is to pass at least.
 BURST = 32
 FRAMES = 2000
-#: Commands until a device is probed, and which of them the driver tries again: they take the doorbell page and
-#: the UAR. And those until a first front-end has come and gone.
+#: Commands until a device is probed, which of them the driver tries again (they take the doorbell page and
+#: the UAR), and those until a first front-end has come and gone.
 PROBING = 8
 TRIED_AGAIN = {4, 8}
 LAST_OF_A_LIFE = 80

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -288,6 +289,22 @@ def test_a_frame_comes_back_where_it_is_steered_to(running: Running) -> None:
     running.send()
     running.wait_received(1)
     assert running.setup.memory.read(0x100000 + HEADER, len(FRAME)) == COMES_BACK
+
+
+def test_an_uplink_gives_and_takes_frames() -> None:
+    wire, uplink = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    uplink.setblocking(False)
+    wire.settimeout(5.0)
+    with wire, uplink, Emulation(pairs=1, uplink=uplink.fileno()) as device, EventPair(device) as events:
+        events.connect()
+        running = Running(QueueSetup(device), events)
+        running.setup.steer(running.queues[RX])
+        running.offer()
+        running.send()
+        assert wire.recv(2048) == FRAME
+        wire.send(COMES_BACK)
+        running.wait_received(1)
+        assert running.setup.memory.read(0x100000 + HEADER, len(FRAME)) == COMES_BACK
 
 
 def test_an_armed_cq_tells_once(running: Running, events: EventPair) -> None:
