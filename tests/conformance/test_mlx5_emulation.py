@@ -212,6 +212,15 @@ def test_keys(device: Emulation) -> None:
         assert refusal(error) == status
 
 
+def test_a_key_has_eight_bits_that_the_driver_chooses(setup: QueueSetup) -> None:
+    size = len(setup.memory.bytes)
+    key = setup.device.mkey([(size, setup.region.lkey, 0)], 0, size, mkey_7_0=0x5A)
+    with pytest.raises(RefusedError) as error:
+        setup.device.create(setup.mailbox(RX, virtio_q_mkey=key.id << 8))
+    assert refusal(error) == Status.BAD_RESOURCE
+    setup.device.create(setup.mailbox(RX, virtio_q_mkey=key.id << 8 | 0x5A))
+
+
 def test_qps_move_in_their_order(device: Emulation) -> None:
     with EventPair(device) as pair:
         with pytest.raises(RefusedError) as error:
@@ -319,6 +328,25 @@ def test_an_armed_cq_tells_once(running: Running, events: EventPair) -> None:
     assert events.event(0.1) is None, "it was not armed again"
     events.arm(1)
     assert events.event() == 0xC00C1E
+
+
+def test_a_cq_is_armed_by_its_record_and_the_doorbell(running: Running, events: EventPair) -> None:
+    running.setup.steer(running.queues[RX])
+    running.offer(2)
+    events.write_arm_record(0)
+    running.send()
+    running.wait_received(1)
+    assert events.event(0.1) is None, "the doorbell has not been rung"
+    events.ring()
+    assert events.event() == 0xC00C1E
+    events.write_arm_record(1)
+    running.send()
+    running.wait_received(2)
+    assert events.event(0.1) is None, "nor again"
+    events.ring()
+    assert events.event() == 0xC00C1E
+    events.ring()
+    assert events.event(0.1) is None, "the record is the same"
 
 
 def test_no_more_completions_than_receives_posted(device: Emulation, setup: QueueSetup) -> None:

@@ -247,11 +247,19 @@ class EventPair(Closeable):
 
     def arm(self, consumer: int) -> None:
         """Ask for an event when there are more completions than the driver has seen."""
+        self.write_arm_record(consumer)
+        self.ring()
+
+    def write_arm_record(self, consumer: int) -> None:
+        """The first half of that, which alone asks for nothing."""
         word = pack(prm.CQ_ARM, arm_sn=self._arms % 4, consumer_index=consumer)
         self._arms += 1
         self.memory[self._record + 4 : self._record + 8] = word
-        doorbell = word + struct.pack(">I", self.cq.id)
-        ffi.buffer(self.uar.base_addr, 4096)[0x20:0x28] = doorbell
+
+    def ring(self) -> None:
+        """The second half: tell the device to look at the record."""
+        word = self.memory[self._record + 4 : self._record + 8]
+        ffi.buffer(self.uar.base_addr, 4096)[0x20:0x28] = word + struct.pack(">I", self.cq.id)
 
     @property
     def completions(self) -> int:
