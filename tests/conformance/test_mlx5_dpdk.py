@@ -24,7 +24,7 @@ FRAMES = 2000
 PROBING = 8
 TRIED_AGAIN = {4, 8}
 LAST_OF_A_LIFE = 80
-#: The command that registers guest memory: when it fails, DPDK 22.11's driver reads a NULL region's key and dies.
+#: That which registers guest memory: when it fails, DPDK 22.11's driver reads a NULL region's key and dies.
 KILLS_THE_DRIVER = 9
 #: Seconds after which a front-end will see no frame any more.
 PATIENCE = 3.0
