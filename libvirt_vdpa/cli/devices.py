@@ -51,6 +51,8 @@ def show(options: argparse.Namespace) -> int:
         known = list(recorded(options.socket.parent))
     if os.geteuid() != 0:
         print(f"virt-vdpa: {NOT_ROOT}", file=sys.stderr)
+    if (reason := mlx5_off()) is not None:
+        print(f"virt-vdpa: mlx5 is off: {reason}", file=sys.stderr)
     shown = list(devices(Kernel(), known, options.all))
     if options.json:
         print(json.dumps({"devices": shown}, indent=2))
@@ -58,6 +60,14 @@ def show(options: argparse.Namespace) -> int:
         rows = [[device[member] for member in COLUMNS.values()] for device in shown]
         print(table(list(COLUMNS), rows))
     return 0
+
+
+def mlx5_off() -> str | None:
+    """Why no ConnectX can be had on this host, in one line; None when one can be."""
+    # Opens libraries that no other command needs, and a host may be without.
+    from datapath.drivers.mlx5.glue import why_off
+
+    return why_off()
 
 
 def recorded(run_folder: Path) -> Iterator[Device]:

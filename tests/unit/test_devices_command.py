@@ -135,6 +135,22 @@ def test_what_only_root_sees_is_told(
     assert (NOT_ROOT in capsys.readouterr().err) is told
 
 
+@pytest.mark.parametrize("reason", ["cannot load libmlx5.so.1 (no such file): install it", None])
+def test_why_mlx5_is_off_is_told(
+    reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside what else there is, which goes on without; what the reasons are, test_mlx5_glue.py shows."""
+    kernel = FakeKernel(tmp_path)
+    kernel.add(ONE, group=7, driver="vfio-pci")
+    monkeypatch.setattr("libvirt_vdpa.cli.devices.Kernel", lambda: kernel)
+    monkeypatch.setattr("datapath.drivers.mlx5.glue.why_off", lambda: reason)
+    assert show(argparse.Namespace(socket=tmp_path / "none.sock", all=False, json=True)) == 0
+    out, err = capsys.readouterr()
+    assert [device["where"] for device in json.loads(out)["devices"]] == [ONE]
+    told = [line for line in err.splitlines() if "is off" in line]
+    assert told == ([f"virt-vdpa: mlx5 is off: {reason}"] if reason else [])
+
+
 def test_without_a_daemon_records_say_who_holds_what(kernel: FakeKernel, tmp_path: Path) -> None:
     control = tmp_path / "ports/uuid/52:54:00:00:00:01.ctl"
     control.parent.mkdir(parents=True)
