@@ -1,0 +1,277 @@
+"""The driver's objects on the emulated ConnectX: memory in pieces behind one key, and the life of a queue."""
+
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from datapath.drivers.mlx5.abi import ffi
+from datapath.drivers.mlx5.capabilities import Capabilities, capabilities
+from datapath.drivers.mlx5.glue import CommandError, Context, Glue, Libraries
+from datapath.drivers.mlx5.memory import Buffer as DeviceBuffer
+from datapath.drivers.mlx5.memory import Domain, GuestMemory
+from datapath.drivers.mlx5.virtqueue import Surroundings, VirtioNetQueue
+from datapath.emulation.mlx5.build import LIBRARY
+from datapath.mlx5_mailbox import pack
+from datapath.mlx5_prm import ALLOC_TRANSPORT_DOMAIN_IN, CREATE_TIS_IN, QueueState
+from datapath.vdpa import DeviceError, MemoryRegion, Ring, RingState
+from datapath.virtio import Feature
+from tests.harness.processes import wait_for
+from tests.harness.virtqueue import Buffer, Virtqueue
+
+TX = 1
+SIZE = 1 << 21
+#: Where the guest has its two regions: rings in the first, frames in the second, and a hole between them.
+LOW, HIGH = 0x100000, 0x4000000
+FRAME = bytes(12) + bytes.fromhex("020000000002 020000000001 88b5") + bytes(50)
+VERSION_1 = 1 << Feature.F_VERSION_1
+
+
+class PiecewiseMemory:
+    """Guest memory in two regions of this process."""
+
+    def __init__(self) -> None:
+        self.pieces = {LOW: mmap.mmap(-1, SIZE), HIGH: mmap.mmap(-1, SIZE)}
+
+    def _at(self, address: int) -> tuple[mmap.mmap, int]:
+        base = HIGH if address >= HIGH else LOW
+        return self.pieces[base], address - base
+
+    def read(self, address: int, size: int) -> bytes:
+        piece, offset = self._at(address)
+        return piece[offset : offset + size]
+
+    def write(self, address: int, data: bytes) -> None:
+        piece, offset = self._at(address)
+        piece[offset : offset + len(data)] = data
+
+    @property
+    def regions(self) -> list[MemoryRegion]:
+        """Not in the order of their addresses."""
+        return [
+            MemoryRegion(base, SIZE, -1, 0, int(ffi.cast("uintptr_t", ffi.from_buffer(piece))))
+            for base, piece in reversed(self.pieces.items())
+        ]
+
+
+@dataclass
+class World:
+    """An open device, and what a queue is made with."""
+
+    glue: Glue
+    context: Context
+    domain: Domain
+    capable: Capabilities
+    memory: PiecewiseMemory
+    guest: GuestMemory
+    around: Surroundings
+    doorbell: mmap.mmap
+
+    def ring(self, virtqueue: Virtqueue, start: int = 0) -> Ring:
+        return Ring(
+            size=256,
+            descriptors=virtqueue.descriptors,
+            avail=virtqueue.avail,
+            used=virtqueue.used,
+            state=RingState(start, start),
+            kick=None,
+            call=None,
+        )
+
+    def queue(self, virtqueue: Virtqueue, start: int = 0) -> VirtioNetQueue:
+        return VirtioNetQueue(self.domain, self.capable, TX, self.ring(virtqueue, start), self.around)
+
+    def send(self, virtqueue: Virtqueue, address: int = HIGH) -> None:
+        if address >= HIGH:
+            self.memory.write(address, FRAME)
+        virtqueue.add(Buffer(address, len(FRAME)))
+        with memoryview(self.doorbell) as view, view.cast("I") as cells:
+            cells[0] = TX
+
+
+#: Makes a device with options of the emulation.
+Make = Callable[..., World]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    opened: list[World] = []
+
+    def made(**options: int) -> World:
+        chosen = ",".join(f"{name}={value}" for name, value in {"latency_us": 0, **options}.items())
+        monkeypatch.setenv("MLX5_EMULATION", chosen)
+        glue = Glue(Libraries(str(LIBRARY), str(LIBRARY)), "mlx5,ibdev=mlx5_0")
+        context = glue.open(glue.devices()[0])
+        domain = Domain(glue, context)
+        memory = PiecewiseMemory()
+        guest = GuestMemory(domain, memory.regions)
+        transport = glue.create(context, pack(ALLOC_TRANSPORT_DOMAIN_IN))
+        tis = glue.create(context, pack(CREATE_TIS_IN, transport_domain=transport.id))
+        page = glue.alloc_var(context)
+        doorbell = mmap.mmap(glue.command_fd(context), page.size, offset=page.offset)
+        around = Surroundings(VERSION_1, guest.key, tis.id, event_qp=None)
+        capable = capabilities(glue, context)
+        opened.append(World(glue, context, domain, capable, memory, guest, around, doorbell))
+        return opened[-1]
+
+    yield made
+    for world in opened:
+        world.glue.close(world.context)
+
+
+@pytest.fixture
+def world(make: Make) -> World:
+    return make()
+
+
+def sent(virtqueue: Virtqueue, count: int) -> None:
+    wait_for(f"{count} frames sent", lambda: virtqueue.used_index == count, 5.0)
+
+
+def test_what_the_device_can_do(make: Make) -> None:
+    capable = make(pairs=4, resumes=1).capable
+    assert (capable.queue_pairs, capable.resumes, capable.counts, capable.silent) == (4, True, True, True)
+    assert capable.features == 0x114C60180B
+    assert all(umem.of(256) > 0 for umem in capable.umems)
+
+
+def test_frames_leave_memory_in_pieces(world: World) -> None:
+    virtqueue = Virtqueue(world.memory, LOW)
+    queue = world.queue(virtqueue)
+    assert (queue.state, queue.number > 0) == (QueueState.INIT, True)
+    queue.run()
+    for _ in range(3):
+        world.send(virtqueue)
+    sent(virtqueue, 3)
+    assert queue.suspend() == RingState(3, 3)
+    assert queue.counters()["completed_desc"] == 3
+    queue.close()
+
+
+def test_a_frame_in_a_hole_breaks_its_queue(world: World) -> None:
+    virtqueue = Virtqueue(world.memory, LOW)
+    queue = world.queue(virtqueue)
+    queue.run()
+    world.send(virtqueue, LOW + SIZE + 4096)
+
+    def broken() -> bool:
+        try:
+            queue.ring_state()
+        except DeviceError as error:
+            return "queue 1 has met an error of type" in str(error)
+        return False
+
+    wait_for("the queue to break", broken, 5.0)
+    assert queue.state is QueueState.ERROR
+    queue.close()
+
+
+def test_a_queue_goes_on_where_it_stood(make: Make) -> None:
+    """By being made anew, as this device cannot resume."""
+    world = make(resumes=0)
+    virtqueue = Virtqueue(world.memory, LOW)
+    queue = world.queue(virtqueue)
+    queue.run()
+    world.send(virtqueue)
+    sent(virtqueue, 1)
+    stood = queue.suspend()
+    with pytest.raises(DeviceError, match="queue 1 cannot run: it is SUSPENDED"):
+        queue.run()
+    queue.close()
+    again = world.queue(virtqueue, stood.avail)
+    again.run()
+    world.send(virtqueue)
+    sent(virtqueue, 2)
+    assert again.suspend() == RingState(2, 2)
+    again.close()
+
+
+def test_a_queue_that_resumes(make: Make) -> None:
+    world = make(resumes=1)
+    virtqueue = Virtqueue(world.memory, LOW)
+    queue = world.queue(virtqueue)
+    queue.run()
+    assert queue.suspend() == RingState(0, 0)
+    queue.run()
+    world.send(virtqueue)
+    sent(virtqueue, 1)
+    queue.close()
+
+
+def test_only_a_running_queue_is_suspended(world: World) -> None:
+    queue = world.queue(Virtqueue(world.memory, LOW))
+    with pytest.raises(DeviceError, match="queue 1 cannot be suspended: it is INIT"):
+        queue.suspend()
+    queue.close()
+
+
+def test_what_is_refused_beforehand(world: World) -> None:
+    ring = world.ring(Virtqueue(world.memory, LOW))
+    with pytest.raises(DeviceError, match="packed rings are not served"):
+        VirtioNetQueue(world.domain, world.capable, TX, replace(ring, packed=True), world.around)
+    telling = replace(world.capable, silent=False)
+    with pytest.raises(DeviceError, match="no queues that tell nothing"):
+        VirtioNetQueue(world.domain, telling, TX, ring, world.around)
+
+
+def test_memory_in_use_is_not_given_back(world: World) -> None:
+    queue = world.queue(Virtqueue(world.memory, LOW))
+    with pytest.raises(DeviceError):
+        world.guest.close()
+    queue.close()
+
+
+def test_a_queue_that_is_not_made_leaves_nothing(world: World) -> None:
+    """Its protection domain can be given back afterwards, with all that it was made of."""
+    ring = world.ring(Virtqueue(world.memory, LOW))
+    strange = replace(world.around, tis=0xABCDEF)
+    with pytest.raises(CommandError, match="CREATE_GENERAL_OBJECT: "):
+        VirtioNetQueue(world.domain, world.capable, TX, ring, strange)
+    world.guest.close()
+    world.domain.close()
+
+
+def test_whatever_fails_leaves_nothing(make: Make) -> None:
+    """Memory and a queue, with each command failing in turn: the domain is empty after it."""
+    device = make()
+    device.guest.close()
+    failed = 0
+    for victim in ("register", "alloc_null_mr", "create", "register_umem"):
+        for number in range(1, 5):
+            failed += _fails(device, victim, number)
+    # 2 regions, 1 hole, 1 key with counters and queue, 3 UMEMs.
+    assert failed == 2 + 1 + 3 + 3
+    device.domain.close()
+
+
+def _fails(world: World, victim: str, number: int) -> bool:
+    """Have the n-th of a call fail; whether there was one."""
+    real, calls = getattr(world.glue, victim), 0
+
+    def failing(*given: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise DeviceError("it fails")
+        return real(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.glue, victim, failing)
+        guest = None
+        try:
+            guest = GuestMemory(world.domain, world.memory.regions)
+            world.around = replace(world.around, key=guest.key)
+            world.queue(Virtqueue(world.memory, LOW)).close()
+        except DeviceError:
+            return True
+        finally:
+            if guest is not None:
+                guest.close()
+    return False
+
+
+def test_buffers_are_the_devices(world: World) -> None:
+    buffer = DeviceBuffer(world.domain, 8192)
+    assert (buffer.size, buffer.id > 0) == (8192, True)
+    buffer.close()
