@@ -237,7 +237,7 @@ def test_whatever_fails_leaves_nothing(make: Make) -> None:
     device = make()
     device.guest.close()
     failed = 0
-    for victim in ("register", "alloc_null_mr", "create", "register_umem"):
+    for victim in PAIRS:
         for number in range(1, 5):
             failed += _fails(device, victim, number)
     # 2 regions, 1 hole, 1 key with counters and queue, 3 UMEMs.
@@ -245,8 +245,43 @@ def test_whatever_fails_leaves_nothing(make: Make) -> None:
     device.domain.close()
 
 
+#: What makes something -> what gives it back.
+PAIRS = {
+    "register": "deregister",
+    "alloc_null_mr": "deregister",
+    "create": "destroy",
+    "register_umem": "deregister_umem",
+}
+
+
+def _count(world: World, patch: pytest.MonkeyPatch, alive: list[object]) -> None:
+    """Keep `alive` what has been made and not been given back."""
+    for make, give_back in PAIRS.items():
+        real_make, real_back = getattr(Glue, make), getattr(Glue, give_back)
+
+        def made(*given: object, real: Callable[..., object] = real_make) -> object:
+            alive.append(real(world.glue, *given))
+            return alive[-1]
+
+        def back(what: object, real: Callable[..., None] = real_back) -> None:
+            real(world.glue, what)
+            alive.remove(what)
+
+        patch.setattr(world.glue, make, made)
+        patch.setattr(world.glue, give_back, back)
+
+
 def _fails(world: World, victim: str, number: int) -> bool:
-    """Have the n-th of a call fail; whether there was one."""
+    """Have the n-th of a call fail, which leaves nothing; whether there was one."""
+    alive: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        _count(world, patch, alive)
+        failed = _fails_so(world, victim, number)
+    assert alive == []
+    return failed
+
+
+def _fails_so(world: World, victim: str, number: int) -> bool:
     real, calls = getattr(world.glue, victim), 0
 
     def failing(*given: object) -> object:
