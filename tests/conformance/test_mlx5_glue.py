@@ -1,6 +1,7 @@
 """The glue to libibverbs and libmlx5: on the emulated ConnectX, on Debian's without a device, and on none."""
 
 import ctypes.util
+import errno
 import mmap
 import os
 import re
@@ -150,6 +151,23 @@ def test_what_the_firmware_refuses_is_told(glue: Glue, context: Context) -> None
     assert error.value.status
     with pytest.raises(CommandError, match=r": command 0x7ff: BAD_OPERATION"):
         glue.command(context, bytes.fromhex("07ff0000") + bytes(12), prm.COMMAND_OUT)
+
+
+def test_what_the_kernel_refuses_is_told(glue: Glue, context: Context) -> None:
+    """It has a reason then, and no status of the firmware's: as for a call that does not take the command.
+
+    The emulated device always gives a status, so the call is one that never reaches it.
+    """
+
+    class Refusing:
+        def mlx5dv_devx_general_cmd(self, *given: object) -> int:
+            return errno.EPERM
+
+    glue._mlx5 = Refusing()
+    with pytest.raises(CommandError) as error:
+        glue.command(context, pack(prm.QUERY_HCA_CAP_IN, op_mod=1), prm.COMMAND_OUT)
+    assert str(error.value) == "mlx5,pci=0000:01:00.2: QUERY_HCA_CAP: Operation not permitted"
+    assert error.value.status == 0
 
 
 def test_objects_of_both_kinds_have_numbers(glue: Glue, context: Context) -> None:
