@@ -16,7 +16,7 @@ from datapath import mlx5_prm as prm
 from datapath.drivers.mlx5 import abi
 from datapath.drivers.mlx5.abi import ffi
 from datapath.drivers.mlx5.glue import CommandError, Context, Glue, Libraries, ProtectionDomain, why_off
-from datapath.emulation.mlx5.build import LIBRARY
+from datapath.emulation.mlx5 import LIBRARY
 from datapath.mlx5_mailbox import get, pack
 from datapath.vdpa import DeviceError
 

@@ -12,7 +12,7 @@ from datapath.drivers.mlx5.glue import CommandError, Context, Glue, Libraries
 from datapath.drivers.mlx5.memory import Buffer as DeviceBuffer
 from datapath.drivers.mlx5.memory import Domain, GuestMemory
 from datapath.drivers.mlx5.virtqueue import Surroundings, VirtioNetQueue
-from datapath.emulation.mlx5.build import LIBRARY
+from datapath.emulation.mlx5 import LIBRARY
 from datapath.mlx5_mailbox import pack
 from datapath.mlx5_prm import ALLOC_TRANSPORT_DOMAIN_IN, CREATE_TIS_IN, QueueState
 from datapath.vdpa import DeviceError, MemoryRegion, Ring, RingState
