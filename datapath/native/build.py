@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 UNITS = (
     "heap",
     "guard",
+    "thread",
     "interrupt",
     "dma",
     "log",
@@ -33,7 +34,7 @@ UNITS = (
     "engine",
 )
 #: Headers without a unit.
-HEADERS = ("barrier.h", "split.h")
+HEADERS = ("barrier.h", "eventfd.h", "split.h")
 EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))
 
 

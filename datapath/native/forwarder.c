@@ -4,13 +4,13 @@
 
 #include <endian.h>
 #include <errno.h>
-#include <poll.h>
 #include <sched.h>
 #include <sys/epoll.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "barrier.h"
+#include "eventfd.h"
 #include "guard.h"
 
 #define EVENTS_AT_ONCE 32
@@ -18,24 +18,6 @@
 uint64_t forwarder_token(uint16_t ring, uint32_t generation, enum wire wire)
 {
     return (uint64_t)wire << 48 | (uint64_t)ring << 32 | generation;
-}
-
-static bool signal_eventfd(int fd)
-{
-    static const uint64_t one = 1;
-
-    return write(fd, &one, sizeof(one)) == sizeof(one);
-}
-
-/*
- * Write to an eventfd that somebody else shares. They share its flags, so it may be one that blocks when
- * full, and whoever takes a ring out waits for the lock that is held here.
- */
-static bool signal_other(int fd)
-{
-    struct pollfd room = { .fd = fd, .events = POLLOUT };
-
-    return poll(&room, 1, 0) == 1 && (room.revents & POLLOUT) && signal_eventfd(fd);
 }
 
 struct store {

@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +16,7 @@
 
 #include "forwarder.h"
 #include "guard.h"
+#include "thread.h"
 
 #define POLL_INTERVAL_NS 1000000
 
@@ -107,26 +107,6 @@ static void relay_free(struct relay *relay)
     free(relay);
 }
 
-/* The thread must not run the program's signal handlers; faults of its own it takes. */
-static int start_thread(struct relay *relay)
-{
-    static const int faults[] = { SIGBUS, SIGFPE, SIGILL, SIGSEGV };
-    sigset_t blocked, before;
-    int error;
-
-    sigfillset(&blocked);
-    for (unsigned int i = 0; i < sizeof(faults) / sizeof(faults[0]); i++) {
-        sigdelset(&blocked, faults[i]);
-    }
-    pthread_sigmask(SIG_BLOCK, &blocked, &before);
-    error = pthread_create(&relay->thread, NULL, forwarder_main, relay);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (!error) {
-        pthread_setname_np(relay->thread, "relay");
-    }
-    return -error;
-}
-
 static int open_descriptors(struct relay *relay)
 {
     relay->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -163,7 +143,7 @@ int relay_open(uint16_t rings, struct relay **opened)
         error = watch(relay, relay->poll_fd, 0, EVENT_POLL);
     }
     if (!error) {
-        error = start_thread(relay);
+        error = thread_start(&relay->thread, "relay", forwarder_main, relay);
     }
     if (error) {
         relay_free(relay);

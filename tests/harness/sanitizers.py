@@ -12,7 +12,7 @@ SANITIZERS = {
 }
 #: What shadow rings are made of, and the relay's thread on top of that.
 SHADOW = [NATIVE / f"{unit}.c" for unit in ("shadow", "written", "log", "dma")]
-RELAY = [*SHADOW, *(NATIVE / f"{unit}.c" for unit in ("relay", "forwarder", "guard"))]
+RELAY = [*SHADOW, *(NATIVE / f"{unit}.c" for unit in ("relay", "forwarder", "guard", "thread"))]
 FLAGS = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-fno-sanitize-recover=all"]
 
 
