@@ -31,11 +31,31 @@ static inline uint16_t device_load_acquire(const uint16_t *from)
     return value;
 }
 
+/* The same of a word. */
+static inline uint32_t device_load_acquire_word(const uint32_t *from)
+{
+    uint32_t value = __atomic_load_n(from, __ATOMIC_ACQUIRE);
+
+#ifdef __aarch64__
+    __asm__ volatile("dmb oshld" : : : "memory");
+#endif
+    return value;
+}
+
 /*
  * Store an index; a device that sees it sees what was written before, here or by whom this thread has
  * heard of it (the guest's descriptors and data).
  */
 static inline void device_store_release(uint16_t *to, uint16_t value)
+{
+#ifdef __aarch64__
+    __asm__ volatile("dmb osh" : : : "memory");
+#endif
+    __atomic_store_n(to, value, __ATOMIC_RELEASE);
+}
+
+/* The same of a word. */
+static inline void device_store_release_word(uint32_t *to, uint32_t value)
 {
 #ifdef __aarch64__
     __asm__ volatile("dmb osh" : : : "memory");

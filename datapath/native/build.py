@@ -24,6 +24,8 @@ UNITS = (
     "shadow",
     "relay",
     "forwarder",
+    "completion_queue",
+    "completions",
     "ring",
     "packed",
     "offload",

@@ -24,6 +24,7 @@ TESTS = (
     "tests/conformance/test_engine_packed.py",
     "tests/conformance/test_mlx5_emulation.py",
     "tests/unit/conftest.py",
+    "tests/unit/test_completions.py",
     "tests/unit/test_notify_relay.py",
     "tests/unit/test_shadow_ring.py",
     "tests/unit/test_shadow_ring_broken.py",

@@ -13,6 +13,8 @@ SANITIZERS = {
 #: What shadow rings are made of, and the relay's thread on top of that.
 SHADOW = [NATIVE / f"{unit}.c" for unit in ("shadow", "written", "log", "dma")]
 RELAY = [*SHADOW, *(NATIVE / f"{unit}.c" for unit in ("relay", "forwarder", "guard", "thread"))]
+#: The thread that looks for completions.
+COMPLETIONS = [NATIVE / f"{unit}.c" for unit in ("completions", "completion_queue", "guard", "thread")]
 FLAGS = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-fno-sanitize-recover=all"]
 
 
