@@ -31,6 +31,7 @@ static bool is_aligned(const void *address, uintptr_t size)
 bool completion_queue_take(struct completion_queue *queue, const struct completion_source *source)
 {
     uint32_t armed;
+    bool never;
 
     if (!is_aligned(source->entry, 64) || !is_aligned(source->cq_record, 8) || !is_aligned(source->qp_record, 8) ||
         source->size == 0 || source->size > LARGEST || (source->size & (source->size - 1)) != 0) {
@@ -44,9 +45,10 @@ bool completion_queue_take(struct completion_queue *queue, const struct completi
     queue->consumed = be32toh(queue->cq_record[CONSUMER_INDEX]);
     queue->received = be32toh(*queue->qp_record) - source->size;
     armed = be32toh(queue->cq_record[HOW_ARMED]);
-    queue->sequence = armed >> SEQUENCE_SHIFT & SEQUENCE_MASK;
-    queue->armed_at = queue->consumed - ((queue->consumed - armed) & INDEX_MASK);
+    never = armed == 0 && queue->consumed == 0;
     queue->armed = false;
+    queue->outstanding = !never && ((queue->consumed ^ armed) & INDEX_MASK) == 0;
+    queue->sequence = (armed >> SEQUENCE_SHIFT) + (!never && !queue->outstanding);
     return true;
 }
 
@@ -60,6 +62,8 @@ unsigned int completion_queue_look(struct completion_queue *queue, bool *error)
         return 0;
     }
     *error = opcode == OPCODE_REQUEST_FAILED || opcode == OPCODE_RESPONSE_FAILED;
+    queue->sequence += queue->outstanding;
+    queue->outstanding = false;
     queue->armed = false;
     queue->consumed += completed;
     queue->received += completed;
@@ -72,15 +76,11 @@ unsigned int completion_queue_look(struct completion_queue *queue, bool *error)
 void completion_queue_arm(struct completion_queue *queue, void *page)
 {
     uint64_t *doorbell = (uint64_t *)((uint8_t *)page + COMPLETION_QUEUE_ARM);
-    uint32_t word;
-
     /* A number for each event: to arm again what has raised none is to say the same again. */
-    if (queue->consumed != queue->armed_at) {
-        queue->sequence++;
-        queue->armed_at = queue->consumed;
-    }
-    word = (queue->sequence & SEQUENCE_MASK) << SEQUENCE_SHIFT | (queue->consumed & INDEX_MASK);
+    const uint32_t word = (queue->sequence & SEQUENCE_MASK) << SEQUENCE_SHIFT | (queue->consumed & INDEX_MASK);
+
     queue->armed = true;
+    queue->outstanding = true;
     device_store_release_word(&queue->cq_record[HOW_ARMED], htobe32(word));
     /* The device must find the record when the doorbell sends it there. */
     device_fence();

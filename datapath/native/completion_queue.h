@@ -34,9 +34,9 @@ struct completion_queue {
     uint32_t size;
     uint32_t consumed;      /* completions over the queue's life, modulo 2^32: the consumer index */
     uint16_t received;      /* of them since the receiver was reset: what the next entry's counter is */
-    bool armed;             /* the device raises an event for the next completion */
-    uint8_t sequence;       /* of the last arming, modulo 4 */
-    uint32_t armed_at;      /* `consumed` then */
+    bool armed;             /* it need not be armed: the device raises an event for the next completion */
+    bool outstanding;       /* nothing has been completed since it was armed */
+    uint8_t sequence;       /* of armings that something was completed for, modulo 4 */
 };
 
 /*

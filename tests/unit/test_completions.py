@@ -144,6 +144,7 @@ def test_what_has_been_completed_before_it_is_added(device: Device) -> None:
     assert queue.interrupted() == 1
     assert queue.records == (5, 5 + SIZE)
     assert device.count(1) == (5, 0, 1)
+    assert device.wait_armed() == {"arm_sn": 0, "solicited_only": 0, "consumer_index": 5, "cqn": NUMBER}
 
 
 def test_it_is_armed_in_one_store(device: Device) -> None:
@@ -165,6 +166,17 @@ def test_an_event_for_nothing_is_answered_by_the_same_arming(device: Device) -> 
     device.raise_event(0)
     assert device.wait_armed() == first
     assert queue.silent()
+
+
+def test_armings_are_numbered_over_the_life_of_a_queue(device: Device) -> None:
+    queue = Queue()
+    told = []
+    for counter in (0, 1, 2, 2, 3, 4):
+        queue.complete(counter)
+        device.add(0, queue)
+        told.append(device.wait_armed()["arm_sn"])
+        device.completions.remove(0)
+    assert told == [0, 1, 2, 2, 3, 0]
 
 
 def test_events_of_nobody(device: Device) -> None:
