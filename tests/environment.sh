@@ -80,8 +80,8 @@ prepare() {
     [ ! -e "$venv/stamp-project[dev]" ] || extras='[dev]'
     once "project$extras" setup.cfg setup.py pyproject.toml -- install_project ".$extras"
     # shellcheck disable=SC2086
-    once "native$flags" datapath/mlx5_*.py datapath/native/build.py datapath/native/*.[ch] \
-        datapath/emulation/mlx5/*.py datapath/emulation/mlx5/*.[ch] -- build_native $flags
+    once "native$flags" datapath/mlx5_*.py datapath/drivers/mlx5/abi*.py datapath/native/build.py \
+        datapath/native/*.[ch] datapath/emulation/mlx5/*.py datapath/emulation/mlx5/*.[ch] -- build_native $flags
     # As the installation of a package does; every port would compile them anew where PYTHONDONTWRITEBYTECODE is set.
     (cd "$checkout" && "$venv/bin/python" -m compileall -q datapath libvirt_vdpa)
 }

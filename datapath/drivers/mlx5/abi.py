@@ -1,4 +1,4 @@
-"""The part of the ABI of libibverbs and libmlx5 that a vDPA driver uses, for cffi's ABI mode.
+"""The part of the ABI of libibverbs and libmlx5 that a vDPA driver uses, for cffi's ABI mode (`abi_build`).
 
 Structures and functions are those of rdma-core 44 to 64 (libibverbs/verbs.h, providers/mlx5/mlx5dv.h) on
 64-bit Linux. Only what is read has its name; what lies between is padding. What those headers define
@@ -6,9 +6,6 @@ inline is in no library: `glue` has it again.
 """
 
 import re
-from typing import Any
-
-from cffi import FFI
 
 STRUCTURES = """
 typedef struct {
@@ -101,9 +98,6 @@ ALLOC_NULL_MR_BACK = 304
 SIZE_BACK = 8
 #: Bytes of it that there must be for `alloc_null_mr` to be among them, with the 328 of the context.
 LEAST_SIZE = 632
-
-ffi: Any = FFI()
-ffi.cdef(STRUCTURES + VERBS + MLX5)
 
 
 def functions(declarations: str) -> list[str]:
