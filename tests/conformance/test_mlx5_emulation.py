@@ -85,7 +85,7 @@ def test_capabilities() -> None:
     with Emulation(pairs=3, resumes=0) as device:
         page = device.general(pack(prm.QUERY_HCA_CAP_IN, op_mod=0x27))
     told = unpack(prm.QUERY_VDPA_CAP_OUT, page)
-    assert (told["max_num_virtio_queues"], told["freeze_to_rdy_supported"]) == (6, 0)
+    assert (told["max_num_virtio_queues"], told["freeze_to_rdy_supported"]) == (7, 0)
     assert (told["event_mode"], told["virtio_queue_type"]) == (0b11, 0b01)
 
 
@@ -119,7 +119,7 @@ def test_objects_that_there_are_not(device: Emulation, structure: Structure, fie
         ({"queue_size": 96}, Status.BAD_PARAMETER),
         ({"virtio_q_type": 1}, Status.BAD_PARAMETER),
         ({"state": 1}, Status.BAD_PARAMETER),
-        ({"queue_index": 16}, Status.BAD_INDEX),
+        ({"queue_index": 17}, Status.BAD_INDEX),
     ],
 )
 def test_queues_that_cannot_be(setup: QueueSetup, fields: dict[str, int], status: Status) -> None:

@@ -33,7 +33,7 @@ static void vdpa(const struct options *options, uint8_t *out)
     }
     prm_set(out, PRM_QUERY_VDPA_CAP_OUT_EVENT_MODE, BIT(PRM_EVENT_MODE_NONE) | BIT(PRM_EVENT_MODE_QP));
     prm_set(out, PRM_QUERY_VDPA_CAP_OUT_VIRTIO_QUEUE_TYPE, BIT(PRM_QUEUE_TYPE_SPLIT));
-    prm_set(out, PRM_QUERY_VDPA_CAP_OUT_MAX_NUM_VIRTIO_QUEUES, 2 * options->pairs);
+    prm_set(out, PRM_QUERY_VDPA_CAP_OUT_MAX_NUM_VIRTIO_QUEUES, 2 * options->pairs + 1);
     prm_set(out, PRM_QUERY_VDPA_CAP_OUT_FREEZE_TO_RDY_SUPPORTED, options->resumes);
 }
 

@@ -200,7 +200,7 @@ static uint8_t check_new(struct command *command, const struct virtq *virtq)
 {
     const uint64_t size = field(virtq, PRM_VIRTIO_NET_Q_QUEUE_SIZE);
 
-    if (virtq->index >= 2 * command->device->options.pairs ||
+    if (virtq->index > 2 * command->device->options.pairs ||
         command->device->queues->virtq[virtq->index] != NULL) {
         return command_refuse(command, PRM_STATUS_BAD_INDEX, SYNDROME_QUEUE_INDEX);
     }
@@ -359,7 +359,8 @@ static uint8_t go_to(struct command *command, struct virtq *virtq, uint64_t stat
     const uint64_t before = field(virtq, PRM_VIRTIO_NET_Q_STATE);
     enum syndrome syndrome;
 
-    if (!is_way(&command->device->options, before, state)) {
+    if (!is_way(&command->device->options, before, state) ||
+        virtq->index == 2 * command->device->options.pairs) {
         return command_refuse(command, PRM_STATUS_BAD_RESOURCE_STATE, SYNDROME_STATE);
     }
     set(virtq, PRM_VIRTIO_NET_Q_STATE, state);

@@ -39,7 +39,7 @@ struct pair {
 
 struct queues {
     struct pair pair[OPTIONS_MAX_PAIRS];
-    struct virtq *virtq[2 * OPTIONS_MAX_PAIRS];     /* by index */
+    struct virtq *virtq[2 * OPTIONS_MAX_PAIRS + 1];     /* by index; the last is of no pair, and never moves */
     int call_fd[2 * OPTIONS_MAX_PAIRS];     /* by which an engine tells that a queue has completed something */
     struct bell *bell;          /* see bell.h */
 };
