@@ -65,7 +65,7 @@ class Completions:
         opened = ffi.new("struct completions **")
         _check(lib.completions_open(ffi.new("struct completions_setup *", setup), opened))
         self._completions: FFI.CData | None = opened[0]
-        #: Eventfd, readable when a queue's receiver has to be reset (its `completion_errors` have grown), or
+        #: Eventfd, readable when a queue's receiver has to be reset (its `event_errors` have grown), or
         #: the channel or the page has failed: the device is gone. Read it to take it back.
         self.broken_fd: int = lib.completions_broken_fd(self._completions)
 
@@ -105,14 +105,14 @@ class Completions:
     def statistics(self) -> dict[str, int]:
         """Count since the thread was started.
 
-        `completions.N`: messages of the device that a queue has completed something; `completion_errors.N`:
+        `completions.N`: messages of the device that a queue has completed something; `event_errors.N`:
         how often one of them was found to have failed; `interrupts.N`: of the guest.
         """
         result: dict[str, int] = {}
         for index in range(self._queues):
             count = lib.completions_count(self._open(), index)
             result[f"completions.{index}"] = count.completions
-            result[f"completion_errors.{index}"] = count.errors
+            result[f"event_errors.{index}"] = count.errors
             result[f"interrupts.{index}"] = count.interrupts
         return result
 

@@ -107,7 +107,7 @@ class Device:
         told = self.completions.statistics()
         return (
             told[f"completions.{index}"],
-            told[f"completion_errors.{index}"],
+            told[f"event_errors.{index}"],
             told[f"interrupts.{index}"],
         )
 
