@@ -69,6 +69,7 @@ class CapabilityPage(IntEnum):
     """What QUERY_HCA_CAP can be asked for; see `capability_op_mod`."""
 
     GENERAL = 0x00
+    ROCE = 0x04
     VDPA_EMULATION = 0x13
 
 
@@ -137,6 +138,9 @@ CQE_RECEIVED_SEND = 2
 CQE_INVALID = 15
 #: `pm_state` of a QP that has migrated, which is the one in use; and the types of its receive queue.
 PATH_MIGRATED = 3
+#: `ts_format` of a QP: times are of a counter that runs free, or as the device has them; as a capability the
+#: first says that there are no others.
+FREE_RUNNING, DEVICE_TIME = 0, 1
 RECEIVE_QUEUE = 0
 RECEIVE_NOTHING = 3
 
@@ -197,11 +201,15 @@ VDPA_CAPABILITIES = layout(
     umem_3_buffer_param_a=(0x180, 32),
     umem_3_buffer_param_b=(0x1A0, 32),
 )
+ROCE_CAPABILITIES = layout("roce_capabilities", 0x1000, "roce_caps", qp_ts_format=(0x1E, 2))
 QUERY_GENERAL_CAP_OUT = layout(
     "query_general_cap_out", 0x1010, "query_hca_cap_out", {0: COMMAND_OUT, 0x10: GENERAL_CAPABILITIES}
 )
 QUERY_VDPA_CAP_OUT = layout(
     "query_vdpa_cap_out", 0x1010, "query_hca_cap_out", {0: COMMAND_OUT, 0x10: VDPA_CAPABILITIES}
+)
+QUERY_ROCE_CAP_OUT = layout(
+    "query_roce_cap_out", 0x1010, "query_hca_cap_out", {0: COMMAND_OUT, 0x10: ROCE_CAPABILITIES}
 )
 
 MKEY_CONTEXT = layout(

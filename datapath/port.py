@@ -455,7 +455,7 @@ def serve(options: argparse.Namespace) -> int:
             endpoint = from_fd(options.fd)
         elif options.connect:
             endpoint = Connector(options.socket_path, options.connect_timeout)
-        device = open_device(options.device, options.log_mode)
+        device = open_device(options.device, options.log_mode, options.mac)
         stack.callback(device.close)
         check_packed(device, options.packed)
         uplink: Uplink | None = None

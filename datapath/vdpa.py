@@ -317,21 +317,24 @@ class DeviceSpec:
 
 
 #: Driver name -> module, imported only when it is asked for, that has
-#: `open_device(spec: DeviceSpec, log_mode: LogMode) -> VdpaDevice`.
+#: `open_device(spec: DeviceSpec, log_mode: LogMode, mac: bytes | None) -> VdpaDevice`.
 DRIVERS: Mapping[str, str] = {
     "ifcvf": "datapath.drivers.ifcvf",
     "virtio": "datapath.drivers.virtio_pci",
+    "mlx5": "datapath.drivers.mlx5.device",
 }
 
 
-def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO) -> VdpaDevice:
+def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO, mac: bytes | None = None) -> VdpaDevice:
     """Take hold of a VF.
 
     :param log_mode: who is to mark the pages that it writes, whenever that is asked for.
+    :param mac: the guest's address, for a driver that tells the VF which frames are the guest's; None: it is
+        not known, and the guest gets what the VF gets.
     :raise DeviceSpecError: for options that the driver does not take.
     :raise DeviceError: when the VF cannot be reached, is not one that the driver serves, or cannot log so.
     """
     module = importlib.import_module(DRIVERS[spec.driver])
-    device = module.open_device(spec, log_mode)
+    device = module.open_device(spec, log_mode, mac)
     assert isinstance(device, VdpaDevice)
     return device

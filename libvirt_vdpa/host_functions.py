@@ -40,9 +40,16 @@ def is_ifcvf(ids: PciIds) -> bool:
     return ids in IDS
 
 
+def is_connectx(ids: PciIds) -> bool:
+    from datapath.drivers.mlx5.glue import NVIDIA, SERVED
+
+    return ids.vendor == NVIDIA and ids.device in SERVED
+
+
 #: Driver of ours -> which functions it serves, and what messages call those; the most general one last.
 SERVED: dict[str, tuple[Callable[[PciIds], bool], str]] = {
     "ifcvf": (is_ifcvf, "an IFCVF network function"),
+    "mlx5": (is_connectx, "a ConnectX that has virtqueues"),
     "virtio": (lambda ids: ids.is_virtio_net, "a virtio-net function"),
 }
 

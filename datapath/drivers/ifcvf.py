@@ -220,7 +220,7 @@ class IfcvfDevice(VirtioNetDevice):
         return self._function.read(LiveMigration.BAR, LiveMigration.ring_state(index), 4) >> 16
 
 
-def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO) -> IfcvfDevice:
+def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO, _mac: bytes | None = None) -> IfcvfDevice:
     """Take hold of the VF that a device string names: `ifcvf,pci=ADDRESS` or `ifcvf,vfio-user=PATH`.
 
     :raise DeviceSpecError: for other options.

@@ -132,7 +132,9 @@ class VirtioPciDevice(VirtioNetDevice):
         return self._guest_used(ring)
 
 
-def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO) -> VirtioPciDevice:
+def open_device(
+    spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO, _mac: bytes | None = None
+) -> VirtioPciDevice:
     """Take hold of the function that a device string names: `virtio,pci=ADDRESS` or `virtio,vfio-user=PATH`.
 
     :raise DeviceSpecError: for other options.

@@ -14,7 +14,7 @@ import pytest
 
 from datapath import mlx5_prm as prm
 from datapath.drivers.mlx5 import abi
-from datapath.drivers.mlx5.abi import ffi
+from datapath.drivers.mlx5._abi import ffi
 from datapath.drivers.mlx5.glue import CommandError, Context, Glue, Libraries, ProtectionDomain, why_off
 from datapath.emulation.mlx5 import LIBRARY
 from datapath.mlx5_mailbox import get, pack
@@ -139,7 +139,7 @@ def test_open_elsewhere(glue: Glue, context: Context) -> None:
 def test_capabilities_are_read(glue: Glue, context: Context) -> None:
     mailbox = pack(prm.QUERY_HCA_CAP_IN, op_mod=prm.capability_op_mod(prm.CapabilityPage.VDPA_EMULATION))
     answer = glue.command(context, mailbox, prm.QUERY_VDPA_CAP_OUT)
-    assert get(prm.QUERY_VDPA_CAP_OUT, answer, "max_num_virtio_queues") == 16
+    assert get(prm.QUERY_VDPA_CAP_OUT, answer, "max_num_virtio_queues") == 17
 
 
 def test_what_the_firmware_refuses_is_told(glue: Glue, context: Context) -> None:
@@ -163,7 +163,7 @@ def test_what_the_kernel_refuses_is_told(glue: Glue, context: Context) -> None:
         def mlx5dv_devx_general_cmd(self, *given: object) -> int:
             return errno.EPERM
 
-    glue._mlx5 = Refusing()
+    glue._mlx5_library = Refusing()
     with pytest.raises(CommandError) as error:
         glue.command(context, pack(prm.QUERY_HCA_CAP_IN, op_mod=1), prm.COMMAND_OUT)
     assert str(error.value) == "mlx5,pci=0000:01:00.2: QUERY_HCA_CAP: Operation not permitted"

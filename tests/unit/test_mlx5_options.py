@@ -38,6 +38,7 @@ def test_defaults() -> None:
         queue_size=0,
         queues=0,
         max_conf_threads=0,
+        promiscuous=False,
     )
 
 

@@ -28,6 +28,9 @@ PLACES = {
     "object_out": """
         obj_id 0x08[31:0]
     """,
+    "roce_capabilities": """
+        qp_ts_format 0x00[1:0]
+    """,
     "general_capabilities": """
         relaxed_ordering_write 0x1C[23]
         relaxed_ordering_read 0x1C[22]
@@ -270,6 +273,7 @@ PLACES = {
 SIZES = {
     "query_hca_cap_in": 0x10,
     "query_general_cap_out": 0x1010,
+    "query_roce_cap_out": 0x1010,
     "query_vdpa_cap_out": 0x1010,
     "create_mkey_in": 0x110,
     "klm": 16,
@@ -319,6 +323,7 @@ OPCODES = {
 #: The mailboxes that have another structure in them, and at which byte.
 WITHIN = [
     ("query_general_cap_out", "general_capabilities", 0x10),
+    ("query_roce_cap_out", "roce_capabilities", 0x10),
     ("query_vdpa_cap_out", "vdpa_capabilities", 0x10),
     ("create_mkey_in", "mkey_context", 0x10),
     ("create_virtio_net_q_in", "virtio_net_q", 0x10),
@@ -405,6 +410,7 @@ def test_capability_pages() -> None:
     queries = [pack(prm.QUERY_HCA_CAP_IN, op_mod=prm.capability_op_mod(page)) for page in prm.CapabilityPage]
     assert queries == [
         bytes.fromhex("01000000 00000001 00000000 00000000"),
+        bytes.fromhex("01000000 00000009 00000000 00000000"),
         bytes.fromhex("01000000 00000027 00000000 00000000"),
     ]
 

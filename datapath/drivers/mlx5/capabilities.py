@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from datapath.drivers.mlx5.glue import Context, Glue
 from datapath.mlx5_mailbox import Structure, pack, unpack
 from datapath.mlx5_prm import (
+    DEVICE_TIME,
+    FREE_RUNNING,
     QUERY_GENERAL_CAP_OUT,
     QUERY_HCA_CAP_IN,
+    QUERY_ROCE_CAP_OUT,
     QUERY_VDPA_CAP_OUT,
     CapabilityPage,
     EventMode,
@@ -72,6 +75,8 @@ class Capabilities:
     log_max_rqt_size: int
     #: Ports that it sends by; queues are spread over them.
     lag_ports: int
+    #: `ts_format` of a QP.
+    timestamp_format: int
     #: Where the doorbell lies in its page.
     doorbell_offset: int
 
@@ -99,15 +104,19 @@ def capabilities(glue: Glue, context: Context) -> Capabilities:
         raise DeviceError(f"{glue.name}: its firmware has no virtqueues with split rings")
     if not vdpa["event_mode"] >> EventMode.QP & 1:
         raise DeviceError(f"{glue.name}: its firmware cannot tell of completions by a QP")
+    roce = _page(glue, context, CapabilityPage.ROCE, QUERY_ROCE_CAP_OUT) if general["roce"] else None
+    free = roce is None or roce["qp_ts_format"] == FREE_RUNNING
     return Capabilities(
         features=features(vdpa),
-        queue_pairs=vdpa["max_num_virtio_queues"] // 2,
+        # One queue is kept for the receive table, see `receivers`.
+        queue_pairs=(vdpa["max_num_virtio_queues"] - 1) // 2,
         umems=(_umem(vdpa, 1), _umem(vdpa, 2), _umem(vdpa, 3)),
         silent=bool(vdpa["event_mode"] >> EventMode.NONE & 1),
         counts=bool(objects >> ObjectType.VIRTIO_Q_COUNTERS & 1),
         resumes=bool(vdpa["freeze_to_rdy_supported"]),
         log_max_rqt_size=general["log_max_rqt_size"],
         lag_ports=max(1, general["num_lag_ports"]),
+        timestamp_format=FREE_RUNNING if free else DEVICE_TIME,
         doorbell_offset=vdpa["doorbell_bar_offset"],
     )
 

@@ -7,20 +7,31 @@ read behind one is read here. cffi gives the interpreter's lock back during ever
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NewType
 
 from datapath.drivers.mlx5 import abi
-from datapath.drivers.mlx5.abi import ffi
+from datapath.drivers.mlx5._abi import ffi
 from datapath.mlx5_mailbox import Structure, get, unpack
 from datapath.mlx5_prm import COMMAND_IN, COMMAND_OUT, CREATED_OUT, OBJECT_OUT, Opcode, Status
-from datapath.vdpa import DeviceError
+from datapath.vdpa import DeviceError, DeviceLostError
 
 #: Vendor id of every ConnectX and BlueField.
 NVIDIA = 0x15B3
+#: Device ids of those that have virtqueues (DPDK's drivers/vdpa/mlx5/mlx5_vdpa.c, mlx5_vdpa_pci_id_map).
+SERVED: Mapping[int, str] = {
+    0x101B: "ConnectX-6",
+    0x101C: "ConnectX-6 VF",
+    0x101D: "ConnectX-6 Dx",
+    0x101E: "ConnectX family VF",
+    0x101F: "ConnectX-6 Lx",
+    0x1021: "ConnectX-7",
+    0xA2D6: "BlueField-2",
+    0xA2DC: "BlueField-3",
+}
 
 Context = NewType("Context", object)
 ProtectionDomain = NewType("ProtectionDomain", object)
@@ -61,6 +72,12 @@ class RdmaDevice:
             if key == "PCI_SLOT_NAME":
                 return value
         return None
+
+    @property
+    def mtu(self) -> int | None:
+        """The largest packet that its network interface takes, in bytes; None when it has none."""
+        found = [_read(path).strip() for path in sorted(self.folder.glob("device/net/*/mtu"))]
+        return min((int(text) for text in found if text.isdecimal()), default=None)
 
     @property
     def vendor(self) -> int | None:
@@ -138,10 +155,18 @@ def _load(path: str, wanted: str, package: str) -> Any:
         # "cannot load library 'PATH': PATH: reason.  Additionally, …": what the loader says is the reason.
         reason = str(error).partition("  Additionally")[0].rpartition(f"{path}: ")[2].rstrip(".")
         raise DeviceError(f"mlx5: cannot load {path} ({reason}): install {package}") from None
-    missing = [name for name in abi.functions(wanted) if not hasattr(library, name)]
+    missing = [name for name in abi.functions(wanted) if not _has(library, name)]
     if missing:
         raise DeviceError(f"mlx5: {path} has no {missing[0]}: install rdma-core 44 or later")
     return library
+
+
+def _has(library: Any, name: str) -> bool:
+    try:
+        getattr(library, name)
+    except ffi.error:
+        return False
+    return True
 
 
 def _called(numbers: type[IntEnum], number: int, kind: str) -> str:
@@ -167,8 +192,31 @@ class Glue:
         :raise DeviceError: when one is missing or too old.
         """
         self.name = name
-        self._verbs = _load(libraries.ibverbs, abi.VERBS, "libibverbs1")
-        self._mlx5 = _load(libraries.mlx5, abi.MLX5, "ibverbs-providers")
+        #: Whether calls are refused, because one has not come back.
+        self.given_up = False
+        self._verbs_library = _load(libraries.ibverbs, abi.VERBS, "libibverbs1")
+        self._mlx5_library = _load(libraries.mlx5, abi.MLX5, "ibverbs-providers")
+
+    def give_up(self) -> None:
+        """Refuse all calls from now on: the next would not come back either."""
+        self.given_up = True
+
+    def check_alive(self) -> None:
+        """
+        :raise DeviceLostError: when it has been given up.
+        """
+        if self.given_up:
+            raise DeviceLostError(f"{self.name}: its firmware answers no more")
+
+    @property
+    def _verbs(self) -> Any:
+        self.check_alive()
+        return self._verbs_library
+
+    @property
+    def _mlx5(self) -> Any:
+        self.check_alive()
+        return self._mlx5_library
 
     # --- results ---
 
@@ -230,6 +278,11 @@ class Glue:
     def close(self, context: Context) -> None:
         self._done("ibv_close_device", self._verbs.ibv_close_device(context))
 
+    def async_fd(self, context: Context) -> int:
+        """The descriptor that the device's own events are read from (ibv_get_async_event(3))."""
+        pointer: Any = context
+        return int(pointer.async_fd)
+
     def command_fd(self, context: Context) -> int:
         """The descriptor to map doorbell pages from; the context owns it."""
         pointer: Any = context
@@ -279,6 +332,7 @@ class Glue:
             function = ffi.cast("alloc_null_mr **", int(begin) - abi.ALLOC_NULL_MR_BACK)[0]
         if function == ffi.NULL:
             raise DeviceError(f"{self.name}: ibv_alloc_null_mr: {os.strerror(errno.EOPNOTSUPP)}")
+        self.check_alive()
         made = self._made("ibv_alloc_null_mr", function(pd))
         return Region(made, int(made.lkey))
 

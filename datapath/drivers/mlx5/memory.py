@@ -7,12 +7,12 @@ import mmap
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from datapath.drivers.mlx5.abi import ffi
-from datapath.drivers.mlx5.glue import Context, DevxObject, Glue, ProtectionDomain
-from datapath.drivers.mlx5.memory_plan import KeyPlan, plan
+from datapath.drivers.mlx5._abi import ffi
+from datapath.drivers.mlx5.glue import Context, DevxObject, Glue, ProtectionDomain, Region
+from datapath.drivers.mlx5.memory_plan import KeyPlan, Span, plan, spans
 from datapath.mlx5_mailbox import pack
-from datapath.mlx5_prm import CREATE_MKEY_IN, KLM
-from datapath.vdpa import MemoryRegion
+from datapath.mlx5_prm import CREATE_MKEY_IN, KLM, AccessMode
+from datapath.vdpa import DeviceError, MemoryRegion
 
 #: `qpn` of a key that is not of one QP alone.
 EVERY_QP = 0xFFFFFF
@@ -44,7 +44,7 @@ class Domain:
         self._undo.close()
 
 
-def _create_key(domain: Domain, planned: KeyPlan, keys: Sequence[int], hole: int) -> DevxObject:
+def create_key(domain: Domain, planned: KeyPlan, keys: Sequence[int], hole: int) -> DevxObject:
     """
     :param keys: the keys of the regions that were planned for.
     :param hole: the key of memory that is not there.
@@ -79,34 +79,107 @@ def _create_key(domain: Domain, planned: KeyPlan, keys: Sequence[int], hole: int
 class GuestMemory:
     """Guest memory that a device reaches by guest physical addresses, through one key."""
 
-    def __init__(self, domain: Domain, regions: Sequence[MemoryRegion]) -> None:
-        """Register regions, which stay mapped as long as this is not closed.
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self._registered: list[tuple[MemoryRegion, Region]] = []
+        self._key: int | None = None
+        self._undo_key = ExitStack()
 
-        :raise DeviceError: when they overlap or are too many, or cannot be registered.
+    def add(self, region: MemoryRegion) -> None:
+        """Register a region, which stays mapped until it is removed. The key until now does not reach it.
+
+        :raise DeviceError: when it overlaps another, or cannot be registered.
         """
-        planned = plan([(region.guest_address, region.size) for region in regions])
-        glue = domain.glue
+        spans([(other.guest_address, other.size) for other in (*self.regions, region)])
+        glue = self._domain.glue
+        made = glue.register(self._domain.handle, region.address, region.size, region.guest_address)
+        self._registered.append((region, made))
+
+    def remove(self, region: MemoryRegion) -> None:
+        """Take a region back; what uses the key has been closed before.
+
+        :raise DeviceError: when it is in use, or is none of ours.
+        """
+        for number, (other, made) in enumerate(self._registered):
+            if other == region:
+                self.forget_key()
+                self._domain.glue.deregister(made)
+                del self._registered[number]
+                return
+        raise DeviceError(f"{self._domain.glue.name}: guest memory {region.guest_address:#x} is not mapped")
+
+    @property
+    def regions(self) -> list[MemoryRegion]:
+        return [region for region, _ in self._registered]
+
+    def key(self) -> int:
+        """What a queue is given to reach all regions: the number of the key, and a low byte of 0.
+
+        :raise DeviceError: when there is no memory, it is in too many pieces, or no key is made.
+        """
+        if self._key is None:
+            self._key = self._make_key() << 8
+        return self._key
+
+    def _make_key(self) -> int:
+        planned = plan([(region.guest_address, region.size) for region in self.regions])
+        glue = self._domain.glue
         with ExitStack() as undo:
-            keys = []
-            for region in regions:
-                made = glue.register(domain.handle, region.address, region.size, region.guest_address)
-                undo.callback(glue.deregister, made)
-                keys.append(made.key)
             hole = 0
             if any(entry.region is None for entry in planned.entries):
-                nothing = glue.alloc_null_mr(domain.handle)
+                nothing = glue.alloc_null_mr(self._domain.handle)
                 undo.callback(glue.deregister, nothing)
                 hole = nothing.key
-            indirect = _create_key(domain, planned, keys, hole)
+            indirect = create_key(self._domain, planned, [made.key for _, made in self._registered], hole)
+            undo.callback(glue.destroy, indirect)
+            self._undo_key = undo.pop_all()
+        return indirect.id
+
+    def forget_key(self) -> None:
+        """Have another key made when it is asked for; what uses this one has been closed before.
+
+        :raise DeviceError: when it is in use.
+        """
+        self._key = None
+        self._undo_key.close()
+
+    def close(self) -> None:
+        """Take all memory back.
+
+        :raise DeviceError: when a queue still uses it; what is in no use is given back.
+        """
+        with ExitStack() as undo:
+            for _, made in self._registered:
+                undo.callback(self._domain.glue.deregister, made)
+            self._registered.clear()
+            undo.callback(self.forget_key)
+
+
+class HostMemory:
+    """Memory of this process that a device reaches by its addresses here, through a key of its own.
+
+    DPDK's drivers/vdpa/mlx5/mlx5_vdpa_lm.c reaches a dirty bitmap so.
+    """
+
+    def __init__(self, domain: Domain, address: int, size: int) -> None:
+        """
+        :raise DeviceError: when it cannot be registered.
+        """
+        glue = domain.glue
+        with ExitStack() as undo:
+            made = glue.register(domain.handle, address, size, address)
+            undo.callback(glue.deregister, made)
+            planned = KeyPlan(address, size, AccessMode.KLM, 0, (Span(address, size, 0),))
+            indirect = create_key(domain, planned, [made.key], 0)
             undo.callback(glue.destroy, indirect)
             self._undo = undo.pop_all()
-        #: What a queue is given: the number of the key, and a low byte that is 0 of an indirect one.
+        #: What a queue is given.
         self.key = indirect.id << 8
 
     def close(self) -> None:
-        """Take the memory back.
+        """Take it back.
 
-        :raise DeviceError: when a queue still uses it; what is in no use is given back.
+        :raise DeviceError: when a queue still uses it.
         """
         self._undo.close()
 
@@ -124,8 +197,9 @@ class Buffer:
         self._view = ffi.from_buffer(self._memory)
         self._glue = domain.glue
         try:
-            address = int(ffi.cast("uintptr_t", self._view))
-            self._umem = domain.glue.register_umem(domain.context, address, size)
+            #: Where it is in this process.
+            self.address = int(ffi.cast("uintptr_t", self._view))
+            self._umem = domain.glue.register_umem(domain.context, self.address, size)
         except BaseException:
             self._release()
             raise
@@ -134,6 +208,10 @@ class Buffer:
     def _release(self) -> None:
         ffi.release(self._view)
         self._memory.close()
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put something there."""
+        self._memory[offset : offset + len(data)] = data
 
     def close(self) -> None:
         """Take it back. The memory stays where the device does not let go of it.

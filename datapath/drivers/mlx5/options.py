@@ -1,8 +1,8 @@
 """The run-time configuration of a ConnectX: options of its device string, with the field's names.
 
 Names, ranges and defaults are those of DPDK's drivers/vdpa/mlx5/mlx5_vdpa.c (doc/guides/vdpadevs/mlx5.rst).
-What DPDK warns of and ignores is refused here. Ours alone are how the device is named (`pci` or `ibdev`) and
-where its libraries are.
+What DPDK warns of and ignores is refused here. Ours alone are how the device is named (`pci` or `ibdev`),
+where its libraries are, and `promiscuous`.
 """
 
 import os
@@ -45,6 +45,7 @@ RANGES: Mapping[str, tuple[int, int, int]] = {
     "queue_size": (1, 1024, 0),
     "queues": (1, 128, 0),
     "max_conf_threads": (0, 256, 0),
+    "promiscuous": (0, 1, 0),
 }
 TEXTS = ("class", "pci", "ibdev", "libibverbs", "libmlx5", "event_core")
 #: `event_us` where nothing is said: an adaptive timer needs a step.
@@ -81,6 +82,8 @@ class Options:
     queues: int
     #: Threads that configure; 0: it is done in one.
     max_conf_threads: int
+    #: Whether the guest gets all that reaches the function, though its address is known.
+    promiscuous: bool
 
     @classmethod
     def parse(cls, spec: DeviceSpec) -> "Options":
@@ -108,6 +111,7 @@ class Options:
             event_mode=mode,
             event_core=_core(spec),
             hw_latency_mode=LatencyMode(numbers.pop("hw_latency_mode")),
+            promiscuous=bool(numbers.pop("promiscuous")),
             **numbers,
         )
 

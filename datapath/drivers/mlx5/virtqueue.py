@@ -1,4 +1,4 @@
-"""A virtqueue of a ConnectX: the firmware's VIRTIO_NET_Q, its three UMEMs, its counters and its states.
+"""A virtqueue of a ConnectX: the firmware's VIRTIO_NET_Q, its three UMEMs and its states; and what it counts.
 
     INIT  --run-->  READY  --suspend-->  SUSPENDED  --run, if the device can-->  READY
                       any of them  --by itself-->  ERROR
@@ -11,12 +11,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from datapath.drivers.mlx5.capabilities import Capabilities
+from datapath.drivers.mlx5.glue import EventChannel
 from datapath.drivers.mlx5.memory import Buffer, Domain
 from datapath.drivers.mlx5.options import LatencyMode
 from datapath.mlx5_mailbox import pack
 from datapath.mlx5_prm import (
     CREATE_VIRTIO_NET_Q_IN,
     CREATE_VIRTIO_Q_COUNTERS_IN,
+    EVENT_OBJECT_CHANGE,
     MODIFY_VIRTIO_NET_Q_IN,
     QUERY_VIRTIO_NET_Q_IN,
     QUERY_VIRTIO_NET_Q_OUT,
@@ -48,6 +50,34 @@ TOLD: Mapping[Feature, str] = {
 }
 
 
+class Counters:
+    """What the firmware counts of all the queues that are made with it, one after the other."""
+
+    def __init__(self, domain: Domain) -> None:
+        """
+        :raise CommandError: when the firmware does not make it.
+        """
+        self._glue = domain.glue
+        self._object = domain.glue.create(domain.context, pack(CREATE_VIRTIO_Q_COUNTERS_IN))
+        #: The firmware's number of it.
+        self.number = self._object.id
+
+    def read(self) -> dict[str, int]:
+        """What has been counted, by the names of COUNTERS.
+
+        :raise CommandError: when the firmware does not tell.
+        """
+        mailbox = pack(QUERY_VIRTIO_Q_COUNTERS_IN, obj_id=self.number)
+        told = self._glue.query(self._object, mailbox, QUERY_VIRTIO_Q_COUNTERS_OUT)
+        return {name: int(told[name]) for name in COUNTERS}
+
+    def close(self) -> None:
+        """
+        :raise DeviceError: when a queue still uses it.
+        """
+        self._glue.destroy(self._object)
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What a queue is made with, beside its ring."""
@@ -60,6 +90,8 @@ class Surroundings:
     tis: int
     #: Number of the QP by which the firmware tells of completions; None: it does not.
     event_qp: int | None
+    #: Number of its counters; 0: nothing is counted.
+    counters: int = 0
     latency_mode: LatencyMode = LatencyMode.DEFAULT
     max_latency_us: int = 0
     max_pending: int = 0
@@ -94,17 +126,12 @@ class VirtioNetQueue:
         if around.event_qp is None and not capable.silent:
             raise DeviceError(f"{self._name}: its firmware has no queues that tell nothing")
         with ExitStack() as undo:
-            self._counters = None
-            if capable.counts:
-                self._counters = self._glue.create(domain.context, pack(CREATE_VIRTIO_Q_COUNTERS_IN))
-                undo.callback(self._glue.destroy, self._counters)
             buffers = []
             for size in capable.umems:
                 buffers.append(Buffer(domain, size.of(ring.size)))
                 undo.callback(buffers[-1].close)
             fields = _ring_fields(index, ring) | _around_fields(around) | _buffer_fields(buffers)
-            counted = self._counters.id if self._counters else 0
-            mailbox = pack(CREATE_VIRTIO_NET_Q_IN, **fields, pd=domain.number, counter_set_id=counted)
+            mailbox = pack(CREATE_VIRTIO_NET_Q_IN, **fields, pd=domain.number)
             self._queue = self._glue.create(domain.context, mailbox)
             undo.callback(self._glue.destroy, self._queue)
             self._undo = undo.pop_all()
@@ -165,13 +192,31 @@ class VirtioNetQueue:
 
         :raise DeviceError: when the queue has met an error, or the firmware does not tell.
         """
+        state, error_type = self.look()
+        if self._state is QueueState.ERROR:
+            raise DeviceError(f"{self._name} has met an error of type {error_type}")
+        return state
+
+    def look(self) -> tuple[RingState, int]:
+        """See how it is: where its ring stands, and the type of the error, which is 0 without one.
+
+        :raise CommandError: when the firmware does not tell.
+        """
         told = self._glue.query(
             self._queue, pack(QUERY_VIRTIO_NET_Q_IN, obj_id=self._queue.id), QUERY_VIRTIO_NET_Q_OUT
         )
-        if told["state"] == QueueState.ERROR:
+        failed = told["state"] == QueueState.ERROR
+        if failed:
             self._state = QueueState.ERROR
-            raise DeviceError(f"{self._name} has met an error of type {int(told['error_type'])}")
-        return RingState(int(told["hw_available_index"]), int(told["hw_used_index"]))
+        state = RingState(int(told["hw_available_index"]), int(told["hw_used_index"]))
+        return state, int(told["error_type"]) if failed else 0
+
+    def report_errors(self, channel: EventChannel, cookie: int) -> None:
+        """Have the channel told, once, with this cookie, when the queue meets an error.
+
+        :raise DeviceError: when it cannot be.
+        """
+        self._glue.subscribe(channel, self._queue, EVENT_OBJECT_CHANGE, cookie)
 
     def log(self, key: int, address: int, size: int) -> None:
         """Mark the pages that it writes, in a bitmap that `key` reaches.
@@ -194,17 +239,6 @@ class VirtioNetQueue:
         :raise CommandError: when the firmware refuses.
         """
         self._modify(ModifyQueue.DIRTY_ENABLE, dirty_bitmap_dump_enable=0)
-
-    def counters(self) -> dict[str, int]:
-        """What the firmware has counted since the queue was made; nothing where it does not count.
-
-        :raise CommandError: when it does not tell.
-        """
-        if self._counters is None:
-            return {}
-        mailbox = pack(QUERY_VIRTIO_Q_COUNTERS_IN, obj_id=self._counters.id)
-        told = self._glue.query(self._counters, mailbox, QUERY_VIRTIO_Q_COUNTERS_OUT)
-        return {name: int(told[name]) for name in COUNTERS}
 
     def close(self) -> None:
         """Give it back with all that it was made with, in any state.
@@ -234,6 +268,7 @@ def _around_fields(around: Surroundings) -> dict[str, int]:
         "tisn_or_qpn": around.tis,
         "event_mode": EventMode.NONE if silent else EventMode.QP,
         "event_qpn_or_msix": around.event_qp or 0,
+        "counter_set_id": around.counters,
         "queue_period_mode": around.latency_mode,
         "queue_period_us": around.max_latency_us,
         "queue_max_count": around.max_pending,
