@@ -22,6 +22,7 @@ from tests.bench import (
     kick,
     machine,
     migration,
+    mlx5_setup,
     packets,
     relay,
     scale,
@@ -50,6 +51,9 @@ TOPICS: Mapping[str, Topic] = {
     "guest": Topic("TCP and UDP of a guest, beside QEMU's own TAP NIC", guest.measure, 5),
     "kick": Topic("from a guest's kick to the VF's doorbell, beside DPDK's notify relay", kick.measure),
     "setup": Topic("from connect to running rings and to the first frame, beside DPDK's", setup.measure, 20),
+    "mlx5-setup": Topic(
+        "a ConnectX' rings: one pair and sixteen, with threads and without", mlx5_setup.measure
+    ),
     "logging": Topic(
         "packets per second while dirty pages are logged, and where the time goes", dirty_logging.measure
     ),

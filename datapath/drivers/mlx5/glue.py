@@ -243,9 +243,9 @@ class Glue:
         :raise CommandError: when it has not been executed.
         """
         answer = bytes(ffi.buffer(out))
-        name, status, syndrome = _said(mailbox, answer)
-        if not error and not status:
+        if not error and not get(COMMAND_OUT, answer, "status"):
             return answer
+        name, status, syndrome = _said(mailbox, answer)
         said = f"{_called(Status, status, 'status ')}, syndrome {syndrome:#x}"
         why = said if status else os.strerror(abs(error))
         raise CommandError(f"{self.name}: {name}: {why}", status, syndrome)

@@ -210,7 +210,8 @@ class Receivers:
 
     def _list(self, layout: Structure, queues: Sequence[int], **fields: int) -> bytes:
         """A mailbox with a table in which each queue is as often as another, but for one."""
-        entries = b"".join(pack(RQT_ENTRY, queue=queues[at % len(queues)]) for at in range(self._room))
+        each = [pack(RQT_ENTRY, queue=queue) for queue in queues]
+        entries = b"".join(each[at % len(each)] for at in range(self._room))
         return pack(layout, list_q_type=RQT_VIRTIO_NET_Q, rqt_actual_size=self._room, **fields) + entries
 
     def lead_to(self, queues: Sequence[VirtioNetQueue]) -> None:
