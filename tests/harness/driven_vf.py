@@ -1,7 +1,7 @@
 """A VF driven without a front-end: a test's own guest memory and rings on a vDPA device.
 
 What a port and its guest are to the driver, in one object: the test transmits and receives through rings
-that it laid out itself.
+that it laid out itself, by the first pair where it does not say another.
 """
 
 import mmap
@@ -26,17 +26,18 @@ BUFFER_SIZE = 2048
 
 
 class DrivenVf:
-    """A vDPA device with memory mapped and one ring of each direction, not started."""
+    """A vDPA device with memory mapped and rings for one pair of queues or more, not started."""
 
-    def __init__(self, device: VdpaDevice, size: int = 256, start: int = 0) -> None:
+    def __init__(self, device: VdpaDevice, size: int = 256, start: int = 0, pairs: int = 1) -> None:
         """Lay rings of `size` out, both indices at `start`."""
         self.device = device
         self.memory = MemfdMemory(MEMORY_SIZE, BASE)
-        self.queues = [Virtqueue(self.memory, BASE + index * RING_STRIDE, size, start) for index in (RX, TX)]
+        self.indices = range(2 * pairs)
+        self.queues = [Virtqueue(self.memory, BASE + at * RING_STRIDE, size, start) for at in self.indices]
         self._mapping = mmap.mmap(self.memory.fd, MEMORY_SIZE)
         address = int(ffi.cast("uintptr_t", ffi.from_buffer(self._mapping)))
         self.region = MemoryRegion(BASE, MEMORY_SIZE, self.memory.fd, 0, address)
-        self.states = {index: RingState(start, start) for index in (RX, TX)}
+        self.states = {index: RingState(start, start) for index in self.indices}
         self._buffer = 0
         device.map_memory(self.region)
 
@@ -53,41 +54,44 @@ class DrivenVf:
             queue.call_fd if call else None,
         )
 
-    def start(self, features: int = FEATURES, *, kick: bool = True) -> None:
-        """Start both rings where they stand."""
-        rings = {index: self.ring(index, kick=kick) for index in (RX, TX)}
+    def start(self, features: int = FEATURES, *, kick: bool = True, call: bool = True) -> None:
+        """Start all rings where they stand."""
+        rings = {index: self.ring(index, kick=kick, call=call) for index in self.indices}
         self.device.start(features & self.device.features, rings)
 
     def suspend(self) -> dict[int, RingState]:
         """Stop, and remember where the rings stand."""
-        self.states = self.device.suspend()
-        return self.states
+        states = self.device.suspend()
+        self.states |= states
+        return states
 
-    def transmit(self, *numbers: int, kick: bool = True) -> None:
+    def transmit(self, *numbers: int, kick: bool = True, pair: int = 0) -> None:
         """Let the guest send numbered frames."""
+        queue = self.queues[2 * pair + TX]
         for number in numbers:
             data = bytes(NET_HEADER_SIZE) + frame(number)
-            self.queues[TX].add(self._next_buffer(data))
+            queue.add(self._next_buffer(data))
         if kick:
-            self.queues[TX].kick()
+            queue.kick()
 
-    def offer(self, count: int) -> None:
+    def offer(self, count: int, pair: int = 0) -> None:
         """Give the receive ring buffers to fill."""
+        queue = self.queues[2 * pair + RX]
         for _ in range(count):
             buffer = self._next_buffer()
-            self.queues[RX].add(Buffer(buffer.address, BUFFER_SIZE, writable=True))
-        self.queues[RX].kick()
+            queue.add(Buffer(buffer.address, BUFFER_SIZE, writable=True))
+        queue.kick()
 
-    def receive(self, count: int, deadline: float = 5.0) -> list[int]:
+    def receive(self, count: int, deadline: float = 5.0, pair: int = 0) -> list[int]:
         """The numbers of the next frames that the guest receives; foreign frames are passed over.
 
         :raise TimeoutError: when they do not come in time.
         """
         numbers: list[int] = []
         end = time.monotonic() + deadline
-        queue = self.queues[RX]
+        queue = self.queues[2 * pair + RX]
         while len(numbers) < count:
-            ((head, length),) = self._take_one(end)
+            ((head, length),) = self._take_one(end, queue)
             address = int.from_bytes(self.memory.read(queue.descriptors + 16 * head, 8), "little")
             number = number_of(self.memory.read(address, length)[NET_HEADER_SIZE:])
             if number is not None:
@@ -119,9 +123,8 @@ class DrivenVf:
         self.memory.write(address, data)
         return Buffer(address, len(data))
 
-    def _take_one(self, end: float) -> list[tuple[int, int]]:
-        """One used entry of the receive ring, waited for by its call eventfd."""
-        queue = self.queues[RX]
+    def _take_one(self, end: float, queue: Virtqueue) -> list[tuple[int, int]]:
+        """One used entry of a receive ring, waited for by its call eventfd."""
         queue.want_interrupt()
         while queue.seen == queue.used_index:
             left = end - time.monotonic()

@@ -4,8 +4,8 @@ Owns registrations and keys. Whatever fails on the way leaves nothing behind.
 """
 
 import mmap
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from datapath.drivers.mlx5._abi import ffi
 from datapath.drivers.mlx5.glue import Context, DevxObject, Glue, ProtectionDomain, Region
@@ -76,6 +76,15 @@ def create_key(domain: Domain, planned: KeyPlan, keys: Sequence[int], hole: int)
     return domain.glue.create(domain.context, mailbox + entries.ljust(padded * KLM.size, b"\0"))
 
 
+@contextmanager
+def _naming(glue: Glue) -> Iterator[None]:
+    """Say of which device memory cannot be used as it is."""
+    try:
+        yield
+    except DeviceError as error:
+        raise DeviceError(f"{glue.name}: {error}") from None
+
+
 class GuestMemory:
     """Guest memory that a device reaches by guest physical addresses, through one key."""
 
@@ -90,8 +99,9 @@ class GuestMemory:
 
         :raise DeviceError: when it overlaps another, or cannot be registered.
         """
-        spans([(other.guest_address, other.size) for other in (*self.regions, region)])
         glue = self._domain.glue
+        with _naming(glue):
+            spans([(other.guest_address, other.size) for other in (*self.regions, region)])
         made = glue.register(self._domain.handle, region.address, region.size, region.guest_address)
         self._registered.append((region, made))
 
@@ -122,8 +132,9 @@ class GuestMemory:
         return self._key
 
     def _make_key(self) -> int:
-        planned = plan([(region.guest_address, region.size) for region in self.regions])
         glue = self._domain.glue
+        with _naming(glue):
+            planned = plan([(region.guest_address, region.size) for region in self.regions])
         with ExitStack() as undo:
             hole = 0
             if any(entry.region is None for entry in planned.entries):
