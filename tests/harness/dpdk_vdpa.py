@@ -51,13 +51,20 @@ class DpdkVdpa(Process):
     """A running back-end with one device."""
 
     def __init__(
-        self, folder: Path, *, arguments: str = "", options: Mapping[str, int | str] | None = None
+        self,
+        folder: Path,
+        *,
+        arguments: str = "",
+        options: Mapping[str, int | str] | None = None,
+        cable: int | None = None,
     ) -> None:
         """
-        :param folder: for its log, its socket and what stands for sysfs.
+        :param folder: for its log, its socket and what stands for sysfs; made where there is none.
         :param arguments: more of the driver's, such as `event_mode=2`.
         :param options: the emulation's, see datapath/emulation/mlx5/options.h.
+        :param cable: the uplink of its only pair of queues, a descriptor; without it frames come back.
         """
+        chosen = dict(options or {}) | ({} if cable is None else {"pairs": 1, "uplink": cable})
         self.socket = folder / "vdpa.sock"
         device = folder / "devices" / ADDRESS
         device.mkdir(parents=True)
@@ -70,10 +77,11 @@ class DpdkVdpa(Process):
             [sys.executable, "-m", __name__, self.socket, allowed],
             folder / "dpdk_vdpa.log",
             stdin=subprocess.PIPE,
+            pass_fds=() if cable is None else (cable,),
             env={
                 **os.environ,
                 "LD_PRELOAD": str(LIBRARY),
-                "MLX5_EMULATION": ",".join(f"{name}={value}" for name, value in (options or {}).items()),
+                "MLX5_EMULATION": ",".join(f"{name}={value}" for name, value in chosen.items()),
                 "RUNTIME_DIRECTORY": str(folder),
                 "SYSFS_PCI_DEVICES": str(device.parent),
             },
