@@ -7,11 +7,11 @@ A queue that cannot run on is closed and made anew, at the indices where it stoo
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from datapath.drivers.mlx5.capabilities import Capabilities
-from datapath.drivers.mlx5.glue import EventChannel
+from datapath.drivers.mlx5.glue import CommandError, EventChannel
 from datapath.drivers.mlx5.memory import Buffer, Domain
 from datapath.drivers.mlx5.options import LatencyMode
 from datapath.mlx5_mailbox import pack
@@ -234,11 +234,15 @@ class VirtioNetQueue:
         self._modify(ModifyQueue.DIRTY_ENABLE, dirty_bitmap_dump_enable=1)
 
     def stop_logging(self) -> None:
-        """Mark no more.
+        """Mark no more, and let go of the bitmap's key.
 
         :raise CommandError: when the firmware refuses.
         """
         self._modify(ModifyQueue.DIRTY_ENABLE, dirty_bitmap_dump_enable=0)
+        # Key 0 is what a queue has that never marked. A firmware that does not take it back so need not hold
+        # it either: whether it does shows when the key is given back.
+        with suppress(CommandError):
+            self._modify(ModifyQueue.DIRTY_BITMAP)
 
     def close(self) -> None:
         """Give it back with all that it was made with, in any state.
