@@ -22,9 +22,13 @@ static void on_sigbus(int signal, siginfo_t *info, void *context)
 {
     bool sent = info->si_code <= 0;     /* by kill() or the like: no access failed */
 
-    (void)context;
     if (way_out != NULL && !sent) {
         siglongjmp(*way_out, 1);
+    }
+    if ((previous.sa_flags & SA_SIGINFO) != 0 && !sent) {
+        /* It may be the guard of another module in this process, which will want to be there again, as will this. */
+        previous.sa_sigaction(signal, info, context);
+        return;
     }
     /* Not ours. A failed access is tried again on return, a sent signal has to be sent again. */
     sigaction(SIGBUS, &previous, NULL);

@@ -68,7 +68,8 @@ def extension() -> Extension:
         depends=[_relative(header) for header in headers],
         include_dirs=[_relative(HERE), _relative(NATIVE)],
         extra_compile_args=[*warnings, *shlex.split(os.environ.get("NATIVE_CFLAGS", ""))],
-        extra_link_args=["-pthread"],
+        # Who has closed it may meet SIGBUS later, for which its engine has a handler.
+        extra_link_args=["-pthread", "-Wl,-z,nodelete"],
     )
 
 
