@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from datapath.drivers.mlx5.capabilities import Capabilities
 from datapath.drivers.mlx5.glue import DevxObject, EventChannel, Uar
 from datapath.drivers.mlx5.memory import Buffer, Domain
-from datapath.mlx5_mailbox import Structure, pack
+from datapath.mlx5_mailbox import Structure, get, pack
 from datapath.mlx5_prm import (
     CQE,
     CQE_INVALID,
@@ -123,7 +123,7 @@ class EventQueue:
         """Post all receives, and lead both queue pairs from RESET to where they send."""
         entry = pack(CQE, wqe_counter=0xFFFF, opcode=CQE_INVALID, owner=1)
         self._buffer.write(0, entry)
-        self._buffer.write(self._qp_record, self.size.to_bytes(4, "big"))
+        self._write_record(self._qp_record, self.size)
         pairs = ((self._sender, self._receiver), (self._receiver, self._sender))
         for own, _ in pairs:
             self._move(own, RST2INIT_QP_IN, vhca_port_num=PORT, rre=1, rwe=1, pm_state=PATH_MIGRATED)
@@ -167,7 +167,24 @@ class EventQueue:
         """
         for pair in (self._sender, self._receiver):
             self._move(pair, TO_RST_QP_IN)
+        self._count_missed()
         self._connect()
+
+    def _count_missed(self) -> None:
+        """Take what has come since somebody looked last: the completion queue goes on where it stands.
+
+        One that is armed with an index that it is past raises an event for nothing, and none for what comes.
+        """
+        counter = get(CQE, self._buffer.read(0, CQE.size), "wqe_counter")
+        received = self._read_record(self._qp_record) - self.size
+        consumed = self._read_record(self._cq_record) + (counter + 1 - received & 0xFFFF)
+        self._write_record(self._cq_record, consumed & 0xFFFFFFFF)
+
+    def _read_record(self, place: int) -> int:
+        return int.from_bytes(self._buffer.read(place, 4))
+
+    def _write_record(self, place: int, value: int) -> None:
+        self._buffer.write(place, value.to_bytes(4))
 
     def close(self) -> None:
         """Give it back; the virtqueue has been closed, and nobody looks at the source.

@@ -220,6 +220,10 @@ class Buffer:
         ffi.release(self._view)
         self._memory.close()
 
+    def read(self, offset: int, size: int) -> bytes:
+        """What is there."""
+        return self._memory[offset : offset + size]
+
     def write(self, offset: int, data: bytes) -> None:
         """Put something there."""
         self._memory[offset : offset + len(data)] = data
