@@ -121,6 +121,14 @@ struct mlx5dv_devx_event_channel {
 };
 #define MLX5DV_OMIT_EVENT_DATA 1
 
+/* What asynchronous events are read as (struct ib_uverbs_async_event_desc), and the type of one (enum ibv_event_type). */
+struct async_event {
+    uint64_t element;
+    uint32_t type;
+    uint32_t reserved;
+};
+#define IBV_EVENT_DEVICE_FATAL 8
+
 struct mlx5dv_devx_async_event_hdr {
     uint64_t cookie;
     uint8_t out_data[];

@@ -23,6 +23,7 @@ UNITS = (
     "prm",
     "options",
     "affinity",
+    "tap",
     "device",
     "commands",
     "capabilities",

@@ -8,17 +8,20 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "channels.h"
 #include "queues.h"
 #include "steering.h"
+#include "tap.h"
 
 struct device *device_get(void)
 {
     static struct device device = {
         .lock = PTHREAD_MUTEX_INITIALIZER, .slot_free = PTHREAD_COND_INITIALIZER, .memory_fd = -1,
+        .async_fd = { -1, -1 },
     };
 
     return &device;
@@ -83,6 +86,49 @@ static void unmap_memory(struct device *device)
     device->memory_fd = -1;
 }
 
+/* The kernel's end of a context's asynchronous events, of which each is read whole. */
+static int open_events(struct device *device)
+{
+    return socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, device->async_fd) < 0 ? -errno : 0;
+}
+
+static void close_events(struct device *device)
+{
+    for (unsigned int i = 0; i < 2; i++) {
+        if (device->async_fd[i] >= 0) {
+            close(device->async_fd[i]);
+        }
+        device->async_fd[i] = -1;
+    }
+}
+
+static int open_wire(struct device *device)
+{
+    const struct options *options = &device->options;
+    struct wire *wire = &device->wire;
+    int result;
+
+    *wire = (struct wire){ .count = options->uplinks, .header = options->header };
+    memcpy(wire->fd, options->uplink, sizeof(wire->fd));
+    if (options->tap[0] == '\0') {
+        return 0;
+    }
+    result = tap_open(options->tap, options->bridge, options->mtu, options->pairs, wire->fd);
+    if (result == 0) {
+        wire->tap = wire->header = true;
+        wire->count = options->pairs;
+    }
+    return result;
+}
+
+static void close_wire(struct device *device)
+{
+    for (unsigned int i = 0; device->wire.tap && i < device->wire.count; i++) {
+        close(device->wire.fd[i]);
+    }
+    device->wire = (struct wire){ 0 };
+}
+
 int device_open(struct device *device)
 {
     int result;
@@ -90,7 +136,14 @@ int device_open(struct device *device)
     if (device->context != NULL) {
         return -EBUSY;
     }
-    result = map_memory(device);
+    device->died = device->hangs = false;
+    result = open_wire(device);
+    if (result == 0) {
+        result = open_events(device);
+    }
+    if (result == 0) {
+        result = map_memory(device);
+    }
     if (result == 0) {
         result = queues_open(device);
     }
@@ -119,6 +172,8 @@ void device_close(struct device *device)
         free(object);
     }
     unmap_memory(device);
+    close_events(device);
+    close_wire(device);
     free(device->context);
     device->context = NULL;
 }
@@ -131,11 +186,46 @@ static void sleep_us(unsigned int microseconds)
     }
 }
 
+void device_die(struct device *device, bool hangs)
+{
+    const struct async_event event = { .type = IBV_EVENT_DEVICE_FATAL };
+
+    device->hangs |= hangs;
+    if (device->died) {
+        return;
+    }
+    device->died = true;
+    queues_halt(device);
+    send(device->async_fd[1], &event, sizeof(event), MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+/* Die where the options say so. With the device held. */
+static void die_at(struct device *device, unsigned int number)
+{
+    const struct options *options = &device->options;
+
+    if ((options->dead > 0 && number >= options->dead) || (options->hang > 0 && number >= options->hang)) {
+        device_die(device, options->hang > 0 && number >= options->hang);
+    }
+}
+
+/* As a call into a kernel whose firmware does not answer: it does not come back. */
+static void wait_for_ever(struct device *device)
+{
+    pthread_mutex_unlock(&device->lock);
+    for (;;) {
+        pause();
+    }
+}
+
 uint8_t command_begin(struct device *device)
 {
     unsigned int number;
 
     pthread_mutex_lock(&device->lock);
+    if (device->hangs) {
+        wait_for_ever(device);
+    }
     while (device->busy_slots >= device->options.slots) {
         pthread_cond_wait(&device->slot_free, &device->lock);
     }
@@ -144,7 +234,11 @@ uint8_t command_begin(struct device *device)
     pthread_mutex_unlock(&device->lock);
     sleep_us(device->options.latency_us);
     pthread_mutex_lock(&device->lock);
-    if (number == device->options.fail || (device->options.dead > 0 && number >= device->options.dead)) {
+    die_at(device, number);
+    if (device->hangs) {
+        wait_for_ever(device);
+    }
+    if (number == device->options.fail || device->died) {
         return PRM_STATUS_INTERNAL_ERROR;
     }
     return PRM_STATUS_OK;

@@ -37,6 +37,14 @@ enum object_kind {
     KIND_VIRTQ,
 };
 
+/* Where packets come from and go to. */
+struct wire {
+    unsigned int count;         /* descriptors, one a pair; 0: packets come back */
+    int fd[OPTIONS_MAX_PAIRS];
+    bool header;                /* see struct engine_uplink */
+    bool tap;                   /* they are ours: queues of a TAP */
+};
+
 /* What all objects begin with; each is in a piece of memory of its own. */
 struct object {
     struct object *next;
@@ -56,6 +64,11 @@ struct device {
     int memory_fd;              /* DEVICE_PAGES to be mapped by whoever rings */
     uint8_t *memory;
     bool page_taken[DEVICE_PAGES];
+
+    struct wire wire;           /* while it is open */
+    int async_fd[2];            /* that its driver reads the kernel's events of it from, and the kernel's end */
+    bool died;                  /* it does nothing any more */
+    bool hangs;                 /* and answers no command */
 
     struct object *objects;
     uint32_t last_id;
@@ -84,6 +97,9 @@ static inline struct device *device_of(struct ibv_context *context)
 /* Open and close; -errno. Closing gives back what was forgotten. */
 int device_open(struct device *device);
 void device_close(struct device *device);
+
+/* The firmware dies: nothing moves, every command fails, or none is answered; the kernel tells. */
+void device_die(struct device *device, bool hangs);
 
 /*
  * Wait for one of the firmware's slots and for as long as a command takes, then hold the device until command_end().

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "options.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -20,6 +21,8 @@ static const struct number {
     { "pairs", 1, OPTIONS_MAX_PAIRS, offsetof(struct options, pairs) },
     { "fail", 0, UINT_MAX, offsetof(struct options, fail) },
     { "dead", 0, UINT_MAX, offsetof(struct options, dead) },
+    { "hang", 0, UINT_MAX, offsetof(struct options, hang) },
+    { "mtu", 68, 65535, offsetof(struct options, mtu) },
 };
 
 static const struct flag {
@@ -28,6 +31,17 @@ static const struct flag {
 } flags[] = {
     { "resumes", offsetof(struct options, resumes) },
     { "header", offsetof(struct options, header) },
+};
+
+static const struct text {
+    const char *name;
+    size_t room;
+    size_t offset;
+} texts[] = {
+    { "name", sizeof(((struct options *)0)->name), offsetof(struct options, name) },
+    { "ibdev", sizeof(((struct options *)0)->ibdev_path), offsetof(struct options, ibdev_path) },
+    { "tap", sizeof(((struct options *)0)->tap), offsetof(struct options, tap) },
+    { "bridge", sizeof(((struct options *)0)->bridge), offsetof(struct options, bridge) },
 };
 
 static bool to_number(const char *text, unsigned long lowest, unsigned long highest, unsigned int *number)
@@ -78,11 +92,10 @@ static bool set(struct options *options, const char *name, char *value)
             return strcmp(value, "0") == 0 || strcmp(value, "1") == 0;
         }
     }
-    if (strcmp(name, "name") == 0) {
-        return to_text(options->name, sizeof(options->name), value);
-    }
-    if (strcmp(name, "ibdev") == 0) {
-        return to_text(options->ibdev_path, sizeof(options->ibdev_path), value);
+    for (size_t i = 0; i < sizeof(texts) / sizeof(*texts); i++) {
+        if (strcmp(name, texts[i].name) == 0) {
+            return to_text((char *)options + texts[i].offset, texts[i].room, value);
+        }
     }
     return strcmp(name, "uplink") == 0 && to_uplinks(options, value);
 }
@@ -103,28 +116,58 @@ static const char *parse(struct options *options, char *text)
             return option;
         }
     }
-    return options->uplinks == 0 || options->uplinks == options->pairs ? NULL : "uplink";
+    if (options->uplinks != 0 && (options->uplinks != options->pairs || options->tap[0] != '\0')) {
+        return "uplink";
+    }
+    return options->bridge[0] == '\0' || options->tap[0] != '\0' ? NULL : "bridge";
+}
+
+/* What is said of this copy of the library, in one line; NULL: nothing. The caller's to free. */
+static char *from_file(void)
+{
+    Dl_info here;
+    char path[PATH_MAX], *line = NULL;
+    const char *slash;
+    size_t room = 0;
+    FILE *file;
+
+    if (dladdr((void *)options_read, &here) == 0 || (slash = strrchr(here.dli_fname, '/')) == NULL) {
+        return NULL;
+    }
+    snprintf(path, sizeof(path), "%.*s/%s", (int)(slash - here.dli_fname), here.dli_fname, OPTIONS_FILE);
+    file = fopen(path, "re");
+    if (file == NULL) {
+        return NULL;
+    }
+    if (getline(&line, &room, file) < 0) {
+        free(line);
+        line = NULL;
+    } else {
+        line[strcspn(line, "\n")] = '\0';
+    }
+    fclose(file);
+    return line;
 }
 
 bool options_read(struct options *options)
 {
-    const char *given = getenv(OPTIONS_VARIABLE);
+    const char *variable = getenv(OPTIONS_VARIABLE);
+    char *given = variable != NULL ? strdup(variable) : from_file();
     const char *wrong = NULL;
     char *text;
 
     *options = (struct options){
-        .name = "mlx5_0", .latency_us = 800, .slots = 8, .pairs = 8, .resumes = true,
+        .name = "mlx5_0", .latency_us = 800, .slots = 8, .pairs = 8, .resumes = true, .mtu = 1500,
     };
-    if (given == NULL) {
-        return true;
-    }
-    text = strdup(given);
+    text = given != NULL ? strdup(given) : NULL;
     if (text != NULL) {
         wrong = parse(options, text);
     }
     if (wrong != NULL) {
-        fprintf(stderr, "emulated mlx5: %s makes no sense in %s='%s'\n", wrong, OPTIONS_VARIABLE, given);
+        fprintf(stderr, "emulated mlx5: %s makes no sense in %s='%s'\n", wrong,
+                variable != NULL ? OPTIONS_VARIABLE : OPTIONS_FILE, given);
     }
     free(text);
+    free(given);
     return wrong == NULL;
 }

@@ -5,6 +5,7 @@
 #include "affinity.h"
 #include "bell.h"
 #include "steering.h"
+#include "tap.h"
 
 /* Where an engine finds the dirty bitmap: beyond every guest's memory. */
 #define LOG_IOVA (UINT64_C(1) << 62)
@@ -20,17 +21,15 @@ static uint64_t field(const struct virtq *virtq, struct prm_field field)
     return prm_get(virtq->body, field);
 }
 
-static int uplink_of(const struct options *options, unsigned int pair)
-{
-    return options->uplinks > 0 ? options->uplink[pair] : -1;
-}
-
 /* See that a pair has its engine. */
 static bool need_engine(struct device *device, unsigned int index)
 {
     struct pair *pair = &device->queues->pair[index];
     const struct engine_uplink uplink = {
-        .pairs = 1, .packet_fd = { uplink_of(&device->options, index) }, .header = device->options.header,
+        .pairs = 1,
+        .packet_fd = { device->wire.count > 0 ? device->wire.fd[index] : -1 },
+        .header = device->wire.header,
+        .mtu = device->options.mtu,
     };
 
     cpu_set_t before;
@@ -38,6 +37,9 @@ static bool need_engine(struct device *device, unsigned int index)
 
     if (pair->engine != NULL) {
         return true;
+    }
+    if (device->wire.tap) {
+        tap_drain(device->wire.fd[index]);    /* until now nobody was there to have it */
     }
     before = affinity_widen();
     result = engine_open(&uplink, &pair->engine);
@@ -90,6 +92,33 @@ static uint64_t done(const struct pair *pair, const struct virtq *virtq)
     return now.packets + (virtq->index % 2 == ENGINE_TX ? now.dropped : 0);
 }
 
+/* Let through to a receive queue what rules lead to it. */
+static void filter(struct device *device, const struct virtq *virtq)
+{
+    struct filter wanted;
+
+    if (virtq->index % 2 == ENGINE_RX) {
+        steering_filter(device, &virtq->object, &wanted);
+        engine_set_filter(pair_of(device, virtq)->engine, &wanted);
+    }
+}
+
+/* Have a queue's frames come by its own queue of the TAP, or another's. */
+static void receive_from_tap(struct device *device, const struct virtq *virtq, bool on)
+{
+    const int fd = device->wire.fd[virtq->index / 2];
+
+    if (!device->wire.tap || virtq->index % 2 != ENGINE_RX) {
+        return;
+    }
+    if (device->wire.count > 1 && virtq->index > 0) {     /* the first stays, as one must */
+        tap_use(fd, on);
+    }
+    if (on) {
+        tap_accept(fd, field(virtq, PRM_VIRTIO_NET_Q_RX_CSUM));
+    }
+}
+
 static enum syndrome start(struct device *device, struct virtq *virtq)
 {
     struct pair *pair = pair_of(device, virtq);
@@ -118,6 +147,8 @@ static enum syndrome start(struct device *device, struct virtq *virtq)
     virtq->counted = done(pair, virtq);
     pair->moving++;
     engine_set_features(pair->engine, features_of(virtq));
+    filter(device, virtq);
+    receive_from_tap(device, virtq, true);
     engine_run(pair->engine, true);
     engine_kick(pair->engine, virtq->index % 2);
     bell_wake(device);
@@ -127,11 +158,14 @@ static enum syndrome start(struct device *device, struct virtq *virtq)
 enum syndrome queue_paths_settle(struct device *device, struct virtq *virtq)
 {
     const bool receives = virtq->index % 2 == ENGINE_RX;
-    const bool wanted = field(virtq, PRM_VIRTIO_NET_Q_STATE) == PRM_STATE_READY &&
+    const bool wanted = !device->died && field(virtq, PRM_VIRTIO_NET_Q_STATE) == PRM_STATE_READY &&
                         (!receives || steering_leads_to(device, &virtq->object));
 
     if (wanted && !virtq->moves) {
         return start(device, virtq);
+    }
+    if (wanted) {
+        filter(device, virtq);
     }
     if (!wanted) {
         queue_paths_stop(device, virtq);
@@ -147,6 +181,7 @@ void queue_paths_stop(struct device *device, struct virtq *virtq)
     if (!virtq->moves) {
         return;
     }
+    receive_from_tap(device, virtq, false);
     state = engine_stop_queue(pair->engine, virtq->index % 2);
     prm_set(virtq->body, PRM_VIRTIO_NET_Q_HW_AVAILABLE_INDEX, state.avail);
     prm_set(virtq->body, PRM_VIRTIO_NET_Q_HW_USED_INDEX, state.used);

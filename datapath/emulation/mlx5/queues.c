@@ -408,6 +408,15 @@ uint8_t queues_query(struct command *command)
     return PRM_STATUS_OK;
 }
 
+void queues_halt(struct device *device)
+{
+    for (unsigned int i = 0; i < 2 * device->options.pairs; i++) {
+        if (device->queues->virtq[i] != NULL) {
+            queue_paths_stop(device, device->queues->virtq[i]);
+        }
+    }
+}
+
 void queues_forget(struct device *device, struct virtq *virtq)
 {
     queue_paths_stop(device, virtq);

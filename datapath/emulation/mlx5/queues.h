@@ -53,6 +53,9 @@ uint8_t queues_create(struct command *command);
 uint8_t queues_modify(struct command *command);
 uint8_t queues_query(struct command *command);
 
+/* Stop all queues for good. */
+void queues_halt(struct device *device);
+
 /* Before a queue is freed: stop it. */
 void queues_forget(struct device *device, struct virtq *virtq);
 

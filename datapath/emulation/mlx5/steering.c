@@ -15,6 +15,9 @@
 /* What can be matched: nothing, or the outer headers. */
 #define MOST_CRITERIA 1
 #define LOWEST_PRIORITY 15
+/* Of a destination: all 48 bits, and the first on the wire, by which groups are told. */
+#define EVERY_BIT ((UINT64_C(1) << 48) - 1)
+#define GROUP_BIT (UINT64_C(1) << 40)
 
 struct mlx5dv_dr_domain {
     unsigned int users;
@@ -44,18 +47,62 @@ struct rule {
     uint8_t value[PRM_FLOW_MATCH_SIZE];
 };
 
-bool steering_leads_to(const struct device *device, const struct object *queue)
+static bool lists(const struct rule *rule, const struct object *queue)
 {
-    for (const struct rule *rule = device->rules; rule != NULL; rule = rule->next) {
-        const struct rqt *rqt = rule->action->tir->rqt;
+    const struct rqt *rqt = rule->action->tir->rqt;
 
-        for (unsigned int i = 0; i < rqt->count; i++) {
-            if (rqt->queue[i] == queue) {
-                return true;
-            }
+    for (unsigned int i = 0; i < rqt->count; i++) {
+        if (rqt->queue[i] == queue) {
+            return true;
         }
     }
     return false;
+}
+
+bool steering_leads_to(const struct device *device, const struct object *queue)
+{
+    for (const struct rule *rule = device->rules; rule != NULL; rule = rule->next) {
+        if (lists(rule, queue)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static uint64_t destination(const uint8_t *match)
+{
+    return prm_get(match, PRM_FLOW_MATCH_DMAC_47_16) << 16 | prm_get(match, PRM_FLOW_MATCH_DMAC_15_0);
+}
+
+static void admit(struct filter *filter, const uint8_t *mask, const uint8_t *value)
+{
+    const uint64_t to = destination(value);
+
+    if (destination(mask) == 0) {
+        filter->promiscuous = true;
+    } else if (destination(mask) == GROUP_BIT) {
+        filter->multicast = FILTER_ALL;
+        filter->broadcast = true;
+    } else if (filter->macs < FILTER_MAX_MACS) {
+        for (unsigned int i = 0; i < FILTER_MAC_SIZE; i++) {
+            filter->mac[filter->macs][i] = to >> 8 * (FILTER_MAC_SIZE - 1 - i);
+        }
+        filter->macs++;
+    }
+}
+
+/*
+ * By destination alone: of the rules for one protocol each driver makes another for all protocols, with the same
+ * table behind it.
+ */
+void steering_filter(const struct device *device, const struct object *queue, struct filter *filter)
+{
+    *filter = (struct filter){ .on = true, .unicast = FILTER_LISTED, .vlan = FILTER_ALL };
+    for (const struct rule *rule = device->rules; rule != NULL; rule = rule->next) {
+        if (lists(rule, queue)) {
+            admit(filter, rule->matcher->mask, rule->value);
+        }
+    }
 }
 
 void steering_close(struct device *device)
@@ -145,6 +192,22 @@ static bool is_empty(const uint8_t *match)
     return memcmp(match, nothing, sizeof(nothing)) == 0;
 }
 
+/* Of destinations: all, one, or groups; by protocols besides, and by nothing else. */
+static bool is_emulated(const uint8_t *mask)
+{
+    static const struct prm_field others[] = {
+        PRM_FLOW_MATCH_SMAC_47_16, PRM_FLOW_MATCH_SMAC_15_0, PRM_FLOW_MATCH_ETHERTYPE, PRM_FLOW_MATCH_FIRST_VID,
+        PRM_FLOW_MATCH_CVLAN_TAG,
+    };
+
+    for (size_t i = 0; i < sizeof(others) / sizeof(*others); i++) {
+        if (prm_get(mask, others[i]) != 0) {
+            return false;
+        }
+    }
+    return destination(mask) == 0 || destination(mask) == EVERY_BIT || destination(mask) == GROUP_BIT;
+}
+
 EXPORT struct mlx5dv_dr_matcher *mlx5dv_dr_matcher_create(struct mlx5dv_dr_table *table, uint16_t priority,
                                                           uint8_t criteria, struct mlx5dv_flow_match_parameters *mask)
 {
@@ -153,6 +216,9 @@ EXPORT struct mlx5dv_dr_matcher *mlx5dv_dr_matcher_create(struct mlx5dv_dr_table
     if (!is_match(mask) || criteria > MOST_CRITERIA || priority > LOWEST_PRIORITY ||
         (criteria == 0) != is_empty((const uint8_t *)mask->match_buf)) {
         return refused(EINVAL);
+    }
+    if (!is_emulated((const uint8_t *)mask->match_buf)) {
+        return refused(EOPNOTSUPP);
     }
     matcher = made(calloc(1, sizeof(*matcher)), &table->users);
     if (matcher != NULL) {

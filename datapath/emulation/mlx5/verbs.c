@@ -66,7 +66,7 @@ static struct ibv_context *open_context(struct device *device)
     verbs->size = sizeof(*verbs);
     verbs->context.device = &device->ibv;
     verbs->context.cmd_fd = device->memory_fd;
-    verbs->context.async_fd = -1;
+    verbs->context.async_fd = device->async_fd[0];
     verbs->context.num_comp_vectors = 1;
     verbs->context.abi_compat = (void *)UINTPTR_MAX;
     pthread_mutex_init(&verbs->context.mutex, NULL);
@@ -208,4 +208,16 @@ static struct ibv_mr *alloc_null_mr(struct ibv_pd *pd)
 EXPORT int ibv_dereg_mr(struct ibv_mr *mr)
 {
     return free_object(device_of(mr->context), &container_of(mr, struct mr, abi)->object);
+}
+
+/* For tests: kill the firmware of the device that is open. */
+EXPORT void mlx5_emulation_die(int hangs)
+{
+    struct device *device = device_get();
+
+    pthread_mutex_lock(&device->lock);
+    if (device->context != NULL) {
+        device_die(device, hangs != 0);
+    }
+    pthread_mutex_unlock(&device->lock);
 }
