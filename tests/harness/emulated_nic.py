@@ -76,10 +76,16 @@ class EmulatedNic(Process):
 class PortProcess(Process):
     """A running virt-vdpa-port; ready unless it was told to connect."""
 
-    def __init__(self, folder: Path, device: str, *options: str, name: str = "port") -> None:
+    def __init__(
+        self, folder: Path, device: str, *options: str, name: str = "port", prefix: Sequence[str] = ()
+    ) -> None:
+        """
+        :param prefix: what stands before the command, such as that of a network namespace.
+        """
         self.socket = folder / f"{name}.sock"
         self.control = folder / f"{name}.ctl"
         argv = [
+            *prefix,
             str(BIN / "virt-vdpa-port"),
             f"--device={device}",
             f"--control={self.control}",
