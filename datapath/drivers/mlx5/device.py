@@ -107,8 +107,6 @@ class Mlx5Device(VdpaDevice):
             self._lost_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, self._lost_fd)
             for fd in (self._rings.errors.fd, self._rings.broken_fd, self._async_fd, self._lost_fd):
-                if fd < 0:
-                    continue
                 os.set_blocking(fd, False)
                 self._events.register(fd, select.EPOLLIN)
             self._resources = undo.pop_all()
