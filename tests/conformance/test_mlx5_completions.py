@@ -5,6 +5,7 @@ A guest of these tests looks at its ring only when it is interrupted, so that on
 
 import ctypes
 import os
+import random
 import select
 import time
 from collections.abc import Callable, Iterator
@@ -26,22 +27,27 @@ from tests.harness.processes import wait_for
 from tests.harness.virtqueue import Virtqueue
 
 SIZE = 256
+#: Bytes from one queue's ring to the next.
+RING_SPACE = 0x4000
 #: As many completions as a counter of 16 bits does not count.
 MORE_THAN_COUNTED = 66_000
+#: Queue pairs of a large device.
+MANY = 32
 
 
-class Telling:
-    """A transmit queue that tells what it has completed, and the thread that listens."""
+class Listening:
+    """The thread that listens, and what event queues are made with."""
 
     def __init__(self, world: World, mode: EventMode) -> None:
         self.world = world
+        #: Their memory is in use as long as the device is open.
+        self._kept: list[EventQueue] = []
         glue, context = world.glue, world.context
         self._uar = glue.alloc_uar(context)
         self._channel = glue.create_event_channel(context)
         self._event_queue_number = glue.event_queue_number(context)
-        self.events = self.event_queue()
         self.completions = Completions(
-            TX + 1,
+            2 * world.capable.queue_pairs,
             mode=mode,
             event_us=mode == EventMode.ADAPTIVE_TIMER,
             no_traffic_time=16,
@@ -49,20 +55,33 @@ class Telling:
             channel_fd=self._channel.fd,
             uar=self._uar.address,
         )
-        self.ring = Virtqueue(world.memory, LOW)
 
-    def event_queue(self) -> EventQueue:
+    def event_queue(self, index: int) -> EventQueue:
         given = self._uar, self._channel, self._event_queue_number
-        return EventQueue(self.world.domain, self.world.capable, *given, TX, SIZE)
+        made = EventQueue(self.world.domain, self.world.capable, *given, index, SIZE)
+        self._kept.append(made)
+        return made
+
+
+class Telling:
+    """A transmit queue that tells what it has completed, and its guest."""
+
+    def __init__(self, listening: Listening, index: int = TX) -> None:
+        self.listening = listening
+        self.world = listening.world
+        self.completions = listening.completions
+        self.index = index
+        self.events = listening.event_queue(index)
+        self.ring = Virtqueue(self.world.memory, LOW + RING_SPACE * index)
 
     def listen(self) -> None:
-        self.completions.add(TX, self.events.source, self.ring.call_fd)
+        self.completions.add(self.index, self.events.source, self.ring.call_fd)
 
     def start(self, start: int = 0) -> VirtioNetQueue:
         """Make the queue and run it."""
         world = self.world
         around = replace(world.around, event_qp=self.events.number)
-        queue = VirtioNetQueue(world.domain, world.capable, TX, world.ring(self.ring, start), around)
+        queue = VirtioNetQueue(world.domain, world.capable, self.index, world.ring(self.ring, start), around)
         queue.run()
         return queue
 
@@ -82,44 +101,42 @@ class Telling:
     def finish(self, queue: VirtioNetQueue) -> int:
         """Stop as the driver does; where the ring stands."""
         stood = queue.suspend()
-        self.completions.remove(TX)
+        self.completions.remove(self.index)
         queue.close()
         return stood.used
 
     def counted(self) -> tuple[int, int]:
         """Completions and interrupts."""
         told = self.completions.statistics()
-        return told[f"completions.{TX}"], told[f"interrupts.{TX}"]
-
-    def close(self) -> None:
-        self.completions.close()
-        self.ring.close()
+        return told[f"completions.{self.index}"], told[f"interrupts.{self.index}"]
 
 
-Tell = Callable[[EventMode], Telling]
+Listen = Callable[..., Listening]
 
 
 @pytest.fixture
-def tell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tell]:
-    monkeypatch.setenv("MLX5_EMULATION", "latency_us=0")
-    # The device uses an event queue's memory until it is closed.
+def listen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listen]:
     kept = []
     with ExitStack() as undo:
 
-        def telling(mode: EventMode) -> Telling:
+        def listening(mode: EventMode, pairs: int = 1) -> Listening:
+            monkeypatch.setenv("MLX5_EMULATION", f"latency_us=0,pairs={pairs}")
             world = open_world()
             undo.callback(world.glue.close, world.context)
-            made = Telling(world, mode)
+            made = Listening(world, mode)
             kept.append(made)
-            undo.callback(made.close)
+            undo.callback(made.completions.close)
             return made
 
-        yield telling
+        yield listening
 
 
 @pytest.fixture(params=EventMode)
-def telling(tell: Tell, request: pytest.FixtureRequest) -> Telling:
-    return tell(request.param)
+def telling(listen: Listen, request: pytest.FixtureRequest) -> Iterator[Telling]:
+    telling = Telling(listen(request.param))
+    yield telling
+    telling.completions.close()
+    telling.ring.close()
 
 
 def test_each_frame_interrupts(telling: Telling) -> None:
@@ -255,8 +272,8 @@ def test_the_last_frames_of_a_queue_interrupt(telling: Telling) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("mode", [EventMode.FIXED_TIMER, EventMode.INTERRUPTS])
-def test_more_completions_than_are_counted(tell: Tell, mode: EventMode) -> None:
-    telling = tell(mode)
+def test_more_completions_than_are_counted(listen: Listen, mode: EventMode) -> None:
+    telling = Telling(listen(mode))
     telling.start()
     telling.listen()
     while telling.counted()[0] < MORE_THAN_COUNTED:
@@ -264,21 +281,86 @@ def test_more_completions_than_are_counted(tell: Tell, mode: EventMode) -> None:
         telling.wait_used()
 
 
+class Guest:
+    """One of many, which sends at times, and whose queue comes and goes."""
+
+    def __init__(self, telling: Telling) -> None:
+        self._telling = telling
+        self._queue = telling.start()
+        telling.listen()
+        self._sent = 0
+        self._seen = 0
+
+    @property
+    def fd(self) -> int:
+        return self._telling.ring.call_fd
+
+    @property
+    def waits(self) -> bool:
+        return self._seen < self._sent
+
+    def send(self, count: int) -> None:
+        self._telling.send(count)
+        self._sent += count
+
+    def interrupted(self) -> None:
+        os.eventfd_read(self.fd)
+        self._seen += len(self._telling.ring.collect())
+
+    def start_anew(self) -> None:
+        stood = self._telling.finish(self._queue)
+        self._telling.events.reset()
+        self._queue = self._telling.start(stood)
+        self._telling.listen()
+
+    def look_away(self) -> None:
+        """The eventfd is changed, as when a guest masks its interrupt for a while."""
+        self._telling.completions.set_call(self._telling.index, None)
+        self._telling.completions.set_call(self._telling.index, self.fd)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", EventMode)
+def test_many_queues_that_come_and_go(listen: Listen, mode: EventMode) -> None:
+    listening = listen(mode, pairs=MANY)
+    guests = [Guest(Telling(listening, 2 * pair + TX)) for pair in range(MANY)]
+    chosen = random.Random(mode)
+    for _ in range(2000):
+        for guest in chosen.choices(guests, k=4):
+            action = chosen.choices((guest.start_anew, guest.look_away, None), (1, 4, 15))[0]
+            if not guest.waits:
+                guest.send(chosen.randrange(1, 20))
+            if action is not None:
+                action()
+        _serve(guests, 0)
+    while any(guest.waits for guest in guests):
+        _serve(guests, 5.0)
+
+
+def _serve(guests: list[Guest], seconds: float) -> None:
+    """Have those guests look that have been interrupted."""
+    by_fd = {guest.fd: guest for guest in guests}
+    ready = select.select(list(by_fd), [], [], seconds)[0]
+    assert ready or not seconds, f"{sum(guest.waits for guest in guests)} guests wait in vain"
+    for fd in ready:
+        by_fd[fd].interrupted()
+
+
 #: What makes something -> what gives it back; and what else is called to make an event queue.
 PAIRS = {"create": "destroy", "register_umem": "deregister_umem"}
 CALLS = (*PAIRS, "subscribe", "modify")
 
 
-def test_one_that_is_not_made_leaves_nothing(tell: Tell) -> None:
+def test_one_that_is_not_made_leaves_nothing(listen: Listen) -> None:
     """Each call failing in turn: memory, a queue, two queue pairs, a subscription, six moves."""
-    telling = tell(EventMode.INTERRUPTS)
-    made = [_made_until(telling, number) for number in range(1, 13)]
+    listening = listen(EventMode.INTERRUPTS)
+    made = [_made_until(listening, number) for number in range(1, 13)]
     assert made == [False] * (1 + 3 + 1 + 6) + [True]
 
 
-def _made_until(telling: Telling, number: int) -> bool:
+def _made_until(listening: Listening, number: int) -> bool:
     """Make an event queue with the n-th call failing; whether it was made. Nothing is left in any case."""
-    glue, alive, calls = telling.world.glue, list[object](), 0
+    glue, alive, calls = listening.world.glue, list[object](), 0
 
     def counting(real: Callable[..., object]) -> Callable[..., object]:
         def call(*given: object) -> object:
@@ -305,7 +387,7 @@ def _made_until(telling: Telling, number: int) -> bool:
         for name in PAIRS.values():
             patch.setattr(glue, name, forgetting(getattr(glue, name)))
         try:
-            telling.event_queue().close()
+            listening.event_queue(TX).close()
         except DeviceError:
             return False
         finally:

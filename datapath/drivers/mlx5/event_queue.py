@@ -120,10 +120,10 @@ class EventQueue:
         )
 
     def _connect(self) -> None:
-        """Post all receives, and lead both queue pairs from RESET to where they send."""
+        """Lead both queue pairs from RESET to where they send, and then post all receives."""
         entry = pack(CQE, wqe_counter=0xFFFF, opcode=CQE_INVALID, owner=1)
         self._buffer.write(0, entry)
-        self._write_record(self._qp_record, self.size)
+        self._write_record(self._qp_record, 0)
         pairs = ((self._sender, self._receiver), (self._receiver, self._sender))
         for own, _ in pairs:
             self._move(own, RST2INIT_QP_IN, vhca_port_num=PORT, rre=1, rwe=1, pm_state=PATH_MIGRATED)
@@ -139,6 +139,7 @@ class EventQueue:
             )
         for own, _ in pairs:
             self._move(own, RTR2RTS_QP_IN, ack_timeout=ACK_TIMEOUT, retry_count=RETRIES, rnr_retry=RETRIES)
+        self._write_record(self._qp_record, self.size)
 
     def _move(self, pair: DevxObject, layout: Structure, **fields: int) -> None:
         self._glue.modify(pair, pack(layout, qpn=pair.id, **fields))
