@@ -1,14 +1,17 @@
 """The judge of the emulated ConnectX: DPDK's own mlx5 vDPA driver, unchanged, runs on it."""
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from datapath.vhost_user.messages import VringArea
+from tests.harness.dirty_log import PAGE
+from tests.harness.dpdk_front_end import WITH_NOTIFIERS, Cable, DpdkFrontEnd
 from tests.harness.dpdk_vdpa import DpdkVdpa
-from tests.harness.processes import HarnessError
 from tests.harness.testpmd import Testpmd
+from tests.harness.traffic import RX, TX
 
 pytestmark = pytest.mark.dpdk
 
@@ -16,18 +19,8 @@ pytestmark = pytest.mark.dpdk
 #: GUEST_ANNOUNCE, ORDER_PLATFORM, LOG_ALL, MTU, HOST_TSO4, HOST_TSO6, CSUM, GUEST_CSUM and VERSION_1.
 FEATURES = 0x114C60180B
 PROTOCOL_FEATURES = 0x10C33
-#: Frames that testpmd has on their way at a time, and how many each queue is to pass at least.
-BURST = 32
+#: How many frames each queue of testpmd's is to pass at least.
 FRAMES = 2000
-#: Commands until a device is probed, which of them the driver tries again (they take the doorbell page and
-#: the UAR), and those until a first front-end has come and gone.
-PROBING = 8
-TRIED_AGAIN = {4, 8}
-LAST_OF_A_LIFE = 80
-#: That which registers guest memory: when it fails, DPDK 22.11's driver reads a NULL region's key and dies.
-KILLS_THE_DRIVER = 9
-#: Seconds after which a front-end will see no frame any more.
-PATIENCE = 3.0
 
 
 @pytest.fixture
@@ -86,26 +79,52 @@ def test_pairs_and_a_second_life(peer: DpdkVdpa, tmp_path: Path) -> None:
     assert peer.finish() == 0
 
 
-@pytest.mark.parametrize("number", range(1, PROBING + 1))
-def test_a_command_fails_while_it_probes(tmp_path: Path, number: int) -> None:
-    """The driver says so and ends, or tries again."""
-    with DpdkVdpa(tmp_path, options={"latency_us": 0, "fail": number}) as peer:
-        with suppress(HarnessError):
-            peer.answer(0)
-        assert peer.finish() == (0 if peer.answers() else 1)
-        assert bool(peer.answers()) == (number in TRIED_AGAIN)
+@pytest.fixture
+def cable() -> Iterator[Cable]:
+    with Cable() as made:
+        yield made
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("number", sorted({*range(PROBING + 1, LAST_OF_A_LIFE + 1)} - {KILLS_THE_DRIVER}))
-def test_a_command_fails_later(tmp_path: Path, number: int) -> None:
-    """Whether frames pass or not, it lives, and takes the next front-end, whose commands all succeed."""
-    with DpdkVdpa(tmp_path, options={"latency_us": 0, "fail": number}) as peer:
-        peer.answer(0)
-        with (
-            suppress(HarnessError),
-            Testpmd(tmp_path, peer.socket, "io", options=["--tx-first"]) as front_end,
-        ):
-            front_end.wait_for("a frame", lambda: completed(peer, 1) >= BURST, PATIENCE)
-        pass_frames(peer, tmp_path)
-        assert peer.finish() == 0
+@pytest.fixture
+def guest(tmp_path: Path, cable: Cable) -> Iterator[DpdkFrontEnd]:
+    """A guest whose front-end maps doorbells when it is told to, with a kick on each ring."""
+    with (
+        DpdkVdpa(tmp_path, cable=cable.fd) as peer,
+        closing(DpdkFrontEnd.dial(peer.socket, WITH_NOTIFIERS)) as front_end,
+    ):
+        front_end.begin()
+        front_end.offer(1)
+        yield front_end
+
+
+def test_a_guest_rings_the_mapped_doorbell(guest: DpdkFrontEnd, cable: Cable) -> None:
+    """The driver tells of the page at each ring's first kick, and waits to be told that it is mapped."""
+    areas = guest.serve(1)
+    guest.transmit(1)
+    areas += guest.serve(1)
+    assert areas == [VringArea(index, True, PAGE, areas[0].offset) for index in (RX, TX)], "one page for all"
+    assert cable.receive(1) == [1]
+    cable.send(2)
+    guest.receive(1)
+    for number in range(10, 50, 2):
+        guest.transmit(number)
+        assert cable.receive(1) == [number]
+        cable.send(number + 1)
+        guest.offer(1)
+        assert list(guest.receive(1)) == [number + 1]
+
+
+def refuse(guest: DpdkFrontEnd, index: int) -> None:
+    """Tell that a doorbell cannot be mapped: the driver takes it back, and asks that to be confirmed."""
+    assert guest.serve(1, result=1)[0].index == index
+    guest.queues[index].page = None
+    assert guest.serve(1) == [VringArea(index, has_fd=False)]
+
+
+def test_a_guest_that_maps_no_doorbell_kicks(guest: DpdkFrontEnd, cable: Cable) -> None:
+    refuse(guest, RX)
+    guest.transmit(0)
+    refuse(guest, TX)
+    for number in range(10):
+        assert cable.receive(1) == [number]
+        guest.transmit(number + 1)

@@ -16,7 +16,7 @@ from tests.harness.closeable import Closeable
 from tests.harness.dirty_log import PAGE, marked_pages
 from tests.harness.front_end import BUFFERS, MEMORY_SIZE
 from tests.harness.notifier_front_end import NotifierFrontEnd
-from tests.harness.processes import wait_for
+from tests.harness.processes import HarnessError, wait_for
 from tests.harness.traffic import RX, TX
 from tests.harness.virtqueue import Buffer, MemfdMemory
 from tests.harness.wire import frame, number_of
@@ -159,11 +159,14 @@ class DpdkFrontEnd(NotifierFrontEnd):
 class Cable(Closeable):
     """What an emulated ConnectX is plugged in by; a few frames fit into it, the device keeps the rest."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = PATIENCE) -> None:
+        """
+        :param patience: seconds that a frame of the guest may take.
+        """
         self._end, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._device.setblocking(False)
         self._device.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that there is
-        self._end.settimeout(PATIENCE)
+        self._end.settimeout(patience)
         #: What the device is given.
         self.fd = self._device.fileno()
 
@@ -175,9 +178,12 @@ class Cable(Closeable):
     def receive(self, count: int) -> list[int | None]:
         """The numbers of the next frames from the guest.
 
-        :raise TimeoutError: when they do not come.
+        :raise HarnessError: when they do not come.
         """
-        return [number_of(self._end.recv(2048)) for _ in range(count)]
+        try:
+            return [number_of(self._end.recv(2048)) for _ in range(count)]
+        except TimeoutError:
+            raise HarnessError(f"no frame in {self._end.gettimeout():g} s") from None
 
     def take_all(self) -> list[int | None]:
         """The numbers of the frames that it holds now."""

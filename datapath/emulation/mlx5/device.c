@@ -251,6 +251,18 @@ void command_end(struct device *device)
     pthread_mutex_unlock(&device->lock);
 }
 
+/* For tests: commands that were begun since the function was opened, which may have been closed again. */
+EXPORT unsigned int mlx5_emulation_commands(void)
+{
+    struct device *device = device_get();
+    unsigned int commands;
+
+    pthread_mutex_lock(&device->lock);
+    commands = device->commands;
+    pthread_mutex_unlock(&device->lock);
+    return commands;
+}
+
 int status_to_errno(uint8_t status)
 {
     switch (status) {
