@@ -22,6 +22,7 @@ from tests.bench import (
     kick,
     machine,
     migration,
+    mlx5,
     mlx5_setup,
     packets,
     relay,
@@ -51,6 +52,7 @@ TOPICS: Mapping[str, Topic] = {
     "guest": Topic("TCP and UDP of a guest, beside QEMU's own TAP NIC", guest.measure, 5),
     "kick": Topic("from a guest's kick to the VF's doorbell, beside DPDK's notify relay", kick.measure),
     "setup": Topic("from connect to running rings and to the first frame, beside DPDK's", setup.measure, 20),
+    "mlx5": Topic("a ConnectX under our driver, beside DPDK's on the same emulated one", mlx5.measure),
     "mlx5-setup": Topic(
         "a ConnectX' rings: one pair and sixteen, with threads and without", mlx5_setup.measure
     ),
