@@ -8,7 +8,7 @@ import pytest
 
 from datapath.vhost_user.messages import VringArea
 from tests.harness.dirty_log import PAGE
-from tests.harness.dpdk_front_end import WITH_NOTIFIERS, Cable, DpdkFrontEnd
+from tests.harness.dpdk_front_end import PATIENCE, PROTOCOL, WITH_NOTIFIERS, Cable, DpdkFrontEnd
 from tests.harness.dpdk_vdpa import DpdkVdpa
 from tests.harness.testpmd import Testpmd
 from tests.harness.traffic import RX, TX
@@ -128,3 +128,28 @@ def test_a_guest_that_maps_no_doorbell_kicks(guest: DpdkFrontEnd, cable: Cable) 
     for number in range(10):
         assert cable.receive(1) == [number]
         guest.transmit(number + 1)
+
+
+def test_a_broken_ring_is_given_up(tmp_path: Path, cable: Cable) -> None:
+    """The driver makes the queue again, which breaks again. The other goes on, and another guest has both."""
+    with DpdkVdpa(tmp_path, cable=cable.fd) as peer:
+        with closing(DpdkFrontEnd.dial(peer.socket, PROTOCOL)) as guest:
+            guest.begin()
+            guest.offer(10)
+            guest.transmit(1)
+            assert cable.receive(1) == [1]
+            guest.queues[TX].publish(guest.queues[TX].size)
+            guest.queues[TX].kick()
+            peer.wait_for("an error", lambda: peer.counters(TX)["bad descriptor errors"] > 1, PATIENCE)
+            cable.send(2, 3)
+            assert list(guest.receive(2)) == [2, 3]
+            assert peer.counters(RX)["bad descriptor errors"] == 0
+            guest.stop()
+        with closing(DpdkFrontEnd.dial(peer.socket, PROTOCOL)) as guest:
+            guest.begin()
+            guest.offer(10)
+            guest.transmit(4)
+            assert cable.receive(1) == [4]
+            cable.send(5)
+            assert list(guest.receive(1)) == [5]
+        assert peer.finish() == 0

@@ -37,10 +37,19 @@ def cable(cables: list[Cable]) -> Cable:
 
 
 @pytest.fixture
-def peers(tmp_path: Path, cables: list[Cable]) -> Iterator[list[DpdkVdpa]]:
+def arguments() -> str:
+    """The driver's; tests may want others."""
+    return ""
+
+
+@pytest.fixture
+def peers(tmp_path: Path, cables: list[Cable], arguments: str) -> Iterator[list[DpdkVdpa]]:
+    options = {"latency_us": 0}
     with ExitStack() as stack:
         made = [
-            stack.enter_context(DpdkVdpa(tmp_path / name, cable=cable.fd, options={"latency_us": 0}))
+            stack.enter_context(
+                DpdkVdpa(tmp_path / name, arguments=arguments, cable=cable.fd, options=options)
+            )
             for name, cable in zip(("one", "other"), cables, strict=True)
         ]
         for peer in made:
@@ -128,7 +137,16 @@ def move(guest: DpdkFrontEnd, to: DpdkVdpa, cable: Cable, number: int) -> tuple[
     return there, frames
 
 
-@pytest.mark.parametrize("moves", [2, pytest.param(30, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("arguments", "moves"),
+    [
+        ("", 2),
+        pytest.param("", 30, marks=pytest.mark.full),
+        pytest.param("event_mode=2", 10, marks=pytest.mark.full),
+        pytest.param("max_conf_threads=4", 10, marks=pytest.mark.full),
+        pytest.param("queues=1,queue_size=256", 10, marks=pytest.mark.full),
+    ],
+)
 def test_a_guest_moves(
     guest: DpdkFrontEnd,
     peers: list[DpdkVdpa],
