@@ -358,8 +358,8 @@ static int add(struct completions *completions, struct entry *entry, const struc
         return -EINVAL;
     }
     entry->added = true;
-    entry->owed = false;
     entry->call_fd = call_fd;
+    interrupt_guest(entry);
     completions->added++;
     completions->empty = 0;
     signal_eventfd(completions->wake_fd);

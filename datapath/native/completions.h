@@ -45,7 +45,8 @@ struct completions_counters {
 int completions_open(const struct completions_setup *setup, struct completions **completions);
 
 /*
- * Look at a queue from now on. What it has completed before counts.
+ * Look at a queue from now on. What it has completed before counts. It interrupts at once: whoever looked before may
+ * have been killed between a completion and its interrupt.
  *
  * call_fd: eventfd that interrupts the guest, -1: there is none. The caller keeps owning it.
  * -EBUSY: there is one of this number. -EINVAL: there cannot be.

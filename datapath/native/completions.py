@@ -72,6 +72,8 @@ class Completions:
     def add(self, index: int, source: CompletionSource, call: int | None) -> None:
         """Look at a queue from now on, from where its records say that it stands.
 
+        The guest is interrupted once at first: a port that was killed may owe it that.
+
         :param call: eventfd that interrupts the guest; None: it is not interrupted.
         :raise OSError: when there is one of this number, or there cannot be such a one.
         """

@@ -35,6 +35,8 @@ class Queue:
         self.source = CompletionSource(base, base + CQ_RECORD, base + QP_RECORD, NUMBER, SIZE)
         self.call = os.eventfd(0, os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self.call)
+        #: Interrupts that there must have been, and those seen.
+        self.expected = self.seen = 0
         self._memory[CQ_RECORD : CQ_RECORD + 4] = struct.pack(">I", consumed)
         self._memory[QP_RECORD : QP_RECORD + 4] = struct.pack(">I", received + SIZE & 0xFFFF)
         self._memory[:64] = pack(CQE, wqe_counter=received - 1 & 0xFFFF, owner=1)
@@ -56,12 +58,22 @@ class Queue:
     def armed(self) -> bytes:
         return self._memory[CQ_RECORD + 4 : CQ_RECORD + 8]
 
-    def interrupted(self, seconds: float = 5.0) -> int:
-        """Wait for an interrupt; how often there was one."""
-        assert select.select([self.call], [], [], seconds)[0], "no interrupt"
-        return os.eventfd_read(self.call)
+    def interrupted(self) -> int:
+        """Wait for an interrupt that was not expected yet; how many there have been since the last call."""
+        before = self.expected
+        self.expected += 1
+        self._wait()
+        return self.expected - before
+
+    def _wait(self) -> None:
+        while self.seen < self.expected:
+            assert select.select([self.call], [], [], 5.0)[0], "no interrupt"
+            self.seen += os.eventfd_read(self.call)
+        self.expected = self.seen
 
     def silent(self) -> bool:
+        """Whether there is no interrupt but those expected."""
+        self._wait()
         return not select.select([self.call], [], [], 0.02)[0]
 
 
@@ -83,8 +95,9 @@ class Device:
         )
 
     def add(self, index: int, queue: Queue, **other: int) -> None:
-        """Add a queue, whose memory stays as long as the thread is there."""
+        """Add a queue, whose memory stays as long as the thread is there; it interrupts at once."""
         self._kept.append(queue)
+        queue.expected += 1
         self.completions.add(index, queue.source._replace(**other), queue.call)
 
     def close(self) -> None:
@@ -143,7 +156,7 @@ def test_what_has_been_completed_before_it_is_added(device: Device) -> None:
     device.add(1, queue)
     assert queue.interrupted() == 1
     assert queue.records == (5, 5 + SIZE)
-    assert device.count(1) == (5, 0, 1)
+    assert device.count(1) == (5, 0, 2)
     assert device.wait_armed() == {"arm_sn": 0, "solicited_only": 0, "consumer_index": 5, "cqn": NUMBER}
 
 
@@ -198,7 +211,7 @@ def test_counters_wrap(device: Device) -> None:
     device.raise_event(0)
     assert queue.interrupted() == 1
     assert queue.records == (0x11, 0x11 + SIZE)
-    assert device.count(0) == (0x21, 0, 1)
+    assert device.count(0) == (0x21, 0, 2)
     assert device.wait_armed()["consumer_index"] == 0x11
 
 
@@ -216,7 +229,7 @@ def test_an_error_is_counted_and_told(device: Device, opcode: int) -> None:
     queue.complete(0, opcode)
     device.add(2, queue)
     assert queue.interrupted() == 1
-    assert device.count(2) == (1, 1, 1)
+    assert device.count(2) == (1, 1, 2)
     wait_for("the error to be told", lambda: device.broken, 5.0)
 
 
@@ -225,7 +238,7 @@ def test_an_entry_that_was_never_written(device: Device) -> None:
     queue.complete(7, CQE_INVALID)
     device.add(0, queue)
     device.wait_armed()
-    assert device.count(0) == (0, 0, 0)
+    assert device.count(0) == (0, 0, 1)
     assert queue.silent()
 
 
@@ -245,10 +258,11 @@ def test_it_is_looked_at_again_when_it_is_removed(start: Start) -> None:
     assert device.count(0)[0] == 6
 
 
-def test_it_is_interrupted_at_its_end_in_any_case(device: Device) -> None:
-    """What was completed last may be told of later."""
+def test_it_is_interrupted_at_first_and_at_last_in_any_case(device: Device) -> None:
+    """What was completed before may not have been told of, and what is completed last may be later."""
     queue = Queue()
     device.add(0, queue)
+    assert queue.silent(), "but for one"
     device.completions.remove(0)
     assert queue.interrupted() == 1
 
