@@ -39,7 +39,11 @@ class DrivenVf:
         self.region = MemoryRegion(BASE, MEMORY_SIZE, self.memory.fd, 0, address)
         self.states = {index: RingState(start, start) for index in self.indices}
         self._buffer = 0
-        device.map_memory(self.region)
+        try:
+            device.map_memory(self.region)
+        except BaseException:
+            self.close()
+            raise
 
     def ring(self, index: int, *, kick: bool = True, call: bool = True) -> Ring:
         """A ring as the front-end would describe it; `kick` False asks for polling."""

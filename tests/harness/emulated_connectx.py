@@ -6,7 +6,8 @@ Owns cables and device strings. What goes wrong is an option of the emulation, o
 import os
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from datapath.drivers.mlx5.glue import Glue
 from datapath.emulation.mlx5 import LIBRARY
 from datapath.mlx5_mailbox import get
 from datapath.mlx5_prm import COMMAND_IN, Opcode
-from datapath.vdpa import DeviceSpec
+from datapath.vdpa import DeviceError, DeviceSpec
 from tests.harness.closeable import Closeable
 from tests.harness.wire import frame, number_of
 
@@ -119,6 +120,14 @@ GIVEN_BACK = {
 }
 
 
+#: Calls that the firmware hears nothing of, as the emulation counts.
+NO_COMMANDS = {
+    *("open", "close", "free_uar", "free_var", "create_event_channel", "destroy_event_channel"),
+    *("create_domain", "create_root_table", "create_matcher", "create_tir_action", "create_rule"),
+    *("destroy_domain", "destroy_table", "destroy_matcher", "destroy_action", "destroy_rule"),
+}
+
+
 class Witness:
     """Sees what is told to devices from now on."""
 
@@ -127,6 +136,8 @@ class Witness:
         self.calls: list[str] = []
         #: What was made and has not been given back.
         self.alive: list[Any] = []
+        #: Those of the calls that have failed.
+        self.failed: list[str] = []
         for make in GIVEN_BACK:
             patch.setattr(Glue, make, self._making(make, getattr(Glue, make)))
         for back in set(GIVEN_BACK.values()):
@@ -136,8 +147,8 @@ class Witness:
 
     def _making(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def make(glue: Glue, *given: Any) -> Any:
-            self.calls.append(opcode_of(given[1]) if name == "create" else name)
-            made = real(glue, *given)
+            with self._seen(opcode_of(given[1]) if name == "create" else name):
+                made = real(glue, *given)
             self.alive.append(made)
             return made
 
@@ -145,18 +156,32 @@ class Witness:
 
     def _giving_back(self, name: str, real: Callable[..., None]) -> Callable[..., None]:
         def give_back(glue: Glue, what: Any) -> None:
-            self.calls.append(name)
-            real(glue, what)
+            with self._seen(name):
+                real(glue, what)
             self.alive.remove(what)
 
         return give_back
 
     def _telling(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def tell(glue: Glue, what: Any, mailbox: bytes, *rest: Any) -> Any:
-            self.calls.append(opcode_of(mailbox))
-            return real(glue, what, mailbox, *rest)
+            with self._seen(opcode_of(mailbox)):
+                return real(glue, what, mailbox, *rest)
 
         return tell
+
+    @contextmanager
+    def _seen(self, name: str) -> Iterator[None]:
+        self.calls.append(name)
+        try:
+            yield
+        except DeviceError:
+            self.failed.append(name)
+            raise
+
+    @property
+    def commands(self) -> int:
+        """How many of the calls that are remembered were for the firmware."""
+        return sum(name not in NO_COMMANDS for name in self.calls)
 
     def take(self) -> list[str]:
         """The calls since the last look."""

@@ -346,10 +346,15 @@ class Rings:
         self._close_stopped(list(self._stopped))
 
     def _close_stopped(self, indices: Iterable[int]) -> None:
-        paths = [self._stopped.pop(index) for index in indices if index in self._stopped]
-        if any(path.queue.number in self._led_to for path in paths):
+        """Close queues that do not run; what the device does not let go of is kept, and tried again."""
+        closing = [index for index in indices if index in self._stopped]
+        if any(self._stopped[index].queue.number in self._led_to for index in closing):
             self._lead_frames()
-        self._workers.run(*(path.queue.close for path in paths))
+        self._workers.run(*(partial(self._close_one, index) for index in closing))
+
+    def _close_one(self, index: int) -> None:
+        self._stopped[index].queue.close()
+        del self._stopped[index]
 
     # Errors
 

@@ -6,9 +6,10 @@
 A queue that cannot run on is closed and made anew, at the indices where it stood.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from datapath.drivers.mlx5.capabilities import Capabilities
 from datapath.drivers.mlx5.glue import CommandError, EventChannel
@@ -133,8 +134,12 @@ class VirtioNetQueue:
             fields = _ring_fields(index, ring) | _around_fields(around) | _buffer_fields(buffers)
             mailbox = pack(CREATE_VIRTIO_NET_Q_IN, **fields, pd=domain.number)
             self._queue = self._glue.create(domain.context, mailbox)
-            undo.callback(self._glue.destroy, self._queue)
-            self._undo = undo.pop_all()
+            undo.pop_all()
+        #: What gives it back, the last first.
+        self._left: list[Callable[[], None]] = [
+            *(buffer.close for buffer in buffers),
+            partial(self._glue.destroy, self._queue),
+        ]
         self._state = QueueState.INIT
 
     @property
@@ -247,9 +252,12 @@ class VirtioNetQueue:
     def close(self) -> None:
         """Give it back with all that it was made with, in any state.
 
-        :raise DeviceError: when the device does not let go of something; what it does is given back.
+        :raise DeviceError: when the device does not let go of something; to close it again tries that again.
         """
-        self._undo.close()
+        self._state = QueueState.ERROR  # of no more use, whatever comes
+        while self._left:
+            self._left[-1]()
+            self._left.pop()
 
 
 def _ring_fields(index: int, ring: Ring) -> dict[str, int]:

@@ -114,4 +114,5 @@ class Workers:
     def _work(self) -> None:
         while (next_one := self._waiting.get()) is not None:
             batch, number = next_one
-            batch.do(number)
+            if not self._glue.given_up:
+                batch.do(number)
