@@ -49,6 +49,13 @@ POOL_KINDS: dict[str, tuple[str, ...]] = {
     "devices": ("bind", "uplink"),
     "pf": ("vfs", "bind", "uplink"),
 }
+#: Driver -> keys that its pools do not take, and why.
+NOT_OF_DRIVER: dict[str, dict[str, str]] = {
+    "mlx5": {
+        "bind": "its functions stay bound to mlx5_core",
+        "doorbell": "its doorbells are always mapped",
+    },
+}
 #: What a network interface may be called (dev_valid_name of Linux's net/core/dev.c), less the comma, which
 #: virt-vdpa-port's --uplink cannot say.
 INTERFACE_FORM = re.compile(r"(?!\.{1,2}$)[^\s/:,]{1,15}")
@@ -233,6 +240,9 @@ def _pool(name: str, table: _Table) -> PoolConfig:
     if driver not in DRIVERS:
         raise table.error("driver", f"must be one of {', '.join(DRIVERS)}, not '{driver}'")
     kind = _pool_kind(table)
+    for key, reason in NOT_OF_DRIVER.get(driver, {}).items():
+        if table.has(key):
+            raise table.error(key, f"makes no sense with driver '{driver}': {reason}")
     pool = POOL_READERS[kind](name, driver, table)
     for other, keys in POOL_KINDS.items():
         for key in keys:

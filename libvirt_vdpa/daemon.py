@@ -19,8 +19,9 @@ from datapath.control import Arguments, CommandError
 from libvirt_vdpa.announce import Announcer
 from libvirt_vdpa.api import ApiServer, Command
 from libvirt_vdpa.client import ControlError
-from libvirt_vdpa.config import CONFIG_FILE, Config, ConfigError, read_config
+from libvirt_vdpa.config import CONFIG_FILE, Config, ConfigError, PoolConfig, read_config
 from libvirt_vdpa.emulated import EmulatedNic, end_strays
+from libvirt_vdpa.emulated_connectx import EmulatedConnectX
 from libvirt_vdpa.events import DomainWatcher
 from libvirt_vdpa.host_pools import HostPools
 from libvirt_vdpa.hypervisor import Hypervisor
@@ -97,13 +98,15 @@ class Daemon:
         )
         self._lifecycle = Lifecycle(config, self._inventory, self._supervisor, self._refresh_devices)
         self._lifecycle.migrations = self._migrations
-        self._nics = [
-            EmulatedNic(pool, config.run_folder, config.log_folder, self._inventory)
-            for pool in config.pools
-            if pool.emulated
-        ]
+        self._nics = [self._emulated(pool) for pool in config.pools if pool.emulated]
         self._api = ApiServer(self._commands())
         self._end = asyncio.Event()
+
+    def _emulated(self, pool: PoolConfig) -> EmulatedNic | EmulatedConnectX:
+        """What an emulated pool's VFs are made by."""
+        if pool.driver == "mlx5":
+            return EmulatedConnectX(pool, self._config.run_folder, self._inventory)
+        return EmulatedNic(pool, self._config.run_folder, self._config.log_folder, self._inventory)
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `quit`.

@@ -14,7 +14,7 @@ from lxml import etree
 
 from datapath.vdpa import DRIVERS
 from libvirt_vdpa.inventory import InventoryError, address
-from libvirt_vdpa.metadata import ANY_DRIVER, NAMESPACE, InterfaceRequest, Problem, line_of, read_metadata
+from libvirt_vdpa.metadata import NAMESPACE, InterfaceRequest, Problem, line_of, read_metadata
 from libvirt_vdpa.state import InterfaceState, read_state
 
 #: `mode=` of an interface's source (QEMU's part) -> our role on the vhost-user socket.
@@ -65,6 +65,8 @@ class PortSpec:
     mtu: int
     #: Whether the guest has a page for each queue's doorbell, which can be the VF's own.
     page_per_vq: bool = False
+    #: Whether the guest may say itself which frames it receives.
+    trusted: bool = False
     #: Whether the guest is to see a link.
     link_up: bool = True
     #: Seconds after which QEMU looks for a port that has gone; 0: it does not.
@@ -252,6 +254,7 @@ class InterfaceCheck:
             queue_pairs=self.number("queues", 1),
             queue_size=max(self.number(name, 0) for name in QUEUE_SIZES),
             mtu=max(self.number("size", 0, "mtu"), self.host_mtu()),
+            trusted=self.element.get("trustGuestRxFilters") == "yes",
             page_per_vq=attribute_of(self.element, "driver", "page_per_vq") == "on",
             link_up=attribute_of(self.element, "link", "state") != "down",
             reconnect=self.number("timeout", 0, "source/reconnect"),
@@ -294,15 +297,6 @@ class InterfaceCheck:
 
 #: Line, text, fatal.
 Finding = tuple[int, str, bool]
-
-
-def check_driver_name(check: InterfaceCheck) -> Iterator[Finding]:
-    """The driver must be one that this version has."""
-    driver = check.request.driver
-    if driver != ANY_DRIVER and driver not in DRIVERS:
-        available = ", ".join(DRIVERS)
-        text = f"metadata attribute driver='{driver}': not available in this version; available: {available}"
-        yield check.request.line, text, True
 
 
 def check_device(check: InterfaceCheck) -> Iterator[Finding]:
@@ -400,7 +394,6 @@ def check_mtu(check: InterfaceCheck) -> Iterator[Finding]:
 #: The order in which an interface's problems are told.
 CHECKS: tuple[Callable[[InterfaceCheck], Iterator[Finding]], ...] = (
     check_type,
-    check_driver_name,
     check_device,
     check_announce,
     check_source,

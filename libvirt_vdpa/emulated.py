@@ -13,9 +13,10 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+from datapath.vdpa import DeviceSpec
 from libvirt_vdpa.client import ControlClient, ControlError
 from libvirt_vdpa.config import PoolConfig
-from libvirt_vdpa.inventory import Inventory, address, plain_path
+from libvirt_vdpa.inventory import Inventory, plain_path
 from libvirt_vdpa.ports import write_atomically
 from libvirt_vdpa.process import Process, ProgramError, find_program, log_size
 
@@ -187,9 +188,10 @@ def vfs_of(answer: dict[str, object]) -> list[dict[str, object]]:
 
 
 def in_use(folder: Path, inventory: Inventory) -> bool:
-    """Whether a port holds a VF of the NIC in that folder."""
-    sockets = f"vfio-user={plain_path(str(folder))}/"
-    return any(vf.holder is not None and address(vf.device).startswith(sockets) for vf in inventory)
+    """Whether a port holds a VF of the NIC in that folder: its device string names something there."""
+    below = f"{plain_path(str(folder))}/"
+    held = [DeviceSpec.parse(vf.device) for vf in inventory if vf.holder is not None]
+    return any(plain_path(value).startswith(below) for spec in held for value in spec.options.values())
 
 
 def recorded_process(folder: Path) -> tuple[Process, list[str]] | None:

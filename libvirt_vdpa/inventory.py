@@ -25,7 +25,7 @@ def plain_path(path: str) -> str:
 
 #: Device options that say where a VF is -> what makes one of their many spellings; the other options say how
 #: to use it.
-ADDRESS_OPTIONS: dict[str, Callable[[str], str]] = {"vfio-user": plain_path, "pci": str.lower}
+ADDRESS_OPTIONS: dict[str, Callable[[str], str]] = {"vfio-user": plain_path, "pci": str.lower, "ibdev": str}
 #: Why the PCI function at an address cannot be given to a port by a driver of ours, while ports hold others
 #: and maybe this one (address -> holder); empty when it can.
 Obstacle = Callable[[str, str, Mapping[str, str]], str]

@@ -299,7 +299,7 @@ class Lifecycle:
             domain=spec.name,
             uuid=spec.uuid,
             mac=wanted.mac,
-            device=vf.device,
+            device=device_for(vf, wanted),
             pool=vf.pool,
             role=wanted.role,
             socket=str(wanted.socket_path),
@@ -371,6 +371,12 @@ OPERATIONS: dict[str, Handler] = {
     "reconnect": Lifecycle._reconnect,
     "migrate": Lifecycle._migrate,
 }
+
+
+def device_for(vf: Vf, wanted: PortSpec) -> str:
+    """The device string for a guest. One that is trusted with what it receives gets all that reaches its VF,
+    where the driver would let through no more than frames to its address."""
+    return f"{vf.device},promiscuous=1" if vf.driver == "mlx5" and wanted.trusted else vf.device
 
 
 def holder_of(record: Record) -> Holder:

@@ -403,6 +403,7 @@ def port_arguments(record: Record) -> list[str]:
         f"--device={record.device}",
         f"--control={record.control}",
         f"--name={record.label}",
+        f"--mac={record.mac}",
     ]
     if record.role == "connect":
         arguments.append("--connect")
@@ -415,7 +416,7 @@ def port_arguments(record: Record) -> list[str]:
     if record.features is not None:
         arguments.append(f"--features={record.features:#x}")
     if record.uplink is not None and record.announce not in SILENT:
-        arguments += [f"--uplink={record.uplink}", f"--mac={record.mac}"]
+        arguments.append(f"--uplink={record.uplink}")
     elif record.uplink is not None and record.uplink.startswith("nic="):
         arguments += [f"--uplink={record.uplink}", "--silent"]  # it filters what the guest receives
     return arguments

@@ -179,7 +179,7 @@ WRONG = {
         "pool='default'",
         "device='vf=3'",
         f"interface {MAC}: metadata attribute device: device 'ifcvf,vf=3': names no VF; it needs one of"
-        " vfio-user, pci",
+        " vfio-user, pci, ibdev",
     ),
     "announce": (
         "pool='default'",

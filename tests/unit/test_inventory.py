@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused(inventory: Inventory) -> None:
         ("any", "other", None, 1, "metadata attribute pool='other': not configured; configured: default"),
         ("mlx5", "default", None, 1, "metadata attribute driver='mlx5': pool 'default' has 'ifcvf' VFs"),
         ("any", "default", None, 4, "<driver queues='4'>: the VF has 1 queue pair; lower queues"),
-        ("ifcvf", None, "vf=1", 1, "device 'ifcvf,vf=1': names no VF; it needs one of vfio-user, pci"),
+        ("ifcvf", None, "vf=1", 1, "device 'ifcvf,vf=1': names no VF; it needs one of vfio-user, pci, ibdev"),
         (
             "nix",
             None,

@@ -66,13 +66,15 @@ class TestGiveSocket:
 
 
 class TestCommandLine:
-    """What a record has the port told beyond where its sockets and its VF are."""
+    """What a record has the port told beyond where its sockets and its VF are, and whose it is."""
 
     UPLINK = "nic=/run/nics/default/control,vf=1"
 
     def options(self, **changes: object) -> list[str]:
         changed = dataclasses.replace(record(Path("/run")), **changes)  # type: ignore[arg-type]
-        return port_arguments(changed)[4:]
+        whose, *options = port_arguments(changed)[4:]
+        assert whose == f"--mac={MAC}"
+        return options
 
     def test_by_default_nothing(self) -> None:
         assert self.options() == []
@@ -88,10 +90,10 @@ class TestCommandLine:
         ("announce", "told"), [("auto", True), ("rarp", True), ("guest", False), ("off", False)]
     )
     def test_an_uplink_where_the_port_may_announce(self, announce: str, told: bool) -> None:
-        last = f"--mac={MAC}" if told else "--silent"
-        assert self.options(announce=announce, uplink=self.UPLINK) == [f"--uplink={self.UPLINK}", last]
+        uplink = [f"--uplink={self.UPLINK}", *([] if told else ["--silent"])]
+        assert self.options(announce=announce, uplink=self.UPLINK) == uplink
         interface = "interface=eth0"  # one that nothing can be filtered on
-        expected = [f"--uplink={interface}", f"--mac={MAC}"] if told else []
+        expected = [f"--uplink={interface}"] if told else []
         assert self.options(announce=announce, uplink=interface) == expected
 
 
