@@ -1,7 +1,7 @@
 """./demo --migrate: a guest moves to another host and back, its vDPA NIC with it. Read `show` to see how.
 
 Two private hosts (tests/harness/two_hosts.py), each with a libvirtd, a virtvdpad and an emulated NIC of its
-own, and a cable between their bridges:
+own, and a cable between their bridges (with `--driver mlx5` the VF is in the port's own process):
 
           host a                                                host b
     guest ── VF ── vdpa0 ── br0 ──────── cable ──────── br0 ── vdpa0 ── VF ── (guest)
@@ -9,7 +9,7 @@ own, and a cable between their bridges:
 
 The peer exchanges traffic with the guest all the while, and accounts for every byte of it
 (tests/harness/native/traffic.c). On the way to b, the VF itself marks which pages of the guest's memory it
-writes ("hardware"); on the way back, the port does ("software").
+writes ("hardware"); on the way back, the port does ("software"), unless the driver leaves that to the VF.
 """
 
 import time
@@ -20,7 +20,7 @@ from tests.harness.announcements import Announcements
 from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import guest_image
 from tests.harness.guest_traffic import Summary, Traffic
-from tests.harness.two_hosts import LONGEST_BLACKOUT, BridgedHost, TwoHosts
+from tests.harness.two_hosts import BRIDGED, LONGEST_BLACKOUT, BridgedHost, TwoHosts
 from tests.harness.vdpa_host import GUEST_ADDRESS
 
 
@@ -87,17 +87,23 @@ class Report(Ending):
     migrations: list[Moved] = field(default_factory=list)
 
 
-def show(hosts: TwoHosts, report: Report, step: Progress) -> None:
+#: Driver -> who marks the pages on either way.
+MODES = {"ifcvf": ["hardware", "software"], "mlx5": ["hardware", "hardware"]}
+
+
+def show(hosts: TwoHosts, driver: str, report: Report, step: Progress) -> None:
     """The demonstration itself, on two hosts that run libvirtd, virtvdpad and our hook."""
     # How a domain's interfaces are migrated is in its metadata. It is read when a port starts.
-    domain = DomainXml.example("vdpa-demo.xml").boot(guest_image(), GUEST_ADDRESS).migrating("hardware")
+    there, back = MODES[driver]
+    domain = DomainXml.example("vdpa-demo.xml").boot(guest_image(), GUEST_ADDRESS).migrating(there)
+    domain.use_pool(0, driver, "default")
     hosts.a.start_guest(domain)
     step("the guest runs on host a and answers ping")
 
     with Traffic(hosts.a, GUEST_ADDRESS) as traffic, Announcements(hosts.a) as announcements:
         step("a peer on host a exchanges traffic with the guest: a TCP stream and numbered datagrams")
-        # The port at b is to mark pages itself, when its turn comes: the live domain's metadata goes with it.
-        domain.migrating("software")
+        # Who is to mark at b, when its turn comes: the live domain's metadata goes with it.
+        domain.migrating(back)
         hosts.a.set_metadata(domain)
         for destination in (hosts.b, hosts.a):
             moved = migrate(hosts, domain, destination, announcements)
@@ -178,7 +184,7 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def verdict(report: Report) -> str | None:
+def verdict(driver: str, report: Report) -> str | None:
     """What is wrong with what was seen; None when all is as it should be."""
     damage = {
         "bytes lost": report.lost_bytes,
@@ -193,23 +199,25 @@ def verdict(report: Report) -> str | None:
     for moved in report.migrations:
         if moved.blackout > LONGEST_BLACKOUT:
             return f"the guest was out of reach for {moved.blackout:.1f} s on its way to {moved.destination}"
-    if report.modes != ["hardware", "software"]:
-        return f"pages were marked by {' and '.join(map(str, report.modes))}, not by hardware and software"
+    if report.modes != MODES[driver]:
+        wanted = " and ".join(MODES[driver])
+        return f"pages were marked by {' and '.join(map(str, report.modes))}, not by {wanted}"
     if report.leftovers:
         return f"left behind: {', '.join(report.leftovers)}"
     return None
 
 
-def run(report: Report) -> str | None:
+def run(driver: str, report: Report) -> str | None:
     """Make the hosts, show, clean up; what is wrong with what was seen.
 
+    :param driver: of the VFs on both hosts.
     :raise HarnessError: when something does not work; the hosts are ended then as well.
     """
     step = Progress()
     step(
         "making two private hosts, each with a libvirtd, a virtvdpad and an emulated NIC, and a cable between"
     )
-    hosts = TwoHosts()
+    hosts = TwoHosts(configuration=BRIDGED.replace('driver = "ifcvf"', f'driver = "{driver}"'))
     with private(hosts, report, step, keep=False):
-        show(hosts, report, step)
-    return verdict(report)
+        show(hosts, driver, report, step)
+    return verdict(driver, report)

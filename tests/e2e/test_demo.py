@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.demo_migrate import MODES
 from tests.harness.guest import CHECKOUT
 from tests.harness.leftovers import Machine
 from tests.harness.processes import wait_for
@@ -29,26 +30,34 @@ def test_a_report_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None
 
 
 def test_report(tmp_path: Path) -> None:
+    """A guest with a NIC of either kind."""
     report_file = tmp_path / "report.json"
     before = Machine.look()
     done = subprocess.run(
-        [*DEMO, "--report", report_file], cwd=CHECKOUT, capture_output=True, text=True, timeout=120
+        [*DEMO, "--driver=ifcvf,mlx5", "--report", report_file],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(report_file.read_text())
-    assert (report["domain"], report["driver"]) == ("running", "ifcvf")
-    assert report["ping"] == {"sent": 20, "received": 20}
-    assert report["ping_while_vf_stopped"]["received"] == 0
-    assert "F_VERSION_1" in report["features"]
+    assert report["domain"] == "running"
+    assert [nic["driver"] for nic in report["nics"]] == ["ifcvf", "mlx5"]
+    for nic in report["nics"]:
+        assert nic["ping"] == {"sent": 20, "received": 20}
+        assert nic["ping_while_unplugged"]["received"] == 0
+        assert "F_VERSION_1" in nic["features"]
     assert report["leftovers"] == []
     assert not before.leftovers()
 
 
-def test_report_of_migrations(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("driver", "modes"), MODES.items())
+def test_report_of_migrations(tmp_path: Path, driver: str, modes: list[str]) -> None:
     report_file = tmp_path / "report.json"
     before = Machine.look()
     done = subprocess.run(
-        [*DEMO, "--migrate", "--report", report_file],
+        [*DEMO, f"--driver={driver}", "--migrate", "--report", report_file],
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
@@ -56,7 +65,7 @@ def test_report_of_migrations(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(report_file.read_text())
-    assert (report["migration"], report["modes"]) == ("completed", ["hardware", "software"])
+    assert (report["migration"], report["modes"]) == ("completed", modes)
     assert (report["lost_bytes"], report["altered_bytes"], report["datagrams_doubled"]) == (0, 0, 0)
     assert [(moved["source"], moved["destination"]) for moved in report["migrations"]] == [
         ("a", "b"),
@@ -65,6 +74,19 @@ def test_report_of_migrations(tmp_path: Path) -> None:
     assert all(moved["pages"] > 0 for moved in report["migrations"])
     assert report["leftovers"] == []
     assert not before.leftovers()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--driver=e1000"], "argument --driver: 'e1000' is not one or two of: ifcvf, mlx5"),
+        (["--driver=ifcvf,mlx5", "--migrate"], "--migrate moves a guest with one NIC: name one driver"),
+    ],
+)
+def test_what_it_does_not_show(words: list[str], said: str) -> None:
+    done = subprocess.run([*DEMO, *words], cwd=CHECKOUT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(f"{said}\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -87,11 +87,12 @@ class DomainXml:
         """Path of the first interface's vhost-user socket."""
         return str(self.element("devices/interface/source").get("path"))
 
-    def boot(self, image: BootImage, address: str) -> Self:
-        """Boot the test guest, with `address` (ADDRESS/LENGTH) on its first NIC."""
+    def boot(self, image: BootImage, address: str, *more: str) -> Self:
+        """Boot the test guest, with `address` (ADDRESS/LENGTH) on its first NIC, others on its next ones."""
+        others = [f"vdpa.ip{number}={one}" for number, one in enumerate(more, 1)]
         self._set_text("os", "kernel", str(image.kernel))
         self._set_text("os", "initrd", str(image.initrd))
-        self._set_text("os", "cmdline", f"{KERNEL_ARGUMENTS} vdpa.ip={address}")
+        self._set_text("os", "cmdline", " ".join([KERNEL_ARGUMENTS, f"vdpa.ip={address}", *others]))
         return self
 
     def without_vdpa(self) -> Self:
@@ -115,6 +116,12 @@ class DomainXml:
             text = etree.tostring(original, encoding="unicode").replace(self.mac, mac)
             original.addnext(etree.fromstring(text))
         return mac
+
+    def use_pool(self, number: int, driver: str, pool: str) -> None:
+        """Have the interface of this number get its VF from a pool."""
+        request = list(self.root.iter(f"{{{METADATA}}}interface"))[number]
+        request.set("driver", driver)
+        request.set("pool", pool)
 
     def override(self, name: str, kind: str, value: str) -> Self:
         """Set a property of the first NIC that libvirt does not know, which taints the domain."""

@@ -2,7 +2,7 @@
 
 Owns the image and what its /init understands:
 
-- `vdpa.ip=ADDRESS/LENGTH` on the kernel command line: the address of eth0;
+- `vdpa.ip=ADDRESS/LENGTH` on the kernel command line: the address of eth0; `vdpa.ip1=` that of eth1 …;
 - `MODULE.PARAMETER=VALUE` there: a parameter of one of its kernel modules;
 - a shell on the serial console (console.py talks to it);
 - `traffic serve` on TRAFFIC_PORT, for a peer that wants traffic of which nothing may be lost
@@ -81,14 +81,16 @@ for module in $(cat /modules/order); do
     done
     insmod "/modules/$module" $parameters
 done
-for word in $words; do
-    case $word in vdpa.ip=*) address=${{word#vdpa.ip=}} ;; esac
-done
 ip link set lo up
-if [ -e /sys/class/net/eth0 ]; then
-    [ -z "$address" ] || ip address add "$address" dev eth0
-    ip link set eth0 up
-fi
+for word in $words; do
+    case $word in
+        vdpa.ip*=*)
+            number=${{word#vdpa.ip}} number=${{number%%=*}}
+            ip address add "${{word#*=}}" dev "eth${{number:-0}}" && ip link set "eth${{number:-0}}" up
+            ;;
+    esac
+done
+[ ! -e /sys/class/net/eth0 ] || ip link set eth0 up
 acpid
 metronome &
 traffic serve {TRAFFIC_PORT} &

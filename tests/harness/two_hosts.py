@@ -44,15 +44,9 @@ class BridgedHost(VdpaHost):
         self.address = address
 
     def make_links(self) -> None:
-        # Only what tests send is to be on the bridge, and at once: no IPv6, no wait for other bridges.
-        self.run(["sh", "-c", "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6"])
-        options = ["stp_state", "0", "forward_delay", "0", "mcast_snooping", "0"]
-        # A bridge without an address of its own takes that of a port: when the TAPs of a killed NIC go, the
-        # other host's migration would be sent to an address that nobody has, for a minute.
-        own = f"02:76:64:00:00:{int(self.ip.rpartition('.')[2]):02x}"
-        self.run(["ip", "link", "add", BRIDGE, "address", own, "type", "bridge", *options])
-        self.run(["ip", "link", "set", BRIDGE, "up"])
-        self.set_address(BRIDGE, self.address)
+        # Without an address of its own it would be another when the TAPs of a killed NIC go, and the other
+        # host's migration would be sent to an address that nobody has, for a minute.
+        self.make_bridge(BRIDGE, f"02:76:64:00:00:{int(self.ip.rpartition('.')[2]):02x}", self.address)
 
     @property
     def ip(self) -> str:

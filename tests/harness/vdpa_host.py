@@ -68,6 +68,17 @@ class VdpaHost(LibvirtHost):
     def make_links(self) -> None:
         """Make the network links that the configuration wants to be there."""
 
+    def make_bridge(self, name: str, mac: str, address: str) -> None:
+        """A bridge that carries nothing but what tests send, and that at once: no IPv6, no wait for others.
+
+        :param mac: its own. One without takes that of a port, and another when that goes.
+        """
+        self.run(["sh", "-c", "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6"])
+        options = ["stp_state", "0", "forward_delay", "0", "mcast_snooping", "0"]
+        self.run(["ip", "link", "add", name, "address", mac, "type", "bridge", *options])
+        self.run(["ip", "link", "set", name, "up"])
+        self.set_address(name, address)
+
     def start_daemon(self) -> None:
         """Start virtvdpad (again) and wait until it answers."""
         command = [str(BIN / "virtvdpad"), f"--config={self.configuration}"]
