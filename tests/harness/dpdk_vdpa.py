@@ -83,7 +83,8 @@ class DpdkVdpa(Process):
             pass_fds=() if cable is None else (cable,),
             env={
                 **os.environ,
-                "LD_PRELOAD": str(LIBRARY),
+                # Behind what must be the first, as a sanitizer's library.
+                "LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {LIBRARY}".strip(),
                 "MLX5_EMULATION": ",".join(f"{name}={value}" for name, value in chosen.items()),
                 "RUNTIME_DIRECTORY": str(folder),
                 "SYSFS_PCI_DEVICES": str(device.parent),
