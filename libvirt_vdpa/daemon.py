@@ -194,6 +194,7 @@ class Daemon:
             "query-limits": self._query_limits,
             "query-migrations": self._query_migrations,
             "query-ports": self._query_ports,
+            "query-stats": self._query_stats,
             "query-status": self._query_status,
             "quit": self._quit,
         }
@@ -250,6 +251,9 @@ class Daemon:
                 raise result
         return {"ports": [self._describe(port) for port in ports]}
 
+    async def _query_stats(self, _arguments: Arguments) -> object:
+        return {"ports": await asyncio.gather(*map(counted, self._supervisor.ports.values()))}
+
     async def _query_migrations(self, _arguments: Arguments) -> object:
         return {"migrations": self._migrations.describe_all()}
 
@@ -304,6 +308,26 @@ def describe(port: Port) -> dict[str, object]:
         "announce": status.get("announce"),
         "timing": status.get("timing"),
         "pauses": status.get("pauses"),
+    }
+
+
+async def counted(port: Port) -> dict[str, object]:
+    """One port's counters as query-stats shows them; none and a problem when it does not tell."""
+    counters: object = {}
+    problem = ""
+    try:
+        async with asyncio.timeout(QUERY_LIMIT):
+            counters = await port.ask("query-stats")
+    except (ControlError, TimeoutError) as error:
+        problem = str(error) or f"{port.record.control}: no answer within {QUERY_LIMIT:g} s"
+    record = port.record
+    return {
+        "domain": record.domain,
+        "uuid": record.uuid,
+        "mac": record.mac,
+        "device": record.device,
+        "counters": counters,
+        "problem": problem,
     }
 
 

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from libvirt_vdpa.cli import binding, devices, features, query, xml
+from libvirt_vdpa.cli import binding, devices, features, query, stats, xml
 from libvirt_vdpa.config import RUN_FOLDER, SOCKET_NAME
 
 
@@ -23,6 +23,11 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("--json", action="store_true", help="print what the daemon answers")
         command.set_defaults(run=run)
+    summary = "show what ports have counted, queue by queue"
+    counted = commands.add_parser("stats", help=summary, description=summary)
+    counted.add_argument("domain", nargs="?", metavar="DOMAIN", help="name or UUID (default: all domains)")
+    counted.add_argument("--json", action="store_true", help="print what the daemon answers")
+    counted.set_defaults(run=stats.show)
     add_function_commands(commands)
     summary = "show what each driver can do, and which test shows it"
     able = commands.add_parser("features", help=summary, description=summary)
