@@ -121,6 +121,7 @@ class EventQueue:
 
     def _connect(self) -> None:
         """Lead both queue pairs from RESET to where they send, and then post all receives."""
+        self._connected = False
         entry = pack(CQE, wqe_counter=0xFFFF, opcode=CQE_INVALID, owner=1)
         self._buffer.write(0, entry)
         self._write_record(self._qp_record, 0)
@@ -140,6 +141,7 @@ class EventQueue:
         for own, _ in pairs:
             self._move(own, RTR2RTS_QP_IN, ack_timeout=ACK_TIMEOUT, retry_count=RETRIES, rnr_retry=RETRIES)
         self._write_record(self._qp_record, self.size)
+        self._connected = True
 
     def _move(self, pair: DevxObject, layout: Structure, **fields: int) -> None:
         self._glue.modify(pair, pack(layout, qpn=pair.id, **fields))
@@ -168,7 +170,8 @@ class EventQueue:
         """
         for pair in (self._sender, self._receiver):
             self._move(pair, TO_RST_QP_IN)
-        self._count_missed()
+        if self._connected:  # else nothing can have come: it failed when it was to be as new
+            self._count_missed()
         self._connect()
 
     def _count_missed(self) -> None:
