@@ -7,8 +7,9 @@
 #include "steering.h"
 #include "tap.h"
 
-/* Where an engine finds the dirty bitmap: beyond every guest's memory. */
+/* Where an engine finds the dirty bitmap, in turns of two: beyond every guest's memory. */
 #define LOG_IOVA (UINT64_C(1) << 62)
+#define LOG_IOVA_TURN (UINT64_C(1) << 61)
 #define FEATURE(number) (UINT64_C(1) << (number))
 
 static struct pair *pair_of(struct device *device, const struct virtq *virtq)
@@ -119,6 +120,46 @@ static void receive_from_tap(struct device *device, const struct virtq *virtq, b
     }
 }
 
+/* No queue of a pair moves: it reaches no memory. */
+static void let_go(struct pair *pair)
+{
+    engine_run(pair->engine, false);
+    engine_unmap_all(pair->engine);
+    engine_set_log(pair->engine, false, 0, 0);
+    pair->reached = NULL;
+    pair->log_size = 0;
+}
+
+/*
+ * Mark what a queue receives as it wants it: packet data alone, so that of one that sends nothing is marked. From
+ * one bitmap to another no packet goes unmarked.
+ */
+static enum syndrome follow_log(struct pair *pair, const struct virtq *virtq)
+{
+    const bool on = virtq->log_key != NULL && field(virtq, PRM_VIRTIO_NET_Q_DIRTY_BITMAP_DUMP_ENABLE);
+    const uint64_t size = on ? field(virtq, PRM_VIRTIO_NET_Q_DIRTY_BITMAP_SIZE) : 0;
+    const uint64_t before = pair->log_iova, before_size = pair->log_size;
+    const uint64_t iova = before == LOG_IOVA ? LOG_IOVA + LOG_IOVA_TURN : LOG_IOVA;
+
+    if (virtq->index % 2 != ENGINE_RX) {
+        return SYNDROME_NONE;
+    }
+    if (on) {
+        uint8_t *bitmap = memory_at(virtq->log_key, field(virtq, PRM_VIRTIO_NET_Q_DIRTY_BITMAP_ADDR), size);
+
+        if (bitmap == NULL || engine_borrow(pair->engine, iova, size, bitmap) < 0) {
+            return SYNDROME_DIRTY_BITMAP;
+        }
+        pair->log_iova = iova;
+    }
+    engine_set_log(pair->engine, on, iova, iova + size);
+    pair->log_size = size;
+    if (before_size > 0) {
+        engine_unmap(pair->engine, before, before_size);
+    }
+    return SYNDROME_NONE;
+}
+
 static enum syndrome start(struct device *device, struct virtq *virtq)
 {
     struct pair *pair = pair_of(device, virtq);
@@ -137,10 +178,16 @@ static enum syndrome start(struct device *device, struct virtq *virtq)
         return virtq->mkey == NULL ? SYNDROME_KEY : SYNDROME_NO_MEMORY;
     }
     syndrome = reach(pair, virtq->mkey);
+    if (syndrome == SYNDROME_NONE) {
+        syndrome = follow_log(pair, virtq);
+    }
     if (syndrome == SYNDROME_NONE && engine_start_queue(pair->engine, virtq->index % 2, &setup) < 0) {
         syndrome = SYNDROME_ADDRESSES;
     }
     if (syndrome != SYNDROME_NONE) {
+        if (pair->moving == 0) {
+            let_go(pair);
+        }
         return syndrome;
     }
     virtq->moves = true;
@@ -152,7 +199,7 @@ static enum syndrome start(struct device *device, struct virtq *virtq)
     engine_run(pair->engine, true);
     engine_kick(pair->engine, virtq->index % 2);
     bell_wake(device);
-    return queue_paths_log(device, virtq);
+    return SYNDROME_NONE;
 }
 
 enum syndrome queue_paths_settle(struct device *device, struct virtq *virtq)
@@ -188,41 +235,13 @@ void queue_paths_stop(struct device *device, struct virtq *virtq)
     queue_paths_count(device, virtq);
     virtq->moves = false;
     if (--pair->moving == 0) {
-        engine_run(pair->engine, false);
-        engine_unmap_all(pair->engine);
-        pair->reached = NULL;
-        pair->log_size = 0;
+        let_go(pair);
     }
 }
 
 enum syndrome queue_paths_log(struct device *device, struct virtq *virtq)
 {
-    struct pair *pair = pair_of(device, virtq);
-    const uint64_t size = field(virtq, PRM_VIRTIO_NET_Q_DIRTY_BITMAP_SIZE);
-    uint8_t *bitmap = NULL;
-
-    /* Only what is received is written as packet data. */
-    if (!virtq->moves || virtq->index % 2 != ENGINE_RX) {
-        return SYNDROME_NONE;
-    }
-    engine_set_log(pair->engine, false, 0, 0);
-    if (virtq->log_key == NULL || !field(virtq, PRM_VIRTIO_NET_Q_DIRTY_BITMAP_DUMP_ENABLE)) {
-        return SYNDROME_NONE;
-    }
-    bitmap = memory_at(virtq->log_key, field(virtq, PRM_VIRTIO_NET_Q_DIRTY_BITMAP_ADDR), size);
-    if (bitmap == NULL) {
-        return SYNDROME_DIRTY_BITMAP;
-    }
-    if (pair->log_size > 0) {
-        engine_unmap(pair->engine, LOG_IOVA, pair->log_size);
-        pair->log_size = 0;
-    }
-    if (engine_borrow(pair->engine, LOG_IOVA, size, bitmap) < 0) {
-        return SYNDROME_DIRTY_BITMAP;
-    }
-    pair->log_size = size;
-    engine_set_log(pair->engine, true, LOG_IOVA, LOG_IOVA + size);
-    return SYNDROME_NONE;
+    return virtq->moves ? follow_log(pair_of(device, virtq), virtq) : SYNDROME_NONE;
 }
 
 void queue_paths_count(struct device *device, struct virtq *virtq)

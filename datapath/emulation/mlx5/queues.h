@@ -34,6 +34,7 @@ struct pair {
     struct engine *engine;      /* NULL: it never had a queue */
     const struct mkey *reached;     /* whose memory the engine has */
     unsigned int moving;        /* queues that the engine has */
+    uint64_t log_iova;          /* where it has the dirty bitmap */
     uint64_t log_size;          /* bytes of the dirty bitmap that it has; 0: none */
 };
 
