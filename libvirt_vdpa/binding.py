@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from datapath.bus.sysfs import HostFunction, SysfsError, is_bridge
-from libvirt_vdpa.host_functions import VFIO_PCI, Holders, HostFunctions, wrong_ids
+from libvirt_vdpa.host_functions import VFIO_PCI, Holders, HostFunctions, stays_bound, wrong_ids
 from libvirt_vdpa.kernel import DEVICES, DRIVERS, DRIVERS_PROBE, Kernel, KernelError
 from libvirt_vdpa.ports import write_atomically
 
@@ -138,6 +138,7 @@ class Binder:
         else:
             reason = (
                 wrong_ids(found.ids, None)
+                or stays_bound(found)
                 or self._functions.without_iommu(found)
                 or self._functions.host_use(found)
                 or self._functions.unviable(found, together)

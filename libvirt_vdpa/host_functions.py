@@ -12,6 +12,8 @@ from datapath.bus.sysfs import HostFunction, SysfsError, function, group_members
 from libvirt_vdpa.kernel import DEVICES, Kernel, entries
 
 VFIO_PCI = "vfio-pci"
+#: The kernel's driver of ConnectX.
+MLX5_CORE = "mlx5_core"
 VFIO_FOLDER = "/dev/vfio/"
 #: What the files of the kernel's own vDPA begin with (drivers/vhost/vdpa.c), and their names in sysfs.
 VHOST_VDPA = "vhost-vdpa-"
@@ -68,6 +70,13 @@ def wrong_ids(ids: PciIds, driver: str | None) -> str:
     return f"not {what}: {ids}"
 
 
+def stays_bound(found: HostFunction) -> str:
+    """Why a function is not to be given to vfio-pci; empty when it may be."""
+    if drivers_for(found.ids) == ("mlx5",):
+        return f"mlx5 drives it through {MLX5_CORE}, the kernel's own driver: nothing is to be bound"
+    return ""
+
+
 class HostFunctions:
     """The PCI functions of a host, looked at anew each time."""
 
@@ -109,6 +118,8 @@ class HostFunctions:
             found = self.look(address)
         except SysfsError as error:
             return str(error).removeprefix(f"{address}: ")
+        if driver == "mlx5":
+            return wrong_ids(found.ids, driver) or self._not_with_its_own(found)
         return (
             wrong_ids(found.ids, driver)
             or self.without_iommu(found)
@@ -125,6 +136,15 @@ class HostFunctions:
             return "no IOMMU group: this host's IOMMU does not stand before it; use another slot"
         remedy = IOMMU_REMEDIES.get(self.kernel.processor_vendor(), IOMMU_REMEDY)
         return f"no IOMMU group, the IOMMU is off: {remedy}"
+
+    def _not_with_its_own(self, found: HostFunction) -> str:
+        """Why a ConnectX, driven through the kernel's own driver, cannot be had; empty when it can."""
+        if found.driver != MLX5_CORE:
+            state = f"bound to {found.driver}" if found.driver else "bound to no driver"
+            return (
+                f"{state}: mlx5 needs {MLX5_CORE}, the kernel's own driver; virt-vdpa unbind {found.address}"
+            )
+        return self.host_use(found)
 
     def _bound_elsewhere(self, found: HostFunction) -> str:
         if found.driver == VFIO_PCI:

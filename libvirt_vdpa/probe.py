@@ -25,6 +25,13 @@ class ProbeError(Exception):
     """A VF that cannot be opened now; the text gives the reason."""
 
 
+#: Who is to mark a VF's writes -> what one says that cannot have it so.
+UNABLE = {
+    LogMode.HARDWARE.value: "cannot log what it writes by itself",
+    LogMode.SOFTWARE.value: "cannot have what it writes logged by the relay",
+}
+
+
 @dataclass(frozen=True)
 class Ability:
     """What a VF can do."""
@@ -83,8 +90,8 @@ def misfits(need: Need, able: Ability) -> list[str]:
         )
     if able.max_mtu is not None and need.mtu > able.max_mtu:
         found.append(f"carries packets of at most {able.max_mtu} bytes, <mtu> says {need.mtu}")
-    if need.migration == LogMode.HARDWARE.value and need.migration not in able.log_modes:
-        found.append("cannot log what it writes by itself, as migration='hardware' asks")
+    if need.migration in UNABLE and need.migration not in able.log_modes:
+        found.append(f"{UNABLE[need.migration]}, as migration='{need.migration}' asks")
     return found
 
 

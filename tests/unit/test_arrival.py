@@ -313,6 +313,13 @@ class TestVeto:
             words = "cannot log what it writes by itself, as migration='hardware' asks"
             assert words in bench.refused("migrate", xml)
 
+    def test_a_vf_that_logs_by_itself_alone(self, bench: Bench) -> None:
+        """As a ConnectX does."""
+        bench.able = dict.fromkeys((VF0, VF1), replace(ABLE, log_modes=frozenset(["hardware"])))
+        xml = DEMO.replace(b"pool='default'", b"pool='default' migration='software'")
+        words = "cannot have what it writes logged by the relay, as migration='software' asks"
+        assert words in bench.refused("migrate", xml)
+
     def test_another_vf_of_the_pool_is_taken(self, bench: Bench) -> None:
         bench.able = {VF0: "it does not answer"}
         bench.hook("migrate", xml=with_state(STATE))

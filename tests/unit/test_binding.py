@@ -163,6 +163,10 @@ class TestRefused:
         ("files", "words"),
         [
             ({"class": "0x060400"}, "is a bridge; name a network function behind it"),
+            (
+                {"vendor": "0x15b3", "device": "0x101e"},
+                "mlx5 drives it through mlx5_core, the kernel's own driver: nothing is to be bound",
+            ),
             (NVME, "not a virtio-net function: 1b36:0010 (subsystem 8086:001a)"),
         ],
     )

@@ -161,3 +161,48 @@ def test_a_vf_is_announced_on_the_interface_of_its_physical_function(kernel: Fak
             (kernel.sysfs / "class/net" / name / "phys_port_name").write_text(f"{port}\n")
     assert uplink(vf) == "c_pf"
     assert uplink("0000:03:00.0") is None
+
+
+CONNECTX = {
+    "vendor": "0x15b3",
+    "device": "0x101e",
+    "subsystem_vendor": "0x15b3",
+    "subsystem_device": "0x0009",
+}
+
+
+@pytest.mark.parametrize(
+    ("driver", "flags", "expected"),
+    [
+        ("mlx5_core", 0, ""),
+        (
+            "mlx5_core",
+            1,
+            "its interface ens1v0 is up: ip link set ens1v0 down",
+        ),
+        (
+            "vfio-pci",
+            None,
+            f"bound to vfio-pci: mlx5 needs mlx5_core, the kernel's own driver; virt-vdpa unbind {ONE}",
+        ),
+        (
+            None,
+            None,
+            f"bound to no driver: mlx5 needs mlx5_core, the kernel's own driver; virt-vdpa unbind {ONE}",
+        ),
+    ],
+)
+def test_a_connectx_stays_with_its_own_driver(
+    kernel: FakeKernel, driver: str | None, flags: int | None, expected: str
+) -> None:
+    """And needs no IOMMU group."""
+    kernel.add(ONE, driver=driver, files=CONNECTX)
+    if flags is not None:
+        kernel.add_interface(ONE, "ens1v0", flags)
+    assert drivers_for(function(ONE, kernel.sysfs).ids) == ("mlx5",)
+    assert obstacle(kernel, "mlx5") == expected
+
+
+def test_a_card_of_before_is_no_connectx(kernel: FakeKernel) -> None:
+    kernel.add(ONE, driver="mlx5_core", files={**CONNECTX, "device": "0x1018"})
+    assert obstacle(kernel, "mlx5") == "not a ConnectX that has virtqueues: 15b3:1018 (subsystem 15b3:0009)"
