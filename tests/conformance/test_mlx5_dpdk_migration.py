@@ -119,14 +119,15 @@ def move(guest: DpdkFrontEnd, to: DpdkVdpa, cable: Cable, number: int) -> tuple[
     :returns: where it is now, and the frames that it received and looked at before.
     """
     guest.memory.take_written()
+    cable.send(*range(number, number + 5))  # which come before it is logged, meanwhile or afterwards
     guest.start_logging()
     there = DpdkFrontEnd.dial(to.socket, PROTOCOL)
     there.memory.write(0, guest.memory.read(0, MEMORY_SIZE))
-    cable.send(*range(number, number + 5))
-    frames = guest.receive(5)
-    guest.offer(5)
+    cable.send(*range(number + 5, number + 10))
+    frames = guest.receive(10)
+    guest.offer(10)
     guest.transmit(*range(number, number + STREAM))
-    cable.send(*range(number + 5, number + 8))  # which may be received, or lost as the queue stops
+    cable.send(*range(number + 10, number + 13))  # which may be received, or lost as the queue stops
     bases = guest.stop()
     assert bases == [queue.used_index for queue in guest.queues]
     assert bases[TX] != guest.queues[TX].avail_index, "nothing is left for the other device to send"
@@ -165,13 +166,13 @@ def test_a_guest_moves(
         sent = old.take_all()
         sent += new.receive(STREAM - len(sent))
         assert sent == list(range(number, number + STREAM))
-        new.send(*range(number + 10, number + 20))
-        while number + 19 not in frames:
+        new.send(*range(number + 20, number + 30))
+        while number + 29 not in frames:
             more = guest.receive(1)
             assert not frames.keys() & more.keys()
             frames |= more
         assert list(frames) == sorted(frames)
-        assert {*range(number, number + 5), *range(number + 10, number + 20)} <= frames.keys()
-        guest.offer(len(frames) - 5)
+        assert {*range(number, number + 10), *range(number + 20, number + 30)} <= frames.keys()
+        guest.offer(len(frames) - 10)
         assert old.take_all() == new.take_all() == []
     assert [peer.finish() for peer in peers] == [0, 0]
