@@ -1,6 +1,10 @@
 """A ConnectX whose firmware fails: at every command of a device's life, once or for good."""
 
+import ctypes
 import gc
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -11,7 +15,8 @@ import pytest
 
 from datapath.drivers.mlx5 import device as driver
 from datapath.drivers.mlx5.workers import Workers
-from datapath.vdpa import DeviceError, DeviceLostError, RingState, open_device
+from datapath.emulation.mlx5 import LIBRARY
+from datapath.vdpa import DeviceError, DeviceEvent, DeviceLostError, RingState, open_device
 from tests.harness.dirty_log import DirtyLog
 from tests.harness.driven_vf import BASE, MEMORY_SIZE, RX, TX, DrivenVf
 from tests.harness.emulated_connectx import GIVEN_BACK, Card, Witness
@@ -20,6 +25,10 @@ from tests.harness.processes import HarnessError, wait_for
 
 #: Seconds that the firmware has to answer; 3 in production.
 DEADLINE = 0.3
+#: What is said of a firmware that does not answer.
+HUNG = r"DeviceLostError mlx5,ibdev=mlx5_t\d+: its firmware has not answered within 0\.3 s\n"
+#: Of one that does not when the device is closed, after its life.
+UNTOLD = r"NoneType None\n"
 #: Which of a life's commands fail by default, in hundredths of all.
 SAMPLE = (0, 12, 25, 37, 50, 62, 75, 87, 100)
 
@@ -210,3 +219,71 @@ def test_every_command_fails(fail: Fail, resumes: int, card: Card, witness: Witn
     card.configure(resumes=resumes)
     for number in range(1, count_commands(card, witness) + 1):
         fail(card, witness, number, resumes)
+
+
+# A firmware that dies by itself, or answers no more
+
+
+def die(hangs: bool) -> None:
+    ctypes.CDLL(str(LIBRARY)).mlx5_emulation_die(int(hangs))
+
+
+def test_a_death_is_told_once(card: Card, witness: Witness) -> None:
+    with closing(DrivenVf(open_device(card.spec()))) as vf:
+        vf.start()
+        vf.offer(8)
+        card.cables[0].send(1)
+        assert vf.receive(1) == [1]
+        die(hangs=False)
+        assert vf.wait_event() is DeviceEvent.LOST
+        assert vf.wait_event(0.1) is None, "said more than once"
+        for call in (vf.suspend, vf.start, lambda: vf.device.map_memory(vf.region)):
+            with pytest.raises(DeviceLostError, match="the device is gone"):
+                call()
+        assert vf.device.statistics()["kicks.0"] == 1
+    assert witness.calls.count("close") == 1
+
+
+HANGS = """
+import sys, time
+from functools import partial
+from datapath.drivers.mlx5 import device as driver
+from datapath.drivers.mlx5.workers import Workers
+from tests.conformance.test_mlx5_failures import DEADLINE, Life
+from tests.harness.emulated_connectx import Card
+driver.Workers = partial(Workers, deadline=DEADLINE)
+with Card(hang=int(sys.argv[1])) as card:
+    life = Life(card)
+    life.live()
+    if life.vf is not None:
+        vf = life.vf
+        for call in (vf.start, vf.suspend, vf.device.stop_logging):
+            try:
+                call()
+            except driver.DeviceLostError:
+                continue
+        vf.device.statistics()
+    life.close()
+    print(type(life.error).__name__, life.error)
+"""
+
+
+def hangs(number: int) -> str:
+    """From the n-th command on none is answered, in a process that ends all the same; what it said."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(number)], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize(("percent", "told"), [(0, HUNG), (40, HUNG), (60, HUNG), (95, UNTOLD)])
+def test_a_firmware_that_hangs(percent: int, told: str, card: Card, witness: Witness) -> None:
+    number = 1 + (count_commands(card, witness) - 1) * percent // 100
+    assert re.fullmatch(told, hangs(number))
+
+
+@pytest.mark.full
+def test_a_firmware_that_hangs_at_every_command(card: Card, witness: Witness) -> None:
+    for number in range(1, count_commands(card, witness) + 1):
+        assert re.fullmatch(f"{HUNG}|{UNTOLD}", hangs(number)), number

@@ -9,10 +9,11 @@ import contextlib
 import os
 import select
 import struct
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +25,7 @@ from datapath.drivers.mlx5.holder import Holder
 from datapath.drivers.mlx5.memory import Domain, GuestMemory
 from datapath.drivers.mlx5.options import Options
 from datapath.drivers.mlx5.rings import Rings
+from datapath.drivers.mlx5.undo import Undo
 from datapath.drivers.mlx5.workers import Workers
 from datapath.features import Way
 from datapath.vdpa import (
@@ -77,7 +79,7 @@ class Mlx5Device(VdpaDevice):
         self._features = 0
         self._log: DirtyLog | None = None
         self._marked = self._missed = 0
-        self._lost = False
+        self._lost = self._told_lost = False
         self._fault: str | None = None
         #: Of each ring, when its queue met errors, by the monotonic clock; and how often it was made anew.
         self._errors: dict[int, deque[float]] = {}
@@ -88,7 +90,7 @@ class Mlx5Device(VdpaDevice):
         self._busy = False
         self._meanwhile: Callable[[], None] = lambda: None
         self._workers = Workers(glue, options.max_conf_threads)
-        with ExitStack() as undo:
+        with Undo() as undo:
             undo.callback(self._workers.close)
             undo.callback(Holder(found.name, name).close)
             (self._context,) = self._workers.run(partial(glue.open, found))
@@ -106,7 +108,8 @@ class Mlx5Device(VdpaDevice):
             self._async_fd = glue.async_fd(self._context)
             self._lost_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, self._lost_fd)
-            for fd in (self._rings.errors.fd, self._rings.broken_fd, self._async_fd, self._lost_fd):
+            self._watched = (self._rings.errors.fd, self._rings.broken_fd, self._async_fd, self._lost_fd)
+            for fd in self._watched:
                 os.set_blocking(fd, False)
                 self._events.register(fd, select.EPOLLIN)
             self._resources = undo.pop_all()
@@ -215,10 +218,12 @@ class Mlx5Device(VdpaDevice):
         """
         try:
             yield
-        except BaseException:
+        except BaseException as failure:
             try:
                 self._rings.halt()
             except DeviceError as error:
+                if isinstance(failure, DeviceLostError):
+                    raise failure from None
                 raise DeviceLostError(f"{self.name}: its queues cannot be stopped: {error}") from error
             raise
 
@@ -285,19 +290,35 @@ class Mlx5Device(VdpaDevice):
         return self._fault
 
     def take_event(self) -> DeviceEvent | None:
-        ready = {fd for fd, _ in self._events.poll(0)}
         try:
-            if self._async_fd in ready and self._is_fatal():
-                return self._lose()
-            if self._rings.errors.fd in ready:
-                return self._take_error()
-            if self._rings.broken_fd in ready:
-                os.eventfd_read(self._rings.broken_fd)
-                self._fault = "an event queue has failed: the guest would not hear what is completed"
-                return DeviceEvent.NEEDS_RESET
+            event = self._next_event({fd for fd, _ in self._events.poll(0)})
         except DeviceError:
-            return self._lose()
-        return DeviceEvent.LOST if self._lost else None
+            self._lose()
+            event = None
+        return self._tell_lost() if self._lost else event
+
+    def _next_event(self, ready: Container[int]) -> DeviceEvent | None:
+        """
+        :raise DeviceError: when the device is of no more use.
+        """
+        if self._async_fd in ready and self._is_fatal():
+            raise DeviceLostError(f"{self.name}: the device is gone")
+        if self._rings.errors.fd in ready:
+            return self._take_error()
+        if self._rings.broken_fd in ready:
+            os.eventfd_read(self._rings.broken_fd)
+            self._fault = "an event queue has failed: the guest would not hear what is completed"
+            return DeviceEvent.NEEDS_RESET
+        return None
+
+    def _tell_lost(self) -> DeviceEvent | None:
+        """That the device is gone is told once, and there is no more to be told then."""
+        if self._told_lost:
+            return None
+        self._told_lost = True
+        for fd in self._watched:
+            self._events.unregister(fd)
+        return DeviceEvent.LOST
 
     def _is_fatal(self) -> bool:
         """Whether the device's next event says that it is gone."""
@@ -309,11 +330,10 @@ class Mlx5Device(VdpaDevice):
             return True  # the kernel has taken the device away
         return len(data) < ASYNC_EVENT.size or ASYNC_EVENT.unpack(data)[1] == DEVICE_FATAL
 
-    def _lose(self) -> DeviceEvent:
-        """The device is gone: whoever serves it hears of it, once more if need be."""
+    def _lose(self) -> None:
+        """The device is gone: whoever serves it hears of it by an event."""
         self._lost = True
         os.eventfd_write(self._lost_fd, 1)
-        return DeviceEvent.LOST
 
     def _take_error(self) -> DeviceEvent | None:
         """A queue has met an error: make it anew, unless it has met too many.
@@ -373,6 +393,18 @@ class Mlx5Device(VdpaDevice):
 
     def close(self) -> None:
         self._lost = True
+        # The firmware may die of it, as of anything: then all that is not its own is given back.
+        gigabytes = sum(region.size for region in self._memory.regions) / (1 << 30)
+        closing = threading.Thread(target=self._give_back, name="mlx5 close", daemon=True)
+        closing.start()
+        closing.join(self._workers.deadline + PINNING * gigabytes)
+        if closing.is_alive():
+            self._glue.give_up("its firmware has not answered while it was closed")
+            with contextlib.suppress(DeviceError, OSError):
+                self._rings.close()
+            self._give_back()
+
+    def _give_back(self) -> None:
         with contextlib.suppress(DeviceError, OSError):
             self._resources.close()
 

@@ -7,11 +7,10 @@ receives that are posted, and the records of how far either of them is used (doo
 Layout, sizes and fields are those of DPDK's drivers/vdpa/mlx5/mlx5_vdpa_event.c.
 """
 
-from contextlib import ExitStack
-
 from datapath.drivers.mlx5.capabilities import Capabilities
 from datapath.drivers.mlx5.glue import DevxObject, EventChannel, Uar
 from datapath.drivers.mlx5.memory import Buffer, Domain
+from datapath.drivers.mlx5.undo import Undo
 from datapath.mlx5_mailbox import Structure, get, pack
 from datapath.mlx5_prm import (
     CQE,
@@ -64,7 +63,7 @@ class EventQueue:
         self._glue = domain.glue
         self._domain = domain
         self.size = size
-        with ExitStack() as undo:
+        with Undo() as undo:
             self._buffer = Buffer(domain, (CQE.size + RECEIVE) * size + 2 * CACHE_LINE)
             undo.callback(self._buffer.close)
             receives = CQE.size * size

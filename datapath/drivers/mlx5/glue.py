@@ -192,21 +192,28 @@ class Glue:
         :raise DeviceError: when one is missing or too old.
         """
         self.name = name
-        #: Whether calls are refused, because one has not come back.
-        self.given_up = False
+        self._given_up: str | None = None
         self._verbs_library = _load(libraries.ibverbs, abi.VERBS, "libibverbs1")
         self._mlx5_library = _load(libraries.mlx5, abi.MLX5, "ibverbs-providers")
 
-    def give_up(self) -> None:
-        """Refuse all calls from now on: the next would not come back either."""
-        self.given_up = True
+    def give_up(self, reason: str) -> None:
+        """Refuse all calls from now on: the next would not come back either.
+
+        :param reason: what they are told.
+        """
+        self._given_up = reason
+
+    @property
+    def given_up(self) -> bool:
+        """Whether calls are refused, because one has not come back."""
+        return self._given_up is not None
 
     def check_alive(self) -> None:
         """
         :raise DeviceLostError: when it has been given up.
         """
-        if self.given_up:
-            raise DeviceLostError(f"{self.name}: its firmware answers no more")
+        if self._given_up is not None:
+            raise DeviceLostError(f"{self.name}: {self._given_up}")
 
     @property
     def _verbs(self) -> Any:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from datapath.drivers.mlx5._abi import ffi
 from datapath.drivers.mlx5.glue import Context, DevxObject, Glue, ProtectionDomain, Region
 from datapath.drivers.mlx5.memory_plan import KeyPlan, Span, plan, spans
+from datapath.drivers.mlx5.undo import Undo
 from datapath.mlx5_mailbox import pack
 from datapath.mlx5_prm import CREATE_MKEY_IN, KLM, AccessMode
 from datapath.vdpa import DeviceError, MemoryRegion
@@ -29,7 +30,7 @@ class Domain:
         """
         self.glue = glue
         self.context = context
-        with ExitStack() as undo:
+        with Undo() as undo:
             self.handle: ProtectionDomain = glue.alloc_pd(context)
             undo.callback(glue.dealloc_pd, self.handle)
             #: What the firmware knows it by.
@@ -135,7 +136,7 @@ class GuestMemory:
         glue = self._domain.glue
         with _naming(glue):
             planned = plan([(region.guest_address, region.size) for region in self.regions])
-        with ExitStack() as undo:
+        with Undo() as undo:
             hole = 0
             if any(entry.region is None for entry in planned.entries):
                 nothing = glue.alloc_null_mr(self._domain.handle)
@@ -159,7 +160,7 @@ class GuestMemory:
 
         :raise DeviceError: when a queue still uses it; what is in no use is given back.
         """
-        with ExitStack() as undo:
+        with Undo() as undo:
             for _, made in self._registered:
                 undo.callback(self._domain.glue.deregister, made)
             self._registered.clear()
@@ -177,7 +178,7 @@ class HostMemory:
         :raise DeviceError: when it cannot be registered.
         """
         glue = domain.glue
-        with ExitStack() as undo:
+        with Undo() as undo:
             made = glue.register(domain.handle, address, size, address)
             undo.callback(glue.deregister, made)
             planned = KeyPlan(address, size, AccessMode.KLM, 0, (Span(address, size, 0),))

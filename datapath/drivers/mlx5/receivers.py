@@ -10,13 +10,13 @@ drivers/vdpa/mlx5/net/mlx5_vnet.c.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
 from datapath.drivers.mlx5.capabilities import Capabilities
 from datapath.drivers.mlx5.glue import DevxObject, Steering
 from datapath.drivers.mlx5.memory import Domain
+from datapath.drivers.mlx5.undo import Undo
 from datapath.drivers.mlx5.virtqueue import VirtioNetQueue
 from datapath.drivers.mlx5.workers import Workers
 from datapath.mlx5_mailbox import Structure, pack
@@ -108,7 +108,7 @@ class TransportDomain:
         :raise CommandError: when the firmware does not make it.
         """
         glue = domain.glue
-        with ExitStack() as undo:
+        with Undo() as undo:
             made = glue.create(domain.context, pack(ALLOC_TRANSPORT_DOMAIN_IN))
             undo.callback(glue.destroy, made)
             self.number = made.id
@@ -157,7 +157,7 @@ class Receivers:
         self._transport = transport.number
         self._placeholder = placeholder.number
         self._room = min(MOST_ENTRIES, 1 << capable.log_max_rqt_size)
-        with ExitStack() as undo:
+        with Undo() as undo:
             self._undo = undo
             (root,) = workers.run(self._prepare)
             tirs = workers.run(*(partial(self._create_tir, kind) for kind in KINDS))

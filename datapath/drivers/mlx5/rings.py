@@ -10,7 +10,6 @@ Queues are set up and stopped side by side, by the workers.
 
 import mmap
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +20,7 @@ from datapath.drivers.mlx5.event_queue import EventQueue
 from datapath.drivers.mlx5.memory import Domain
 from datapath.drivers.mlx5.options import Options
 from datapath.drivers.mlx5.receivers import Receivers, TransportDomain
+from datapath.drivers.mlx5.undo import Undo
 from datapath.drivers.mlx5.virtqueue import Counters, Surroundings, VirtioNetQueue
 from datapath.drivers.mlx5.workers import Workers
 from datapath.mlx5_prm import QueueState
@@ -73,7 +73,7 @@ class Rings:
         self._led_to: list[int] = []
         self._generation = 0
         count = 2 * capable.queue_pairs
-        with ExitStack() as undo:
+        with Undo() as undo:
             self._undo = undo
             workers.run(self._open)
             (placeholder,) = workers.run(self._make_placeholder)
@@ -144,7 +144,7 @@ class Rings:
 
     def _close_parts(self) -> None:
         """Give back what rings keep for as long as the device is open."""
-        with ExitStack() as undo:
+        with Undo() as undo:
             for counters in self._counters.values():
                 undo.callback(counters.close)
             for events in self._events.values():

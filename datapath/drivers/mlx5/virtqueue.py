@@ -7,7 +7,7 @@ A queue that cannot run on is closed and made anew, at the indices where it stoo
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from datapath.drivers.mlx5.capabilities import Capabilities
 from datapath.drivers.mlx5.glue import CommandError, EventChannel
 from datapath.drivers.mlx5.memory import Buffer, Domain
 from datapath.drivers.mlx5.options import LatencyMode
+from datapath.drivers.mlx5.undo import Undo
 from datapath.mlx5_mailbox import pack
 from datapath.mlx5_prm import (
     CREATE_VIRTIO_NET_Q_IN,
@@ -126,7 +127,7 @@ class VirtioNetQueue:
             raise DeviceError(f"{self._name}: packed rings are not served")
         if around.event_qp is None and not capable.silent:
             raise DeviceError(f"{self._name}: its firmware has no queues that tell nothing")
-        with ExitStack() as undo:
+        with Undo() as undo:
             buffers = []
             for size in capable.umems:
                 buffers.append(Buffer(domain, size.of(ring.size)))

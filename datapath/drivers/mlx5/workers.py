@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from datapath.drivers.mlx5.glue import Glue
-from datapath.vdpa import DeviceLostError
 
 #: Seconds that the firmware has for each thing that it is told.
 DEADLINE = 3.0
@@ -57,7 +56,8 @@ class Workers:
         """
         self._glue = glue
         self._count = max(1, count)
-        self._deadline = deadline
+        #: Seconds that the firmware has for a task.
+        self.deadline = deadline
         self._waiting: queue.SimpleQueue[tuple[_Batch, int] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -85,7 +85,7 @@ class Workers:
         batch = _Batch(tasks)
         for number in range(len(tasks)):
             self._waiting.put((batch, number))
-        self._wait(batch, self._deadline + more, meanwhile)
+        self._wait(batch, self.deadline + more, meanwhile)
         if batch.errors:
             raise batch.errors[0]
         return batch.results  # type: ignore[return-value]  # each is what its task returned
@@ -97,10 +97,8 @@ class Workers:
             if batch.left < left:
                 left, until = batch.left, time.monotonic() + seconds
             elif time.monotonic() >= until:
-                self._glue.give_up()
-                raise DeviceLostError(
-                    f"{self._glue.name}: its firmware has not answered within {seconds:g} s"
-                )
+                self._glue.give_up(f"its firmware has not answered within {seconds:g} s")
+                self._glue.check_alive()
 
     def close(self) -> None:
         """End the threads that have nothing to do."""
