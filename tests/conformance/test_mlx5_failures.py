@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from datapath.drivers.mlx5 import device as driver
+from datapath.drivers.mlx5.glue import DevxObject, Glue
 from datapath.drivers.mlx5.workers import Workers
 from datapath.emulation.mlx5 import LIBRARY
 from datapath.vdpa import DeviceError, DeviceEvent, DeviceLostError, RingState, open_device
@@ -248,6 +249,7 @@ HANGS = """
 import sys, time
 from functools import partial
 from datapath.drivers.mlx5 import device as driver
+from datapath.drivers.mlx5.glue import DevxObject, Glue
 from datapath.drivers.mlx5.workers import Workers
 from tests.conformance.test_mlx5_failures import DEADLINE, Life
 from tests.harness.emulated_connectx import Card
@@ -287,3 +289,28 @@ def test_a_firmware_that_hangs(percent: int, told: str, card: Card, witness: Wit
 def test_a_firmware_that_hangs_at_every_command(card: Card, witness: Witness) -> None:
     for number in range(1, count_commands(card, witness) + 1):
         assert re.fullmatch(f"{HUNG}|{UNTOLD}", hangs(number)), number
+
+
+def test_a_queue_that_is_not_given_back_is_tried_again(
+    card: Card, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its index is taken for good: no start succeeds any more."""
+    real = Glue.destroy
+    failures: list[DeviceError] = []
+
+    def destroy(glue: Glue, what: DevxObject) -> None:
+        if failures:
+            raise failures.pop()
+        real(glue, what)
+
+    monkeypatch.setattr(Glue, "destroy", destroy)
+    with closing(Life(card)) as life:
+        vf = life.vf = DrivenVf(open_device(card.spec()))
+        vf.offer(8)
+        vf.start()
+        life.exchange()
+        failures.append(DeviceError("it is kept"))
+        with pytest.raises(DeviceError, match="it is kept"):
+            vf.device.map_memory(life.extra.region)
+        life.start_again()
+    assert witness.alive == []

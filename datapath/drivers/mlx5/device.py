@@ -394,15 +394,22 @@ class Mlx5Device(VdpaDevice):
     def close(self) -> None:
         self._lost = True
         # The firmware may die of it, as of anything: then all that is not its own is given back.
-        gigabytes = sum(region.size for region in self._memory.regions) / (1 << 30)
         closing = threading.Thread(target=self._give_back, name="mlx5 close", daemon=True)
         closing.start()
-        closing.join(self._workers.deadline + PINNING * gigabytes)
+        while closing.is_alive() and self._answers(closing):
+            pass
         if closing.is_alive():
             self._glue.give_up("its firmware has not answered while it was closed")
             with contextlib.suppress(DeviceError, OSError):
                 self._rings.close()
             self._give_back()
+
+    def _answers(self, closing: threading.Thread) -> bool:
+        """Whether the firmware has answered anything within its time, or all is closed."""
+        gigabytes = sum(region.size for region in self._memory.regions) / (1 << 30)
+        before = self._glue.answers
+        closing.join(self._workers.deadline + PINNING * gigabytes)
+        return not closing.is_alive() or self._glue.answers != before
 
     def _give_back(self) -> None:
         with contextlib.suppress(DeviceError, OSError):

@@ -193,6 +193,8 @@ class Glue:
         """
         self.name = name
         self._given_up: str | None = None
+        #: How many calls have come back.
+        self.answers = 0
         self._verbs_library = _load(libraries.ibverbs, abi.VERBS, "libibverbs1")
         self._mlx5_library = _load(libraries.mlx5, abi.MLX5, "ibverbs-providers")
 
@@ -232,6 +234,7 @@ class Glue:
 
         :raise DeviceError: when that is nothing.
         """
+        self.answers += 1
         if made == ffi.NULL:
             raise DeviceError(f"{self.name}: {call}: {os.strerror(ffi.errno)}")
         return made
@@ -241,6 +244,7 @@ class Glue:
         :param result: 0, or an errno of either sign.
         :raise DeviceError: when it is not 0.
         """
+        self.answers += 1
         if result:
             raise DeviceError(f"{self.name}: {call}: {os.strerror(abs(result))}")
 
@@ -249,6 +253,7 @@ class Glue:
 
         :raise CommandError: when it has not been executed.
         """
+        self.answers += 1
         answer = bytes(ffi.buffer(out))
         if not error and not get(COMMAND_OUT, answer, "status"):
             return answer
