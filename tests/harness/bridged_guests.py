@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datapath.vhost_user.messages import Request
 from datapath.virtio import NET_HEADER_SIZE
+from tests.harness.connectx import ConnectX
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
 from tests.harness.front_end import BUFFERS, SocketFrontEnd
 from tests.harness.netns import NetworkNamespace
@@ -85,14 +86,35 @@ class Guest:
 
 
 @contextmanager
+def bridged_cards(folder: Path) -> Iterator[tuple[NetworkNamespace, list[PortProcess]]]:
+    """As `bridged`, with two ConnectX; where their TAPs are."""
+    with ExitStack() as stack:
+        network = stack.enter_context(bridge())
+        ports = []
+        for number in (0, 1):
+            place = folder / f"port{number}"
+            place.mkdir()
+            card = ConnectX(place / "nic", network, tap=f"vf{number}", bridge="br0")
+            ports.append(stack.enter_context(card.port(place)))
+        yield network, ports
+
+
+@contextmanager
+def bridge() -> Iterator[NetworkNamespace]:
+    """A network with a bridge br0."""
+    with NetworkNamespace() as network:
+        network.run("ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+        network.run("ip", "link", "set", "br0", "up")
+        yield network
+
+
+@contextmanager
 def bridged(
     folder: Path, *options: str, driver: str = "ifcvf"
 ) -> Iterator[tuple[EmulatedNic, list[PortProcess]]]:
     """A NIC whose VFs are in a bridge, and a port on each."""
     with ExitStack() as stack:
-        network = stack.enter_context(NetworkNamespace())
-        network.run("ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
-        network.run("ip", "link", "set", "br0", "up")
+        network = stack.enter_context(bridge())
         nic = stack.enter_context(EmulatedNic(folder / "nic", network, 2, "--bridge=br0", *options))
         ports = [
             stack.enter_context(PortProcess(folder, nic.device(vf, driver), name=f"port{vf}"))

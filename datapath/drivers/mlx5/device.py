@@ -41,6 +41,7 @@ from datapath.vdpa import (
     RingState,
     VdpaDevice,
 )
+from datapath.virtio import Feature, bit
 
 #: The largest ring that is shown to work: that of DPDK's `queue_size` (doc/guides/vdpadevs/mlx5.rst).
 MAX_QUEUE_SIZE = 1024
@@ -172,6 +173,12 @@ class Mlx5Device(VdpaDevice):
         self._check_alive()
         if self._rings.running:
             raise DeviceError(f"{self.name}: is running already")
+        if not features & bit(Feature.F_VERSION_1) and not features & ~self.promised:
+            # QEMU that has lost what the guest accepted (see `Backend.former`): its header may be any.
+            raise DeviceError(
+                f"{self.name}: the guest did not accept VERSION_1 or anything else of the device's, or its"
+                " front-end has forgotten it; reset the guest"
+            )
         for index, ring in rings.items():
             self._check_ring(index, ring)
         self._features = features

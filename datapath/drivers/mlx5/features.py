@@ -7,7 +7,7 @@ this driver.
 
 from collections.abc import Mapping
 
-from datapath.features import Column, Row, Way, no, partly
+from datapath.features import Column, Row, Way, no, partly, yes
 from datapath.virtio import Feature
 
 UNKNOWN = "its queues know no such thing"
@@ -25,7 +25,11 @@ FEATURES = Column(
     {
         Row.CSUM: partly("offered where the firmware has it"),
         Row.GUEST_CSUM: partly("offered where the firmware has it"),
-        Row.MAC: no("the front-end owns what it shows; flows are made for the address of the domain"),
+        Row.MAC: yes(
+            "tests/conformance/test_mlx5_port.py::test_whose_frames_a_guest_gets",
+            note="the domain's, which the front-end shows and flows are made for",
+            way=Way.PROMISED,
+        ),
         Row.GSO: no("virtio 1.0 has taken the bit away; TSO and UFO have bits of their own"),
         Row.GUEST_TSO4: no(UNKNOWN),
         Row.GUEST_TSO6: no(UNKNOWN),
