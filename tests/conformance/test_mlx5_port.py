@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 from qemu.qmp import QMPError
 
+from datapath.announce import rarp_frame
+from datapath.vhost_user.messages import Request
 from datapath.virtio import NET_HEADER_SIZE, Feature, bit
+from tests.harness.bridged_guests import bridge
 from tests.harness.connectx import ConnectX
 from tests.harness.emulated_nic import PortProcess, ask
 from tests.harness.front_end import SocketFrontEnd
 from tests.harness.netns import NetworkNamespace
+from tests.harness.notifier_front_end import WITH_NOTIFIERS, NotifierFrontEnd
 from tests.harness.processes import wait_for
 from tests.harness.traffic import RX, both_ways, offer_buffers
 from tests.harness.wire import HEADER, Wire, frame
@@ -114,3 +118,58 @@ def test_a_firmware_that_dies(network: NetworkNamespace, tmp_path: Path, how: st
     assert [line for line in port.log_lines()[1:] if connectx.name in line] == [
         f"virt-vdpa-port: port: mlx5,ibdev={connectx.name}: the device is gone"
     ]
+
+
+def test_a_kick_goes_to_the_doorbell_page(
+    connectx: ConnectX, network: NetworkNamespace, tmp_path: Path
+) -> None:
+    """Which the guest writes to itself: the relay sees none of it."""
+    with (
+        connectx.port(tmp_path, "--host-notifiers=on") as port,
+        closing(Wire(network, "vf0")) as wire,
+        closing(NotifierFrontEnd.dial(port.socket, WITH_NOTIFIERS)) as peer,
+    ):
+        peer.connect()
+        peer.start(VERSION_1)
+        assert [area.has_fd for area in peer.serve(2)] == [True, True]
+        wait_for("both pages to be given", lambda: all(given(port)), 5)
+        before = kicks(port)
+        offer_buffers(peer)
+        for number in (100, 110, 120):
+            both_ways(peer, wire, number)
+        assert kicks(port) == before
+
+
+def given(port: PortProcess) -> list[bool]:
+    """Of each ring, whether the port knows that the guest writes to the doorbell."""
+    return [ring["host_notifier"] for ring in port.status()["rings"]]
+
+
+def kicks(port: PortProcess) -> list[int]:
+    """Kicks that the relay has seen."""
+    counted = ask(port.control, "query-stats")
+    return [counted[f"kicks.{ring}"] for ring in (0, 1)]
+
+
+def test_a_guest_that_cannot_is_announced(tmp_path: Path) -> None:
+    """It was not offered GUEST_ANNOUNCE: QEMU asks the back-end, which has the bridge for its uplink."""
+    everything = (1 << 64) - 1
+    announce = bit(Feature.NET_F_GUEST_ANNOUNCE)
+    options = [f"--mac={MAC}", "--uplink=interface=br0", f"--features={everything & ~announce:#x}"]
+    with bridge() as network:
+        network.run("ip", "link", "add", "far", "type", "veth", "peer", "name", "near")
+        network.run("ip", "link", "set", "near", "master", "br0", "up")
+        network.run("ip", "link", "set", "far", "up")
+        card = ConnectX(tmp_path / "nic", network, bridge="br0")
+        with (
+            card.port(tmp_path, *options) as port,
+            network.packet_socket("far") as far,
+            closing(SocketFrontEnd.dial(port.socket)) as peer,
+        ):
+            peer.connect()
+            assert not peer.tell(Request.GET_FEATURES) & announce
+            peer.start(VERSION_1)
+            peer.tell(Request.SEND_RARP, int.from_bytes(bytes.fromhex(MAC.replace(":", "")), "little"))
+            far.settimeout(5)
+            while far.recv(2048) != rarp_frame(bytes.fromhex(MAC.replace(":", ""))):
+                pass

@@ -13,6 +13,7 @@ import pytest
 from datapath.vhost_user.backend import F_LOG_ALL, F_PROTOCOL_FEATURES
 from datapath.vhost_user.messages import LogArea, Request, VringState
 from datapath.virtio import NET_HEADER_SIZE, Feature, bit
+from tests.harness.connectx import ConnectX
 from tests.harness.dirty_log import PAGE
 from tests.harness.emulated_nic import EmulatedNic, PortProcess
 from tests.harness.front_end import BUFFERS, MEMORY_SIZE, VIRTIO, SocketFrontEnd
@@ -121,6 +122,11 @@ def nic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNic]:
 
 
 @pytest.fixture
+def card(network: NetworkNamespace, tmp_path: Path) -> ConnectX:
+    return ConnectX(tmp_path / "card", network, pairs=PAIRS)
+
+
+@pytest.fixture
 def port(nic: EmulatedNic, tmp_path: Path) -> Iterator[PortProcess]:
     with PortProcess(tmp_path, nic.device(0), "--log-mode=software") as running:
         yield running
@@ -137,7 +143,7 @@ def uses(nic: EmulatedNic, pairs: int) -> bool:
     return bool(nic.query(0)["queue_pairs_in_use"] == pairs)
 
 
-def pairs_of_flows(nic: EmulatedNic, guest: Guest) -> dict[int, int]:
+def pairs_of_flows(network: NetworkNamespace, guest: Guest) -> dict[int, int]:
     """Let a frame of each flow come; which pair each came in."""
     came: dict[int, int] = {}
 
@@ -145,7 +151,7 @@ def pairs_of_flows(nic: EmulatedNic, guest: Guest) -> dict[int, int]:
         came.update({flow: pair for flow, _, pair in guest.receive()})
         return len(came) == len(FLOWS)
 
-    with nic.namespace.packet_socket("vf0") as wire:
+    with network.packet_socket("vf0") as wire:
         for flow in FLOWS:
             wire.send(incoming(flow))
         wait_for("a frame of each flow", look, 5)
@@ -155,7 +161,7 @@ def pairs_of_flows(nic: EmulatedNic, guest: Guest) -> dict[int, int]:
 def test_flows_spread_over_the_queues(nic: EmulatedNic, port: PortProcess, guest: Guest) -> None:
     assert port.status()["queue_pairs"] == nic.query(0)["queue_pairs"] == PAIRS
     guest.run()
-    assert set(pairs_of_flows(nic, guest).values()) == set(range(PAIRS))
+    assert set(pairs_of_flows(nic.namespace, guest).values()) == set(range(PAIRS))
 
 
 def test_a_flow_comes_where_the_guest_sends_it(nic: EmulatedNic, guest: Guest) -> None:
@@ -163,7 +169,7 @@ def test_a_flow_comes_where_the_guest_sends_it(nic: EmulatedNic, guest: Guest) -
     for shift in (0, 1, 3):
         for flow in FLOWS:
             guest.transmit((flow + shift) % PAIRS, flow)
-        assert pairs_of_flows(nic, guest) == {flow: (flow + shift) % PAIRS for flow in FLOWS}
+        assert pairs_of_flows(nic.namespace, guest) == {flow: (flow + shift) % PAIRS for flow in FLOWS}
 
 
 def test_the_number_of_queues_changes_while_running(nic: EmulatedNic, guest: Guest) -> None:
@@ -175,17 +181,17 @@ def test_the_number_of_queues_changes_while_running(nic: EmulatedNic, guest: Gue
         guest.use_pairs(pairs)
         # The word of it is under way; frames in a queue that goes out of use are lost.
         wait_for("the NIC to hear of it", partial(uses, nic, pairs), 5)
-        assert set(pairs_of_flows(nic, guest).values()) <= set(range(pairs))
+        assert set(pairs_of_flows(nic.namespace, guest).values()) <= set(range(pairs))
         for flow in FLOWS:
             guest.transmit(flow % pairs, flow)
-        assert pairs_of_flows(nic, guest) == {flow: flow % pairs for flow in FLOWS}
+        assert pairs_of_flows(nic.namespace, guest) == {flow: flow % pairs for flow in FLOWS}
 
 
 def test_without_the_feature_there_is_one_pair(nic: EmulatedNic, guest: Guest) -> None:
     guest.run(VIRTIO)
     for flow in FLOWS:
         guest.transmit(flow % PAIRS, flow)
-    assert set(pairs_of_flows(nic, guest).values()) == {0}
+    assert set(pairs_of_flows(nic.namespace, guest).values()) == {0}
 
 
 def test_frames_wait_while_rings_are_routed_anew(nic: EmulatedNic, port: PortProcess, guest: Guest) -> None:
@@ -230,6 +236,37 @@ def test_frames_wait_while_rings_are_routed_anew(nic: EmulatedNic, port: PortPro
     wait_for("all frames", all_came, 5)
     assert sorted(came) == list(range(sent[0]))
     assert sent[0] > PAIRS
+
+
+def numbers_in_use(port: PortProcess) -> list[int]:
+    """The rings of a port that run."""
+    return [ring["index"] for ring in port.status()["rings"] if ring["running"]]
+
+
+def spread(card: ConnectX, guest: Guest) -> set[int]:
+    """The pairs in which frames of all flows come."""
+    assert card.namespace is not None
+    return set(pairs_of_flows(card.namespace, guest).values())
+
+
+def test_flows_spread_over_the_queues_of_a_connectx(card: ConnectX, tmp_path: Path) -> None:
+    """Over those that the guest uses, while it runs."""
+    with card.port(tmp_path) as port, closing(Guest.dial(port.socket)) as guest:
+        assert port.status()["queue_pairs"] == PAIRS
+        guest.run()
+        assert spread(card, guest) == set(range(PAIRS))
+        for pairs in (2, 1, 3, PAIRS):
+            guest.use_pairs(pairs)
+            # Rings that have sent go on to send what is left.
+            receiving = [index for index in numbers_in_use(port) if index % 2 == 0]
+            assert receiving == [rx(pair) for pair in range(pairs)]
+            assert spread(card, guest) == set(range(pairs))
+
+
+def test_without_the_feature_a_connectx_has_one_pair(card: ConnectX, tmp_path: Path) -> None:
+    with card.port(tmp_path) as port, closing(Guest.dial(port.socket)) as guest:
+        guest.run(VIRTIO)
+        assert spread(card, guest) == {0}
 
 
 def test_a_nic_with_one_pair_offers_no_more(tmp_path: Path) -> None:

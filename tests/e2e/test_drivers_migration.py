@@ -50,7 +50,7 @@ def test_from_a_connectx_to_an_ifcvf_and_back(hosts: TwoHosts, domain: DomainXml
             (port,) = hosts.figures(domain, to=destination).ports
             assert port.mode == "hardware"
             assert port.pages > 0
-            announcements.wait_for(domain.mac, since=port.start_begun)
+            announcements.wait_for(domain.mac, since=port.start_begun, kind="arp")  # the guest's own
             traffic.wait_until_flowing()
         summary = traffic.stop()
     assert summary.damage() == []

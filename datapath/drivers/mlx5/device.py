@@ -119,6 +119,8 @@ class Mlx5Device(VdpaDevice):
         self.features = capable.features & FEATURES.mask(Way.CARRIED) | self.promised
         self.max_queue_size = MAX_QUEUE_SIZE
         self.max_mtu = found.mtu
+        if self.max_mtu is None:
+            self.features &= ~bit(Feature.NET_F_MTU)
         self.log_modes = (LogMode.HARDWARE,)
         self.serves_legacy = True
 

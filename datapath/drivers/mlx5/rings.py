@@ -27,6 +27,7 @@ from datapath.mlx5_prm import QueueState
 from datapath.native.completions import Completions
 from datapath.native.relay import Doorbell, Relay
 from datapath.vdpa import DeviceError, HostNotifier, Ring, RingState
+from datapath.virtio import Feature, bit
 
 #: Descriptors of the queue that is never started.
 PLACEHOLDER_SIZE = 64
@@ -262,6 +263,8 @@ class Rings:
     def _lead_frames(self) -> None:
         """Spread received frames over the rings that run and receive."""
         receiving = sorted(index for index in self._running if index % 2 == 0)
+        if receiving and not self._running[receiving[0]].around.features & bit(Feature.NET_F_MQ):
+            del receiving[1:]  # the guest looks at no other (virtio 1.3 section 5.1.2)
         queues = [self._running[index].queue for index in receiving]
         numbers = [queue.number for queue in queues]
         if numbers != self._led_to:
