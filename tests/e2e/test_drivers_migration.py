@@ -12,6 +12,7 @@ from tests.harness.announcements import Announcements
 from tests.harness.domain_xml import DomainXml
 from tests.harness.guest import guest_image
 from tests.harness.guest_traffic import Traffic
+from tests.harness.processes import wait_for
 from tests.harness.two_hosts import BRIDGED, TwoHosts
 from tests.harness.vdpa_host import GUEST_ADDRESS
 
@@ -59,6 +60,7 @@ def test_from_a_connectx_to_an_ifcvf_and_back(hosts: TwoHosts, domain: DomainXml
 
 def test_a_guest_that_uses_more_than_a_connectx_has_stays(hosts: TwoHosts, domain: DomainXml) -> None:
     hosts.b.start_guest(domain)
+    wait_for("the domain to say what its guest uses", lambda: hosts.b.guest_state(domain), 10)
     said = hosts.begin_migration(domain, to=hosts.a).fail()
     assert "VF 'mlx5,ibdev=emulated_default_0" in said
     assert "lacks NET_F_GUEST_TSO4, " in said

@@ -52,8 +52,8 @@ def _packets() -> dict[Row, Cell]:
         Row.HOST_TSO6: yes(test(leaves, "6"), test(unasked, "tso")),
         Row.MRG_RXBUF: no(UNKNOWN),
         Row.CTRL_RX: partly(
-            "QEMU serves the control queue; a guest that is trusted (trustGuestRxFilters) gets all that reaches"
-            " the VF, another one its own address and all groups, whatever it asks for",
+            "QEMU serves the control queue; a guest that is trusted (trustGuestRxFilters) gets all that"
+            " reaches the VF, another one its own address and all groups, whatever it asks for",
             f"{PORT}::test_whose_frames_a_guest_gets",
             way=Way.FRONT_END,
         ),
@@ -96,7 +96,7 @@ def _rings() -> dict[Row, Cell]:
         Row.IN_ORDER: no(UNKNOWN),
         Row.IOMMU_PLATFORM: no("guests are not offered an IOMMU of their own"),
         Row.PACKED: no(
-            "DPDK's driver offers them and sets up split ones; no device was at hand to show how they are taken"
+            "DPDK's driver offers them and sets up split ones; no device was at hand to show how it is done"
         ),
         Row.QUEUE_STATISTICS: yes(
             "tests/conformance/test_mlx5_driver.py::test_statistics",
