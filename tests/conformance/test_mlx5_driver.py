@@ -21,7 +21,8 @@ from datapath.vdpa import (
     RingState,
     open_device,
 )
-from tests.harness.driven_vf import BASE, RX, TX, DrivenVf
+from datapath.virtio import Feature, bit
+from tests.harness.driven_vf import BASE, FEATURES, RX, TX, DrivenVf
 from tests.harness.emulated_connectx import Card, Witness
 from tests.harness.extra_memory import ExtraMemory
 from tests.harness.processes import wait_for
@@ -268,7 +269,7 @@ def test_several_pairs(make_vf: MakeVf) -> None:
     """Each has its own cable; one of them that stops leaves the others alone."""
     with Card(pairs=3) as card:
         vf = make_vf(card, max_conf_threads=4)
-        vf.start()
+        vf.start(FEATURES | bit(Feature.NET_F_MQ))
         for pair, cable in enumerate(card.cables):
             vf.offer(8, pair)
             vf.transmit(pair, pair=pair)
@@ -521,8 +522,11 @@ def test_rings_that_are_refused(card: Card, vf: DrivenVf) -> None:
         (2, good, "no ring 2; the device has 1 queue pairs"),
     ):
         with pytest.raises(DeviceError, match=why) as refused:
-            vf.device.start(0, {index: ring})
+            vf.device.start(FEATURES, {index: ring})
         assert one_line(refused)
+    with pytest.raises(DeviceError, match="its front-end has forgotten it; reset the guest") as refused:
+        vf.device.start(0, {TX: good})
+    assert one_line(refused)
     vf.start()
     with pytest.raises(DeviceError, match="is running already"):
         vf.start()
