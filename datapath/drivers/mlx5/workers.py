@@ -97,7 +97,7 @@ class Workers:
             if batch.left < left:
                 left, until = batch.left, time.monotonic() + seconds
             elif time.monotonic() >= until:
-                self._glue.give_up(f"its firmware has not answered within {seconds:g} s")
+                self._glue.give_up(f"its firmware has not answered within {round(seconds, 1):g} s")
                 self._glue.check_alive()
 
     def close(self) -> None:
