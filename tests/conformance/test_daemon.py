@@ -113,7 +113,7 @@ class TestVeto:
                 "pool='fast'",
                 "metadata attribute pool='fast': not configured; configured: default",
             ),
-            ("driver='ifcvf'", "driver='mlx5'", "driver='mlx5': not available in this version"),
+            ("driver='ifcvf'", "driver='mlx5'", "driver='mlx5': pool 'default' has 'ifcvf' VFs"),
             (".sock'", ".socket'", f"{MAC}.socket'>: the path must be '"),
             (
                 "<model type='virtio'/>",

@@ -137,7 +137,9 @@ class TestPrograms:
             ("devices", ["vf0.sock", "lent", "vf1.sock", "free"]),
         ):
             done = self.run("virt-vdpa", f"--socket={host.socket}", command)
-            assert (done.returncode, done.stderr) == (0, "")
+            assert done.returncode == 0
+            # On a host without a ConnectX devices says why it has none.
+            assert [line for line in done.stderr.splitlines() if "mlx5 is off: " not in line] == []
             assert all(word in done.stdout for word in words)
             as_json = self.run("virt-vdpa", f"--socket={host.socket}", command, "--json")
             assert isinstance(json.loads(as_json.stdout), dict)

@@ -34,8 +34,8 @@ def end(pid: int) -> None:
         time.sleep(0.001)
 
 
-def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO) -> VdpaDevice:
-    device = open_real_device(spec, log_mode)
+def open_device(spec: DeviceSpec, log_mode: LogMode, mac: bytes | None) -> VdpaDevice:
+    device = open_real_device(spec, log_mode, mac)
     name = os.environ[CALL]
     real = getattr(device, name)
 

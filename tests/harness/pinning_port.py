@@ -29,7 +29,7 @@ class PinningDevice(RecordingDevice):
         self.meanwhile = callback
 
 
-def open_device(spec: DeviceSpec, log_mode: LogMode = LogMode.AUTO) -> PinningDevice:
+def open_device(spec: DeviceSpec, log_mode: LogMode, mac: bytes | None) -> PinningDevice:
     device = PinningDevice()
     device.pieces, device.seconds = int(spec.options["pieces"]), float(spec.options["seconds"])
     return device
