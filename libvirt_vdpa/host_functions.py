@@ -139,12 +139,11 @@ class HostFunctions:
 
     def _not_with_its_own(self, found: HostFunction) -> str:
         """Why a ConnectX, driven through the kernel's own driver, cannot be had; empty when it can."""
-        if found.driver != MLX5_CORE:
-            state = f"bound to {found.driver}" if found.driver else "bound to no driver"
-            return (
-                f"{state}: mlx5 needs {MLX5_CORE}, the kernel's own driver; virt-vdpa unbind {found.address}"
-            )
-        return self.host_use(found)
+        if found.driver == MLX5_CORE:
+            return self.host_use(found)
+        state = f"bound to {found.driver}" if found.driver else "bound to no driver"
+        undo = f"virt-vdpa unbind {found.address}" if found.driver == VFIO_PCI else f"modprobe {MLX5_CORE}"
+        return f"{state}: mlx5 needs {MLX5_CORE}, the kernel's own driver; {undo}"
 
     def _bound_elsewhere(self, found: HostFunction) -> str:
         if found.driver == VFIO_PCI:

@@ -19,6 +19,18 @@ from tests.harness.vdpa_host import GUEST_ADDRESS
 pytestmark = [pytest.mark.libvirt, pytest.mark.guest]
 
 
+#: QEMU's properties of a virtio-net device for features of an emulated IFCVF.
+NOT_OF_A_CONNECTX = (
+    "mrg_rxbuf",
+    "indirect_desc",
+    "event_idx",
+    "guest_tso4",
+    "guest_tso6",
+    "guest_ecn",
+    "host_ecn",
+)
+
+
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[TwoHosts]:
     """The pool 'default' has ConnectX on host a, and IFCVF on host b."""
@@ -56,6 +68,22 @@ def test_from_a_connectx_to_an_ifcvf_and_back(hosts: TwoHosts, domain: DomainXml
         summary = traffic.stop()
     assert summary.damage() == []
     assert summary.from_guest.lost == ()
+
+
+@pytest.mark.full
+def test_from_an_ifcvf_to_a_connectx_and_back(hosts: TwoHosts, domain: DomainXml) -> None:
+    """A guest whose NIC was started with no more than a ConnectX has."""
+    for name in NOT_OF_A_CONNECTX:
+        domain.override(name, "bool", "false")
+    hosts.b.start_guest(domain)
+    wait_for("the domain to say what its guest uses", lambda: hosts.b.guest_state(domain), 10)
+    with Traffic(hosts.b, GUEST_ADDRESS) as traffic:
+        for destination, driver in ((hosts.a, "mlx5"), (hosts.b, "ifcvf")):
+            hosts.migrate(domain, to=destination)
+            assert drivers(hosts) == [driver]
+            traffic.wait_until_flowing()
+        summary = traffic.stop()
+    assert summary.damage() == []
 
 
 def test_a_guest_that_uses_more_than_a_connectx_has_stays(hosts: TwoHosts, domain: DomainXml) -> None:

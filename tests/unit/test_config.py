@@ -101,6 +101,14 @@ def test_nothing_means_defaults(file: Path) -> None:
             "[pool.a]\ndriver = 'ifcvf'\nemulated = 65",
             "pool.a.emulated: must be a number of VFs from 1 to 64",
         ),
+        (
+            "[pool.a]\ndriver = 'mlx5'\nemulated = 1\ndoorbell = 'mapped'",
+            "pool.a.doorbell: makes no sense with driver 'mlx5': its doorbells are always mapped",
+        ),
+        (
+            "[pool.a]\ndriver = 'mlx5'\ndevices = ['0000:01:00.2']\nbind = true",
+            "pool.a.bind: makes no sense with driver 'mlx5': its functions stay bound to mlx5_core",
+        ),
         ("x = ", "Invalid value (at end of document)"),
     ],
 )

@@ -188,7 +188,7 @@ CONNECTX = {
         (
             None,
             None,
-            f"bound to no driver: mlx5 needs mlx5_core, the kernel's own driver; virt-vdpa unbind {ONE}",
+            "bound to no driver: mlx5 needs mlx5_core, the kernel's own driver; modprobe mlx5_core",
         ),
     ],
 )

@@ -42,6 +42,7 @@ class Holder:
 def _who(address: str) -> str:
     """The process that holds an address, by the name that it was given on its command line."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        other.setblocking(False)  # nobody accepts, so one day there is no more room for those who ask
         other.connect(address)
         pid, _, _ = CREDENTIALS.unpack(
             other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)

@@ -336,10 +336,16 @@ class Rings:
 
         :raise DeviceLostError: when the firmware does not do even that.
         """
+        halted = list(self._running.values())
         for index in list(self._running):
             self._relay.remove(index)
             self._settle_stopped(index)
-        self.forget_stopped()
+        try:
+            self.forget_stopped()
+        finally:
+            for path in halted:  # which may have been written to the end
+                if path.log is not None:
+                    path.log.mark_used(path.ring)
 
     def forget_stopped(self) -> None:
         """Close all queues that do not run: none uses the guest's memory any more.
