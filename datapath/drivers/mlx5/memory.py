@@ -30,6 +30,8 @@ class Domain:
         """
         self.glue = glue
         self.context = context
+        #: Memory that the device has not let go of: it stays where it is until the device is closed.
+        self.kept: list[object] = []
         with Undo() as undo:
             self.handle: ProtectionDomain = glue.alloc_pd(context)
             undo.callback(glue.dealloc_pd, self.handle)
@@ -207,7 +209,7 @@ class Buffer:
         self.size = size
         self._memory = mmap.mmap(-1, size)
         self._view = ffi.from_buffer(self._memory)
-        self._glue = domain.glue
+        self._domain = domain
         try:
             #: Where it is in this process.
             self.address = int(ffi.cast("uintptr_t", self._view))
@@ -234,5 +236,9 @@ class Buffer:
 
         :raise DeviceError: when the device still uses it.
         """
-        self._glue.deregister_umem(self._umem)
+        try:
+            self._domain.glue.deregister_umem(self._umem)
+        except DeviceError:
+            self._domain.kept.append(self._memory)
+            raise
         self._release()

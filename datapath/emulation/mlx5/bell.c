@@ -140,8 +140,11 @@ static void *listen(void *argument)
         for (int i = 0; i < count; i++) {
             handle(device, events[i].data.u32);
         }
-        busy = kick(device);
-        busy |= tell(device);
+        busy = false;
+        if (!device->died) {    /* one that has looks at nothing, whose driver may have taken its memory back */
+            busy = kick(device);
+            busy |= tell(device);
+        }
         longest = any_moves(device) ? NAP_MS : -1;
         pthread_mutex_unlock(&device->lock);
         if (busy || count > 0) {
