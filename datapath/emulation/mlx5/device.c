@@ -20,7 +20,7 @@
 struct device *device_get(void)
 {
     static struct device device = {
-        .lock = PTHREAD_MUTEX_INITIALIZER, .slot_free = PTHREAD_COND_INITIALIZER, .memory_fd = -1,
+        .lock = PTHREAD_MUTEX_INITIALIZER, .memory_fd = -1,
         .async_fd = { -1, -1 },
     };
 
@@ -178,12 +178,37 @@ void device_close(struct device *device)
     device->context = NULL;
 }
 
-static void sleep_us(unsigned int microseconds)
+static int64_t now_ns(void)
 {
-    struct timespec left = { microseconds / 1000000, microseconds % 1000000 * 1000 };
+    struct timespec time;
 
-    while (nanosleep(&left, &left) < 0 && errno == EINTR) {
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
+}
+
+static void sleep_until(int64_t ns)
+{
+    const struct timespec when = { ns / 1000000000, ns % 1000000000 };
+
+    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &when, NULL) == EINTR) {
     }
+}
+
+/*
+ * Give a command to the slot that is free first; when it is done. Firmware takes the next command of its queue by
+ * itself, so whether a driver's thread is slow to wake up does not matter.
+ */
+static int64_t take_slot(struct device *device)
+{
+    int64_t *first = &device->slot_until[0], now = now_ns();
+
+    for (unsigned int i = 1; i < device->options.slots; i++) {
+        if (device->slot_until[i] < *first) {
+            first = &device->slot_until[i];
+        }
+    }
+    *first = (*first > now ? *first : now) + device->options.latency_us * INT64_C(1000);
+    return *first;
 }
 
 void device_die(struct device *device, bool hangs)
@@ -221,18 +246,16 @@ static void wait_for_ever(struct device *device)
 uint8_t command_begin(struct device *device)
 {
     unsigned int number;
+    int64_t done;
 
     pthread_mutex_lock(&device->lock);
     if (device->hangs) {
         wait_for_ever(device);
     }
-    while (device->busy_slots >= device->options.slots) {
-        pthread_cond_wait(&device->slot_free, &device->lock);
-    }
-    device->busy_slots++;
     number = ++device->commands;
+    done = take_slot(device);
     pthread_mutex_unlock(&device->lock);
-    sleep_us(device->options.latency_us);
+    sleep_until(done);
     pthread_mutex_lock(&device->lock);
     die_at(device, number);
     if (device->hangs) {
@@ -246,8 +269,6 @@ uint8_t command_begin(struct device *device)
 
 void command_end(struct device *device)
 {
-    device->busy_slots--;
-    pthread_cond_signal(&device->slot_free);
     pthread_mutex_unlock(&device->lock);
 }
 

@@ -73,8 +73,7 @@ struct device {
     struct object *objects;
     uint32_t last_id;
 
-    pthread_cond_t slot_free;
-    unsigned int busy_slots;
+    int64_t slot_until[OPTIONS_MAX_SLOTS];      /* when each slot has done what it has, by the monotonic clock; ns */
     unsigned int commands;      /* that were begun since the device was opened */
 
     struct subscription *subscriptions;     /* see channels.h */

@@ -17,7 +17,7 @@ static const struct number {
     size_t offset;
 } numbers[] = {
     { "latency_us", 0, 10000000, offsetof(struct options, latency_us) },
-    { "slots", 1, 1024, offsetof(struct options, slots) },
+    { "slots", 1, OPTIONS_MAX_SLOTS, offsetof(struct options, slots) },
     { "pairs", 1, OPTIONS_MAX_PAIRS, offsetof(struct options, pairs) },
     { "fail", 0, UINT_MAX, offsetof(struct options, fail) },
     { "dead", 0, UINT_MAX, offsetof(struct options, dead) },

@@ -14,6 +14,7 @@
 #define OPTIONS_VARIABLE "MLX5_EMULATION"
 #define OPTIONS_FILE "mlx5_emulated.options"
 #define OPTIONS_MAX_PAIRS 64
+#define OPTIONS_MAX_SLOTS 1024
 #define INTERFACE_NAME_SIZE 16   /* IFNAMSIZ */
 
 struct options {
