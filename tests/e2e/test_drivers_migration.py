@@ -86,6 +86,7 @@ def test_from_an_ifcvf_to_a_connectx_and_back(hosts: TwoHosts, domain: DomainXml
     assert summary.damage() == []
 
 
+@pytest.mark.full  # as with any feature, which tests/e2e/test_migration.py shows by default
 def test_a_guest_that_uses_more_than_a_connectx_has_stays(hosts: TwoHosts, domain: DomainXml) -> None:
     hosts.b.start_guest(domain)
     wait_for("the domain to say what its guest uses", lambda: hosts.b.guest_state(domain), 10)
