@@ -10,12 +10,12 @@ import pwd
 import re
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from datapath.bus.sysfs import ADDRESS
-from datapath.vdpa import DRIVERS
+from datapath.vdpa import DRIVERS, DeviceSpec, DeviceSpecError
 
 CONFIG_FILE = Path("/etc/libvirt-vdpa/virtvdpad.toml")
 RUN_FOLDER = Path("/run/libvirt-vdpa")
@@ -105,6 +105,13 @@ class PoolConfig:
     bind: bool = False
     #: Network interface on which the guests of its VFs are announced; None: the physical function's.
     uplink: str | None = None
+    #: What the device strings of its VFs say beside where they are, such as "max_conf_threads=8".
+    options: str = ""
+
+
+def with_options(device: str, pool: PoolConfig) -> str:
+    """The device string of a pool's VF with what else the pool says of it."""
+    return f"{device},{pool.options}" if pool.options else device
 
 
 @dataclass(frozen=True)
@@ -243,13 +250,32 @@ def _pool(name: str, table: _Table) -> PoolConfig:
     for key, reason in NOT_OF_DRIVER.get(driver, {}).items():
         if table.has(key):
             raise table.error(key, f"makes no sense with driver '{driver}': {reason}")
-    pool = POOL_READERS[kind](name, driver, table)
+    options = _options(table, driver, kind)
+    pool = replace(POOL_READERS[kind](name, driver, table), options=options)
     for other, keys in POOL_KINDS.items():
         for key in keys:
             if table.has(key):
                 raise table.error(key, f"is for pools with '{other}', this one has '{kind}'")
     table.end()
     return pool
+
+
+def _options(table: _Table, driver: str, kind: str) -> str:
+    """What a driver is told of each VF; a ConnectX' alone takes something."""
+    text = table.take("options", str, "")
+    if not text:
+        return ""
+    if driver != "mlx5":
+        raise table.error("options", f"driver '{driver}' takes none")
+    # Loads what no other driver needs.
+    from datapath.drivers.mlx5.options import Options
+
+    named = "mlx5,ibdev=any,libibverbs=any,libmlx5=any" if kind == "emulated" else "mlx5,pci=0000:00:00.0"
+    try:
+        Options.parse(DeviceSpec.parse(f"{named},{text}"))
+    except DeviceSpecError as error:
+        raise table.error("options", str(error).partition(f",{text}': ")[2] or str(error)) from None
+    return text
 
 
 def _pool_kind(table: _Table) -> str:

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from datapath.emulation.mlx5 import LIBRARY
-from libvirt_vdpa.config import PoolConfig
+from libvirt_vdpa.config import PoolConfig, with_options
 from libvirt_vdpa.emulated import end, nic_folder, recorded_process
 from libvirt_vdpa.inventory import Inventory
 from libvirt_vdpa.ports import write_atomically
@@ -79,4 +79,4 @@ class EmulatedConnectX:
         }
         text = ",".join(f"{key}={value}" for key, value in options.items())
         write_atomically(folder / OPTIONS_FILE, f"{text}\n")
-        return f"mlx5,ibdev={name},libibverbs={library},libmlx5={library}"
+        return with_options(f"mlx5,ibdev={name},libibverbs={library},libmlx5={library}", pool)

@@ -19,7 +19,7 @@ from pathlib import Path
 from datapath.bus.sysfs import SysfsError
 from libvirt_vdpa.background import in_background
 from libvirt_vdpa.binding import Binder, BindingError, MoveError
-from libvirt_vdpa.config import PoolConfig
+from libvirt_vdpa.config import PoolConfig, with_options
 from libvirt_vdpa.host_functions import Holders, HostFunctions
 from libvirt_vdpa.inventory import Inventory
 from libvirt_vdpa.kernel import Kernel
@@ -144,7 +144,9 @@ class HostPools:
         """Tell the inventory what the pool has now."""
         addresses, problem = self._members(pool)
         inventory.pools[pool.name].problem = problem
-        inventory.set_pool(pool.name, [(f"{pool.driver},pci={address}", None) for address in addresses])
+        inventory.set_pool(
+            pool.name, [(with_options(f"{pool.driver},pci={address}", pool), None) for address in addresses]
+        )
 
     def _members(self, pool: PoolConfig) -> tuple[tuple[str, ...], str]:
         """The addresses of a pool's functions, and why it can have none."""

@@ -376,7 +376,8 @@ OPERATIONS: dict[str, Handler] = {
 def device_for(vf: Vf, wanted: PortSpec) -> str:
     """The device string for a guest. One that is trusted with what it receives gets all that reaches its VF,
     where the driver would let through no more than frames to its address."""
-    return f"{vf.device},promiscuous=1" if vf.driver == "mlx5" and wanted.trusted else vf.device
+    said = vf.driver != "mlx5" or ",promiscuous=" in vf.device
+    return f"{vf.device},promiscuous=1" if wanted.trusted and not said else vf.device
 
 
 def holder_of(record: Record) -> Holder:

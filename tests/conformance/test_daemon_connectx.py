@@ -17,6 +17,7 @@ driver = "mlx5"
 emulated = 2
 tap = "card%d"
 mtu = 2000
+options = "max_conf_threads=4"
 queue-pairs = 2
 """
 
@@ -47,6 +48,7 @@ def test_a_card_is_lent_and_given_back(cards: DaemonHost, network: NetworkNamesp
     cards.hook(domain, "prepare")
     (port,) = cards.ports
     assert port["device"].startswith("mlx5,ibdev=emulated_cards_0,")
+    assert port["device"].endswith(",max_conf_threads=4")
     assert "mtu 2000" in network.run("ip", "link", "show", "card0")
     status = cards.ask("query-status", domain.control)
     assert (status["driver"], status["queue_pairs"], status["max_mtu"]) == ("mlx5", 2, 2000)

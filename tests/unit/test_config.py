@@ -109,6 +109,22 @@ def test_nothing_means_defaults(file: Path) -> None:
             "[pool.a]\ndriver = 'mlx5'\ndevices = ['0000:01:00.2']\nbind = true",
             "pool.a.bind: makes no sense with driver 'mlx5': its functions stay bound to mlx5_core",
         ),
+        (
+            "[pool.a]\ndriver = 'ifcvf'\nemulated = 1\noptions = 'event_mode=2'",
+            "pool.a.options: driver 'ifcvf' takes none",
+        ),
+        (
+            "[pool.a]\ndriver = 'mlx5'\nemulated = 1\noptions = 'event_mode=3'",
+            "pool.a.options: event_mode=3 is not from 0 to 2",
+        ),
+        (
+            "[pool.a]\ndriver = 'mlx5'\nemulated = 1\noptions = 'libmlx5=/lib'",
+            "pool.a.options: 'libmlx5' is given twice",
+        ),
+        (
+            "[pool.a]\ndriver = 'mlx5'\ndevices = ['0000:01:00.2']\noptions = 'fast'",
+            "pool.a.options: 'fast' is not key=value",
+        ),
         ("x = ", "Invalid value (at end of document)"),
     ],
 )

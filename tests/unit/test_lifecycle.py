@@ -1,11 +1,15 @@
 """Hook operations on stand-ins for ports: what is lent, started, ended and undone, and in which words."""
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from libvirt_vdpa.inventory import Holder
-from libvirt_vdpa.lifecycle import log_name
+from libvirt_vdpa.domain import parse_domain
+from libvirt_vdpa.inventory import Holder, Vf
+from libvirt_vdpa.lifecycle import device_for, log_name
+from libvirt_vdpa.metadata import xml_folder
 from libvirt_vdpa.ports import State
 from libvirt_vdpa.supervisor import PortError
 from tests.harness.lifecycle_bench import (
@@ -267,3 +271,19 @@ class TestReconcile:
         port.answers = False
         asyncio.run(bench.lifecycle.reconcile(set(), bench.lifecycle.snapshot()))
         assert bench.clean
+
+
+@pytest.mark.parametrize(
+    ("device", "trusted", "expected"),
+    [
+        ("mlx5,pci=0000:01:00.2", True, "mlx5,pci=0000:01:00.2,promiscuous=1"),
+        ("mlx5,pci=0000:01:00.2", False, "mlx5,pci=0000:01:00.2"),
+        ("mlx5,pci=0000:01:00.2,promiscuous=0", True, "mlx5,pci=0000:01:00.2,promiscuous=0"),
+        ("ifcvf,pci=0000:01:00.2", True, "ifcvf,pci=0000:01:00.2"),
+    ],
+)
+def test_a_trusted_guest_gets_all_that_reaches_a_connectx(device: str, trusted: bool, expected: str) -> None:
+    """As the pool does not say otherwise."""
+    vf = Vf(device, device.partition(",")[0], None)
+    (wanted,) = parse_domain((xml_folder() / "vdpa-demo.xml").read_bytes(), Path("/run/libvirt-vdpa")).ports
+    assert device_for(vf, replace(wanted, trusted=trusted)) == expected
